@@ -1,0 +1,180 @@
+"""Where a script runs: device, number type, ranks, and data parallel by hand.
+
+Every rank holds the same replica and works on its own share of each update; one all-reduce of one flat fp32 gradient
+per update makes the replicas take the same step.  Ranks come from the environment that torchrun, accelerate and
+deepspeed set (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT); without it there is one process.
+"""
+
+import os
+import random
+import sys
+import time
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+
+class DeviceError(ValueError):
+    """A device or number type that this machine lacks: one sentence for the user."""
+
+
+class World(NamedTuple):
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def is_main(self):
+        return self.rank == 0
+
+
+def start(device="auto"):
+    """Join the other ranks if there are any; returns the World.  Raises DeviceError."""
+    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise DeviceError("--device cuda: torch sees no CUDA device; check nvidia-smi and CUDA_VISIBLE_DEVICES")
+    if device == "mps" and not torch.backends.mps.is_available():
+        raise DeviceError("--device mps: this machine has no Metal device; use --device cpu")
+    if device == "cuda":
+        if local_rank >= torch.cuda.device_count():
+            raise DeviceError(f"rank {rank} wants GPU {local_rank} and only {torch.cuda.device_count()} are visible")
+        torch.cuda.set_device(local_rank)
+        device = f"cuda:{local_rank}"
+    if size > 1:
+        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+    return World(rank, size, torch.device(device))
+
+
+def stop():
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def main_first(world, work):
+    """work() on rank 0, then on the other ranks, which find it done; returns its result."""
+    if world.size > 1 and not world.is_main:
+        dist.barrier()
+    result = work()
+    if world.size > 1 and world.is_main:
+        dist.barrier()
+    return result
+
+
+def print0(world, *text, sep=" "):
+    """Print on rank 0, above a progress bar if one is shown."""
+    if world.is_main:
+        tqdm.write(sep.join(map(str, text)))
+        sys.stdout.flush()
+
+
+def seed_everything(seed):
+    random.seed(seed)
+    torch.manual_seed(seed)
+
+
+# -- number type -----------------------------------------------------------------------------------------------------
+
+
+def pick_dtype(name, world):
+    """torch dtype of the base weights for --dtype; the same on every rank.  Raises DeviceError.
+
+    auto: bf16 where the device has it (on a CPU: where it is faster), else fp16 on CUDA, else fp32.
+    """
+    kind = world.device.type
+    if name == "auto" and kind == "cuda":
+        name = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    elif name == "auto":
+        faster = torch.tensor(float(kind == "cpu" and _cpu_bf16_is_faster()))
+        if world.size > 1:
+            dist.all_reduce(faster, op=dist.ReduceOp.MIN)
+        name = "bf16" if faster else "fp32"
+    if name == "fp16" and kind == "cpu":
+        raise DeviceError("--dtype fp16 needs a GPU: on a CPU use bf16 or fp32")
+    return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[name]
+
+
+def _cpu_bf16_is_faster(size=512, rounds=5):
+    """Whether a bf16 product beats an fp32 one here by 1.5 or more (about 20 ms; it takes AVX512-BF16 or AMX)."""
+    best = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        a = torch.ones(size, size, dtype=dtype)
+        times = []
+        for _ in range(rounds):
+            begin = time.perf_counter()
+            a @ a
+            times.append(time.perf_counter() - begin)
+        best[dtype] = min(times[1:])
+    return best[torch.float32] > 1.5 * best[torch.bfloat16]
+
+
+# -- data parallel ---------------------------------------------------------------------------------------------------
+
+
+def all_reduce_gradients(parameters, world):
+    """Sum the gradients of all ranks in one flat fp32 all-reduce.  A rank without gradients counts as zero.
+
+    A sum and not a mean: every rank has divided its losses by the pairs of the whole update already.
+    """
+    if world.size == 1:
+        return
+    for parameter in parameters:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    flat = torch.cat([parameter.grad.flatten().float() for parameter in parameters])
+    dist.all_reduce(flat)
+    for parameter, summed in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+        parameter.grad.copy_(summed.view_as(parameter))
+
+
+def all_reduce_sum(values, world):
+    """Element-wise sum of a tensor over the ranks."""
+    if world.size > 1:
+        dist.all_reduce(values)
+    return values
+
+
+def assert_same_on_all_ranks(parameters, world):
+    """Replicas that drifted apart train different models and save one of them: stop instead."""
+    if world.size == 1:
+        return
+    mine = torch.stack(
+        [p.detach().double().sum() for p in parameters] + [p.detach().double().norm() for p in parameters]
+    )
+    mine = mine.to(torch.float32) if world.device.type == "mps" else mine
+    theirs = mine.clone()
+    dist.broadcast(theirs, src=0)
+    assert torch.equal(mine, theirs), f"the parameters of rank {world.rank} differ from those of rank 0"
+
+
+# -- log lines -------------------------------------------------------------------------------------------------------
+
+
+def memory_lines(world):
+    """Memory of this process as log lines: allocated and reserved on a GPU, the highest resident size on a CPU."""
+    if world.device.type == "cuda":
+        return [
+            f"GPU memory allocated: {torch.cuda.memory_allocated() / 1e9:.2f} GB",
+            f"GPU memory reserved: {torch.cuda.memory_reserved() / 1e9:.2f} GB",
+        ]
+    if world.device.type == "mps":
+        return [f"GPU memory allocated: {torch.mps.current_allocated_memory() / 1e9:.2f} GB"]
+    try:
+        import resource  # not on Windows
+    except ImportError:
+        return []
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)  # bytes
+    return [f"CPU memory, highest so far: {peak / 1e9:.2f} GB"]
+
+
+def effective_batch_line(batch_size, accumulation, world):
+    """Pairs per update over all ranks."""
+    ranks = "GPUs" if world.device.type == "cuda" else "processes"
+    total = batch_size * accumulation * world.size
+    return (
+        f"Effective batch size: {total} (batch_size={batch_size} x accumulation={accumulation} x {world.size} {ranks})"
+    )

@@ -1,0 +1,334 @@
+"""Direct Preference Optimization (DPO): make a model prefer the chosen response of each pair over the rejected one.
+
+    loss = -logsigmoid(beta * [log pi/ref(chosen | prompt) - log pi/ref(rejected | prompt)])    arXiv:2305.18290 Eq. 7
+
+pi is the policy, ref the frozen model it starts from.  With LoRA (the default) both are one model: the reference is the
+base with the adapter switched off.  Log-probs are sums over response tokens; chosen and rejected share one pass over
+their prompt.  The first loss is ln 2 = 0.6931; a loss that stays there means too small a learning rate.
+
+Deviations from the paper: AdamW instead of RMSprop; label smoothing, robust, hinge and IPO losses as options.
+
+    python dpo_hf_run.py --model toy --dataset toy --learning-rate 1e-3                        # laptop, offline
+    python dpo_hf_run.py --model Qwen/Qwen3-0.6B --dataset pairs.jsonl --learning-rate 1e-4    # one GPU
+    torchrun --nproc_per_node=4 dpo_hf_run.py --dataset pairs.jsonl --learning-rate 1e-4       # four GPUs
+
+Copy with: distributed.py flags.py lora.py losses.py packed_model.py packing.py preference_data.py run_files.py
+    toy_world.py
+"""
+
+import math
+import sys
+import time
+from functools import partial
+
+import torch
+from tqdm import tqdm
+from transformers.optimization import get_scheduler
+
+import distributed
+import flags
+import lora
+import run_files
+import toy_world
+from losses import DPO_LOSSES, dpo_loss, nll_loss
+from packed_model import ModelError, enable_checkpointing, load_model, load_skeleton, load_tokenizer, prepare_model
+from packing import epoch_plan, pack
+from preference_data import DataError, fingerprint, hold_out, load_pairs
+
+TOY_FOLDER = "outputs/toy_world"
+DISPLACEMENT = 4.0  # nats that chosen and rejected may both lose before the log says so
+ADVICE = "nothing is saved; try a smaller --learning-rate, --dtype fp32, or look for broken weights or data"
+
+
+def get_args(argv=None):
+    parser = flags.Parser(__doc__)
+    add = parser.add_argument
+    add(
+        "--model", "--base-model-path", "--policy-model-path", default="Qwen/Qwen3-0.6B", help="folder, hub id or `toy`"
+    )
+    add("--ref-model-path", "--reference-model-path", metavar="MODEL", help="the reference, where it is another model")
+    add("--adapter", metavar="DIR", help="start from this LoRA adapter (PEFT files); the reference has it too, frozen")
+    add("--dataset", default="lvwerra/stack-exchange-paired", help="pairs: .jsonl or .json file, hub id or `toy`")
+    add("--eval-dataset", metavar="DATASET", help="evaluate on these pairs instead of holding some out")
+    add(
+        "--beta",
+        "--β-ori",
+        type=flags.number(float, above=0),
+        default=0.1,
+        help="strength of the pull to the reference",
+    )
+    add("--loss", choices=DPO_LOSSES, default="sigmoid", help="losses.py has the equations")
+    add(
+        "--label-smoothing",
+        type=flags.number(float, least=0, below=0.5),
+        default=0.0,
+        metavar="E",
+        help="share of wrong labels; sigmoid and robust",
+    )
+    flags.add_common_flags(parser, output_dir="outputs/dpo_qwen_trl")
+    parser.set_defaults(num_samples=1000)
+    args = parser.parse_args(argv)
+    flags.check_common_flags(parser, args)
+    if args.label_smoothing and args.loss not in ("sigmoid", "robust"):
+        parser.error(f"--label-smoothing has no effect on --loss {args.loss}: use sigmoid or robust")
+    lora_flags = {"lora_r", "lora_alpha", "lora_dropout", "lora_target_modules"}.intersection(args.given)
+    if args.adapter and lora_flags:
+        parser.error(f"--{min(lora_flags).replace('_', '-')} has no effect with --adapter, which brings its own")
+    return args
+
+
+METRICS = (  # what is logged, in the order of pair_losses
+    "loss",
+    "rewards/chosen",
+    "rewards/rejected",
+    "rewards/accuracies",
+    "rewards/margins",
+    "logps/chosen",
+    "logps/rejected",
+    "logps/accuracies",
+    "logps/chosen_change",
+    "logps/rejected_change",
+    "nll_loss",
+)
+
+
+def pair_losses(policy, reference_logps, batch, args):
+    """DPO losses of a packed batch (B,), and the METRICS of each pair (len(METRICS), B), without gradient."""
+    with torch.no_grad():
+        ref_chosen_logps, ref_rejected_logps = reference_logps(batch)
+    policy_chosen_logps, policy_rejected_logps = policy.packed_logps(batch)
+    chosen_lengths, rejected_lengths = torch.tensor(batch.lengths, device=policy_chosen_logps.device).chunk(2)
+    losses, chosen_rewards, rejected_rewards = dpo_loss(
+        policy_chosen_logps,
+        policy_rejected_logps,
+        ref_chosen_logps,
+        ref_rejected_logps,
+        args.beta,
+        args.loss,
+        args.label_smoothing,
+        chosen_lengths,
+        rejected_lengths,
+    )
+    nll_losses = nll_loss(policy_chosen_logps, chosen_lengths)
+    if args.nll_coeff:
+        losses = losses + args.nll_coeff * nll_losses
+    metrics = (
+        losses,
+        chosen_rewards,
+        rejected_rewards,
+        chosen_rewards > rejected_rewards,  # strictly: 0, not 0.5, while policy = reference
+        chosen_rewards - rejected_rewards,
+        policy_chosen_logps,
+        policy_rejected_logps,
+        policy_chosen_logps > policy_rejected_logps,  # without the reference: what the model itself finds likelier
+        policy_chosen_logps - ref_chosen_logps,
+        policy_rejected_logps - ref_rejected_logps,
+        nll_losses,
+    )
+    return losses, torch.stack([values.detach().to(losses.dtype) for values in metrics])
+
+
+@torch.no_grad()
+def evaluate(policy, reference_logps, pairs, args, world):
+    """Means over held-out pairs of all ranks {eval_name: mean} and half their 95 % intervals {eval_name_ci95: ...}."""
+    mine, sums = pairs[world.rank :: world.size], torch.zeros(2, len(METRICS), device=world.device)
+    for start in range(0, len(mine), args.batch_size):
+        _, metrics = pair_losses(
+            policy, reference_logps, pack(mine[start : start + args.batch_size], world.device), args
+        )
+        sums += torch.stack((metrics.sum(1), (metrics**2).sum(1)))
+    means, squares = (distributed.all_reduce_sum(sums, world) / len(pairs)).tolist()
+    result = {f"eval_{name}": mean for name, mean in zip(METRICS, means, strict=True)}
+    for name, mean, square in zip(METRICS, means, squares, strict=True):
+        result[f"eval_{name}_ci95"] = 1.96 * (max(square - mean**2, 0) / len(pairs)) ** 0.5
+    return result
+
+
+def add_adapters(policy, args):
+    """Give the policy its LoRA adapter (with --adapter also the frozen copy that is the reference); what to train."""
+    if not args.lora_r:
+        return list(policy.parameters())
+    if args.adapter:
+        lora.load_adapter(policy, args.adapter, "ref")
+        return lora.load_adapter(policy, args.adapter, "policy", trainable=True)
+    return lora.add_adapter(policy, "policy", args.lora_r, args.lora_alpha, args.lora_dropout, args.lora_target_modules)
+
+
+def main(args):
+    # 1 setup
+    run_files.check_output_dir(args.output_dir, args.overwrite)
+    world = distributed.start(args.device)
+    say = partial(distributed.print0, world)
+    if world.size > 1:
+        say(f"Distributed training initialized: world_size={world.size}")
+    if args.lora_r and "learning_rate" not in args.given and args.learning_rate < 2e-5:
+        say(f"--learning-rate {args.learning_rate:g} is a rate for training all weights: with LoRA try 1e-4")
+    if "toy" in (args.model, args.dataset, args.eval_dataset):
+        toy = distributed.main_first(world, lambda: toy_world.build(TOY_FOLDER))
+        args.model = str(toy / "model") if args.model == "toy" else args.model
+        if args.dataset == "toy":
+            args.dataset, args.eval_dataset = str(toy / "train/helpful_pairs.jsonl"), args.eval_dataset or "toy"
+        args.eval_dataset = str(toy / "test/helpful_pairs.jsonl") if args.eval_dataset == "toy" else args.eval_dataset
+
+    # 2 data (before the models: a mistake in it should not wait for gigabytes of weights)
+    tokenizer = load_tokenizer(args.model, args.trust_remote_code)
+    add_adapters(load_skeleton(args.model, args.trust_remote_code), args)  # a wrong adapter or target shows here
+    read = partial(
+        load_pairs,
+        tokenizer=tokenizer,
+        max_length=args.max_length,
+        max_prompt_length=args.max_prompt_length,
+        skip_invalid=args.skip_invalid,
+        chat_template_strings=args.chat_template_strings,
+    )
+    train_pairs, report = read(args.dataset, limit=args.num_samples)
+    eval_pairs = []
+    if args.eval_dataset and args.eval_samples != 0:
+        eval_pairs, eval_report = read(args.eval_dataset, limit=args.eval_samples or 0)
+        report += eval_report
+    elif args.eval_samples != 0:
+        wanted = min(100, len(train_pairs) // 10) if args.eval_samples is None else args.eval_samples
+        train_pairs, eval_pairs = hold_out(train_pairs, wanted, args.seed)
+        report.append(
+            f"  held out {len(eval_pairs):,} pairs, no prompt on both sides; {len(train_pairs):,} to train on"
+        )
+    if not train_pairs:
+        raise DataError(f"--eval-samples {args.eval_samples} leaves no pair to train on: make it smaller")
+    say(*report, sep="\n")
+
+    # 3 models
+    dtype = distributed.pick_dtype(args.dtype, world)
+    weights_dtype = dtype if args.lora_r else torch.float32  # weights that are trained are fp32, computed with in dtype
+    policy = load_model(args.model, weights_dtype, world.device, args.trust_remote_code)
+    distributed.seed_everything(args.seed)
+    parameters = add_adapters(policy, args)
+    say(f"{prepare_model(policy)} ({world.device}, {str(dtype).removeprefix('torch.')})")
+    if args.gradient_checkpointing == "on" or (args.gradient_checkpointing == "auto" and not args.lora_r):
+        enable_checkpointing(policy)
+    if args.ref_model_path or not args.lora_r:
+        ref = load_model(args.ref_model_path or args.model, weights_dtype, world.device, args.trust_remote_code)
+        prepare_model(ref)
+        reference_logps = ref.requires_grad_(False).packed_logps
+    else:
+
+        def reference_logps(batch):
+            with lora.use_adapter(policy, "ref" if args.adapter else None):
+                return policy.packed_logps(batch)
+
+    trainable, total = sum(p.numel() for p in parameters), sum(p.numel() for p in policy.parameters())
+    what = "LoRA enabled for policy model" if args.lora_r else "Full fine-tuning of policy model"
+    say(f"{what}: {trainable:,} trainable / {total:,} total parameters ({100 * trainable / total:.2f}%)")
+    say(*distributed.memory_lines(world), sep="\n")
+    say(distributed.effective_batch_line(args.batch_size, args.gradient_accumulation_steps, world))
+
+    # 4 optimiser
+    plan_epoch = partial(
+        epoch_plan,
+        len(train_pairs),
+        seed=args.seed,
+        batch_size=args.batch_size,
+        accumulation=args.gradient_accumulation_steps,
+        world_size=world.size,
+    )
+    updates_per_epoch = len(plan_epoch(epoch=0))
+    num_updates = min(args.epochs * updates_per_epoch, args.max_steps or sys.maxsize)
+    optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, weight_decay=args.weight_decay)
+    scheduler = get_scheduler(args.lr_scheduler, optimizer, args.warmup_steps, num_updates)
+    scaler = torch.amp.GradScaler(world.device.type, enabled=dtype == torch.float16)
+    autocast = torch.autocast(world.device.type, dtype, enabled=weights_dtype != dtype)
+    distributed.assert_same_on_all_ranks(parameters, world)
+    distributed.seed_everything(args.seed + world.rank)  # from here on chance (dropout) differs between ranks
+
+    # 5 train
+    log = run_files.MetricsLog(args, world.is_main)
+    step, num_tokens, window_pairs, warned, begin = 0, 0, 0, False, time.time()
+    window = torch.zeros(len(METRICS) + 1, device=world.device)  # sums of METRICS, and tokens, since the last log line
+    bar = tqdm(total=num_updates, desc="updates", disable=not (world.is_main and sys.stderr.isatty()))
+
+    def evaluate_and_log():
+        policy.eval()
+        with autocast:
+            metrics = evaluate(policy, reference_logps, eval_pairs, args, world)
+        policy.train()
+        if not math.isfinite(metrics["eval_loss"]):
+            raise flags.NonFinite(f"the held-out loss is {metrics['eval_loss']} at step {step}: {ADVICE}")
+        log.write(step, step / updates_per_epoch, metrics)
+        shown = ("loss", "rewards/accuracies", "rewards/margins", "logps/accuracies", "logps/chosen")
+        numbers = (f"{name}={metrics['eval_' + name]:.4f}±{metrics[f'eval_{name}_ci95']:.4f}" for name in shown)
+        say(f"Held out, step {step}: {' '.join(numbers)}")
+
+    if eval_pairs:
+        evaluate_and_log()
+    policy.train()
+    for epoch in range(math.ceil(num_updates / updates_per_epoch)):
+        for num_pairs, micro_batches in plan_epoch(epoch=epoch)[: num_updates - step]:
+            for indices in micro_batches[world.rank]:
+                batch = pack([train_pairs[i] for i in indices], world.device)
+                with autocast:
+                    losses, metrics = pair_losses(policy, reference_logps, batch, args)
+                # Divided by the pairs of the whole update: any split into passes and ranks is the same gradient.
+                scaler.scale(losses.sum() / num_pairs).backward()
+                window[:-1] += metrics.sum(1)
+                window[-1] += batch.input_ids.numel()
+            distributed.all_reduce_gradients(parameters, world)
+            scaler.unscale_(optimizer)
+            grad_norm = torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm or math.inf).item()
+            if not math.isfinite(grad_norm) and scaler.get_scale() <= 1:  # 1: no scaler, or it has nothing left to give
+                raise flags.NonFinite(f"the gradient is {grad_norm} at step {step + 1}: {ADVICE}")
+            scaler.step(optimizer)
+            scaler.update()
+            if math.isfinite(grad_norm):  # else the scaler has skipped the update, on all ranks alike
+                scheduler.step()
+            optimizer.zero_grad()
+            step, window_pairs = step + 1, window_pairs + num_pairs
+            bar.update()
+
+            if step % args.logging_steps == 0 or step == num_updates:
+                *sums, tokens = distributed.all_reduce_sum(window, world).tolist()
+                num_tokens += round(tokens)
+                metrics = {name: total / window_pairs for name, total in zip(METRICS, sums, strict=True)}
+                metrics |= {"grad_norm": grad_norm, "learning_rate": scheduler.get_last_lr()[0], "beta": args.beta}
+                metrics |= {"num_tokens": num_tokens, "seconds": time.time() - begin}
+                log.write(step, step / updates_per_epoch, metrics)
+                shown = ("loss", "beta", "rewards/accuracies", "rewards/margins", "logps/chosen", "logps/chosen_change")
+                numbers = (f"{name}={metrics[name]:.4f}" for name in (*shown, "grad_norm"))
+                say(f"Epoch {epoch + 1} step {step} {' '.join(numbers)} lr={metrics['learning_rate']:.2e}")
+                fall = max(metrics["logps/chosen_change"], metrics["logps/rejected_change"])
+                if fall < -DISPLACEMENT and not warned:
+                    warned = True
+                    say(
+                        f"Both log-probs have fallen by {-fall:.1f} nats or more: the policy leaves both responses behind."
+                    )
+                    say("If its text gets worse: a larger --beta, --nll-coeff 0.1 or a smaller --learning-rate.")
+                window.zero_()
+                window_pairs = 0
+            if eval_pairs and (step == num_updates or (args.eval_steps and step % args.eval_steps == 0)):
+                evaluate_and_log()
+    bar.close()
+    seconds = time.time() - begin
+    say(f"{step} updates in {seconds:.1f} s", *distributed.memory_lines(world), sep=", ")
+
+    # 6 save
+    distributed.assert_same_on_all_ranks(parameters, world)
+    log.close()
+    if world.is_main:
+        with run_files.whole_files(args.output_dir) as folder:
+            if args.lora_r:
+                lora.save_adapter(policy, "policy", folder, args.model)
+            else:
+                policy.to(dtype).save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+            card = run_files.model_card(args, __file__, "DPO", log.history, fingerprint(train_pairs), bool(args.lora_r))
+            run_files.save_run_record(folder, log, args, __file__, card)
+            if args.save_merged:
+                lora.merge_adapter(policy, "policy")
+                policy.save_pretrained(folder / "merged")
+                tokenizer.save_pretrained(folder / "merged")
+        say(f"saved to {args.output_dir}")
+    distributed.stop()
+
+
+USER_ERRORS = (DataError, ModelError, lora.AdapterError, distributed.DeviceError, run_files.RunFolderError)
+
+if __name__ == "__main__":
+    flags.run(main, get_args(), *USER_ERRORS)

@@ -1,0 +1,244 @@
+"""The flags of the scripts: `--output-dir` and `--output_dir` are the same flag, a YAML file can hold flags, and a
+user's mistake is one sentence and exit code 2 (3 when a run goes non-finite), without a traceback.
+"""
+
+import argparse
+import difflib
+import os
+import sys
+
+import yaml
+
+
+class UserError(ValueError):
+    """Something the user has to change, in one sentence."""
+
+
+class NonFinite(ArithmeticError):
+    """The run went non-finite, in one sentence."""
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse without abbreviations, with both spellings, --config FILE.yaml, and errors of one sentence."""
+
+    def __init__(self, doc):
+        super().__init__(
+            description=doc,
+            allow_abbrev=False,
+            formatter_class=lambda prog: _Help(prog, max_help_position=36, width=110),
+        )
+        self.where = ""
+        self.add_argument("--config", metavar="FILE.yaml", help="a file with flags; the command line wins")
+        # Launchers append it; the environment they also set is what counts.
+        self.add_argument("--local-rank", type=int, help=argparse.SUPPRESS)
+
+    def parse_args(self, argv=None):
+        """Namespace of the flags; `args.given` holds the names of those that the user set, here or in the file."""
+        argv = [_hyphens(word) for word in (sys.argv[1:] if argv is None else argv)]
+        args, words = argparse.Namespace(), []
+        for word, after in zip(argv, [*argv[1:], ""], strict=True):
+            if word.split("=")[0] == "--config":
+                file = word.partition("=")[2] or after
+                words, self.where = self._read_config(file), f"{file}: "
+                args, self.where = self._parse(words, args), ""
+        args = self._parse(argv, args)
+        spelled = {word.partition("=")[0] for word in words + argv}
+        args.given = sorted(action.dest for action in self._actions if spelled.intersection(action.option_strings))
+        return args
+
+    def _parse(self, words, args):
+        args, unknown = self.parse_known_args(words, args)
+        if unknown:
+            self.error(f"unknown flag {unknown[0]}{self._nearest(unknown[0].partition('=')[0])}")
+        return args
+
+    def _nearest(self, word):
+        known = [option for action in self._actions for option in action.option_strings]
+        nearest = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+        return f"; did you mean {nearest[0]}?" if nearest else "; --help lists them"
+
+    def _read_config(self, file):
+        """A YAML file as command-line words; `lora: {r: 8}` is --lora-r 8, `use_lora: false` is --lora-r 0."""
+        try:
+            with open(file, encoding="utf-8") as text:
+                config = yaml.safe_load(text) or {}
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            self.error(f"--config {file} cannot be read ({' '.join(str(error).split())})")
+        if not isinstance(config, dict):
+            self.error(f"--config {file} is not a list of `flag: value` lines")
+        lora = config.pop("lora", None) or {}
+        config |= {f"lora_{key}": value for key, value in lora.items()}
+        if config.pop("use_lora", True) is False:
+            config["lora_r"] = 0
+        words = []
+        for key, value in config.items():
+            option = _hyphens(f"--{key}")
+            if option not in self._option_string_actions:
+                self.error(f"{file}: unknown key {key}{self._nearest(option)}")
+            if isinstance(value, list):
+                words += [option, *map(str, value)]
+            elif value is True and self._option_string_actions[option].nargs == 0:
+                words.append(option)
+            elif value is not None and value is not False:
+                words.append(f"{option}={value}")
+        return words
+
+    def error(self, message):
+        say(f"{self.prog}: {self.where}{message.removeprefix('argument ')}")
+        sys.exit(2)
+
+
+class _Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """The script's docstring as it stands, and the default behind every flag's help."""
+
+
+def _hyphens(word):
+    """--output_dir=a_b -> --output-dir=a_b; values stay as they are."""
+    name, equals, value = word.partition("=")
+    return name.replace("_", "-") + equals + value if name.startswith("--") else word
+
+
+# -- types: ArgumentTypeError's text is shown behind the flag's name ----------------------------------------------
+
+
+def number(kind, above=None, least=None, below=None):
+    """An argparse type: int or float within bounds, finite."""
+
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(
+                f"expected {'a whole number' if kind is int else 'a number'}, got {text!r}"
+            ) from None
+        if above is not None and not value > above:
+            raise argparse.ArgumentTypeError(f"has to be above {above}, got {text}")
+        if least is not None and not value >= least:
+            raise argparse.ArgumentTypeError(f"has to be at least {least}, got {text}")
+        if below is not None and not value < below:
+            raise argparse.ArgumentTypeError(f"has to be below {below}, got {text}")
+        return value
+
+    return parse
+
+
+def add_common_flags(
+    parser,
+    epochs=1,
+    batch_size=2,
+    gradient_accumulation_steps=4,
+    learning_rate=5e-6,
+    lora_dropout=0.0,
+    max_length=512,
+    max_prompt_length=256,
+    output_dir="outputs",
+):
+    """The flags that every training script has, with that script's documented defaults."""
+    add, count, rate = parser.add_argument, number(int, least=0), number(float, least=0.0)
+    # data
+    add("--num-samples", type=count, default=0, metavar="N", help="rows to read; 0: all")
+    add("--eval-samples", type=count, metavar="N", help="pairs held out; 0: none (default: 10 %%, at most 100)")
+    add("--max-length", type=number(int, least=2), default=max_length, metavar="N", help="tokens of prompt + response")
+    add("--max-prompt-length", type=number(int, least=1), default=max_prompt_length, metavar="N", help="prompt tokens")
+    add("--chat-template-strings", action="store_true", help="put plain strings through the chat template")
+    add("--skip-invalid", action="store_true", help="leave malformed rows out instead of stopping at the first")
+    # LoRA
+    add("--lora-r", type=count, default=16, metavar="R", help="rank; 0: train all weights")
+    add("--lora-alpha", type=number(float, above=0), default=32, metavar="A", help="the adapter counts alpha / r")
+    add("--lora-dropout", type=number(float, least=0, below=1), default=lora_dropout, metavar="P", help="on its input")
+    add(
+        "--lora-target-modules", nargs="+", metavar="NAME", help="layers to adapt (default: every linear of the blocks)"
+    )
+    # optimisation
+    add(
+        "--epochs",
+        "--num-epochs",
+        "--num-train-epochs",
+        type=number(int, least=1),
+        default=epochs,
+        metavar="N",
+        help="passes over the data",
+    )
+    add("--max-steps", type=count, default=0, metavar="N", help="updates at most; 0: all of the epochs")
+    add("--batch-size", type=number(int, least=1), default=batch_size, metavar="B", help="pairs per device and pass")
+    add(
+        "--gradient-accumulation-steps",
+        type=number(int, least=1),
+        default=gradient_accumulation_steps,
+        metavar="N",
+        help="passes per update",
+    )
+    add(
+        "--learning-rate",
+        type=number(float, above=0),
+        default=learning_rate,
+        metavar="LR",
+        help="AdamW's rate at its highest",
+    )
+    add("--warmup-steps", type=count, default=0, metavar="N", help="updates over which the rate rises from 0")
+    add("--lr-scheduler", choices=("linear", "cosine", "constant"), default="linear", help="how the rate falls")
+    add("--weight-decay", type=rate, default=0.0, metavar="W", help="AdamW's decay")
+    add("--max-grad-norm", type=rate, default=1.0, metavar="G", help="clip the gradient's norm; 0: no clipping")
+    add("--nll-coeff", type=rate, default=0.0, metavar="C", help="weight of the NLL of chosen responses in the loss")
+    # machine
+    add("--seed", type=count, default=42, metavar="N", help="of the shuffle, the held-out split and A of LoRA")
+    add("--dtype", choices=("auto", "bf16", "fp16", "fp32"), default="auto", help="of the base model's weights")
+    add("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto", help="where to train")
+    add(
+        "--gradient-checkpointing",
+        choices=("auto", "on", "off"),
+        default="auto",
+        help="less memory, a third more time; auto: off with LoRA",
+    )
+    add("--trust-remote-code", action="store_true", help="run model code that comes with the weights")
+    # what the run leaves
+    add("--output-dir", default=output_dir, metavar="DIR", help="where the run goes")
+    add("--logging-dir", metavar="DIR", help="TensorBoard events (default: in the output folder)")
+    add(
+        "--report-to", choices=("auto", "tensorboard", "none"), default="auto", help="auto: TensorBoard where installed"
+    )
+    add("--logging-steps", type=number(int, least=1), default=10, metavar="N", help="updates between two log lines")
+    add("--eval-steps", type=count, default=0, metavar="N", help="updates between evaluations; 0: first and last only")
+    add("--overwrite", action="store_true", help="replace the run that the output folder holds")
+    add("--save-merged", action="store_true", help="also write a whole model, adapter merged, to OUTPUT_DIR/merged")
+
+
+def check_common_flags(parser, args):
+    """What no single flag can see."""
+    if args.max_prompt_length >= args.max_length:
+        parser.error(
+            f"--max-prompt-length {args.max_prompt_length} leaves no room for a response within "
+            f"--max-length {args.max_length}: make it smaller"
+        )
+    if args.lora_r == 0:
+        given = {"lora_target_modules", "lora_dropout", "lora_alpha", "save_merged", "adapter"}.intersection(args.given)
+        if given:
+            # A flag that does nothing is a misunderstanding, so it is an error and not ignored.
+            parser.error(
+                f"--{min(given).replace('_', '-')} has no effect with --lora-r 0 (no LoRA): leave one of them out"
+            )
+
+
+# -- exit codes ----------------------------------------------------------------------------------------------------
+
+
+def say(sentence):
+    """One line on standard error, from one process per machine."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        print(" ".join(sentence.split()), file=sys.stderr, flush=True)
+
+
+def run(main, args, *user_errors):
+    """main(args); a UserError or one of `user_errors` becomes its sentence and exit code 2, NonFinite exit code 3."""
+    prog = os.path.basename(sys.argv[0])
+    try:
+        main(args)
+    except (UserError, *user_errors) as error:
+        say(f"{prog}: {error}")
+        sys.exit(2)
+    except NonFinite as error:
+        say(f"{prog}: {error}")
+        sys.exit(3)
+    except KeyboardInterrupt:
+        say(f"{prog}: interrupted")
+        sys.exit(130)

@@ -1,0 +1,289 @@
+"""LoRA (Low-Rank Adaptation, arXiv:2106.09685) by hand: the layer, named adapters on one frozen base, PEFT files.
+
+    y = x W^T + b + scale * dropout(x) A^T B^T        A (r, in), B (out, r), scale = alpha / r
+
+One base can carry several adapters, each with its own r, alpha and targets; at most one is switched on:
+
+    add_adapter(model, "policy", r=16, alpha=32)     # A random, B zero: the model's outputs do not change
+    with use_adapter(model, None): ...               # the base alone: this is DPO's reference model
+    save_adapter(model, "policy", folder, base_model="Qwen/Qwen3-0.6B")
+
+Deviations from the paper: A is Kaiming-uniform with a = sqrt(5) and not Gaussian (as loralib and PEFT do).
+Files are PEFT's (adapter_config.json, adapter_model.safetensors), read strictly: a key too many or too few is an error.
+"""
+
+import json
+import math
+import re
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+KEY_PREFIX = "base_model.model."  # PEFT wraps a model twice; its keys say so
+
+
+class AdapterError(ValueError):
+    """An adapter that does not fit: one sentence for the user."""
+
+
+class LoRALinear(nn.Module):
+    """An nn.Linear (or GPT-2's Conv1D, whose weight is transposed) with named adapters beside its frozen weight.
+
+    The weight and bias keep their names, so the state dict of the base is unchanged but for lora_A.* and lora_B.*.
+    A and B are fp32 whatever the base is; they are cast to the input's type for the product, not the input to theirs:
+    an fp32 copy of every activation is what makes LoRA slow and large.
+    """
+
+    def __init__(self, base):
+        super().__init__()
+        self.weight, self.bias = base.weight, base.bias
+        self.transposed = isinstance(base, Conv1D)  # weight (in, out) instead of (out, in)
+        self.in_features, self.out_features = linear_shape(base)
+        self.lora_A, self.lora_B = nn.ParameterDict(), nn.ParameterDict()
+        self.settings = {}  # adapter name -> (scale, dropout)
+        self.active = None
+
+    def forward(self, x):
+        y = F.linear(x, self.weight.t() if self.transposed else self.weight, self.bias)
+        if self.active not in self.settings:
+            return y
+        scale, dropout = self.settings[self.active]
+        dropped = F.dropout(x, dropout, self.training)
+        a, b = self.lora_A[self.active].to(x.dtype), self.lora_B[self.active].to(x.dtype)
+        return y + F.linear(F.linear(dropped, a), b) * scale
+
+    def extra_repr(self):
+        return f"in={self.in_features}, out={self.out_features}, adapters={list(self.settings)}, on={self.active}"
+
+
+def linear_shape(module):
+    """(in, out) of an nn.Linear, Conv1D or LoRALinear."""
+    if isinstance(module, LoRALinear):
+        return module.in_features, module.out_features
+    return tuple(module.weight.shape) if isinstance(module, Conv1D) else tuple(module.weight.shape)[::-1]
+
+
+def lora_layers(model):
+    """{module path: LoRALinear} of every layer that carries an adapter."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
+
+
+def adaptable_linears(model):
+    """{module path: layer} of every linear layer, by type, the language-model head included."""
+    return {n: m for n, m in model.named_modules() if isinstance(m, (nn.Linear, Conv1D, LoRALinear))}
+
+
+def select_targets(model, target_modules=None):
+    """Paths of the layers to adapt.
+
+    None or ["all-linear"]: every linear of the blocks (a path with a number in it, as in layers.3.mlp.up_proj).  Else
+    names matched at the end of the path, as PEFT does, or one regular expression (str) for the whole path.
+    Raises AdapterError when nothing matches, or for a head that shares its weight with the input embeddings.
+    """
+    linears = adaptable_linears(model)
+    in_blocks = [path for path in linears if re.search(r"\.\d+\.", path)]
+    if target_modules in (None, "all-linear", ["all-linear"]):
+        return in_blocks
+    targets = [path for path in linears if _matches(path, target_modules)]
+    if not targets:
+        known = sorted({path.rsplit(".", 1)[-1] for path in in_blocks})
+        raise AdapterError(
+            f"--lora-target-modules {_joined(target_modules)} matches no linear layer of this model: "
+            f"choose from {', '.join(known)}, or leave the flag out for all of them"
+        )
+    embeddings = model.get_input_embeddings()
+    for path in targets:
+        if embeddings is not None and linears[path].weight is embeddings.weight:
+            raise AdapterError(
+                f"--lora-target-modules names {path}, whose weight is tied to the input embeddings: "
+                "an adapter there would change one of the two; leave it out"
+            )
+    return targets
+
+
+def _joined(target_modules):
+    return target_modules if isinstance(target_modules, str) else " ".join(target_modules)
+
+
+def _matches(path, target_modules):
+    if isinstance(target_modules, str):
+        return re.fullmatch(target_modules, path) is not None
+    return any(path == target or path.endswith("." + target) for target in target_modules)
+
+
+def add_adapter(model, name, r, alpha, dropout=0.0, target_modules=None, trainable=True):
+    """Add adapter `name` and switch it on.  The base is frozen; A is drawn from torch's global generator, B is zero.
+
+    Returns the trainable fp32 parameters [A, B, A, B, ...] in module order.  Raises AdapterError (select_targets).
+    """
+    parameters = []
+    for path in select_targets(model, target_modules):
+        layer = model.get_submodule(path)
+        if not isinstance(layer, LoRALinear):
+            parent, _, child = path.rpartition(".")
+            layer = LoRALinear(layer)
+            setattr(model.get_submodule(parent), child, layer)
+        device = layer.weight.device
+        a = torch.empty(r, layer.in_features)  # drawn on the CPU: the same numbers on every device
+        nn.init.kaiming_uniform_(a, a=math.sqrt(5))
+        layer.lora_A[name] = nn.Parameter(a.to(device), requires_grad=trainable)
+        layer.lora_B[name] = nn.Parameter(torch.zeros(layer.out_features, r, device=device), requires_grad=trainable)
+        layer.settings[name] = (alpha / r, dropout)
+        parameters += [layer.lora_A[name], layer.lora_B[name]]
+    for key, parameter in model.named_parameters():
+        if "lora_" not in key:
+            parameter.requires_grad_(False)
+    switch_adapter(model, name)
+    return parameters
+
+
+def switch_adapter(model, name):
+    """Switch adapter `name` on and every other off; None leaves the base alone."""
+    for layer in lora_layers(model).values():
+        layer.active = name
+
+
+@contextmanager
+def use_adapter(model, name):
+    """Run a block with another adapter (None: the base), then switch back.
+
+    For passes without gradient.  Trap: gradient checkpointing runs the forward again during backward, and then the
+    adapter that is on at that moment counts; so the adapter being trained must be the one outside every `with`.
+    """
+    before = {layer: layer.active for layer in lora_layers(model).values()}
+    switch_adapter(model, name)
+    try:
+        yield model
+    finally:
+        for layer, active in before.items():
+            layer.active = active
+
+
+@torch.no_grad()
+def merge_adapter(model, name):
+    """Fold one adapter into the base weights (W + scale * B A, summed in fp32, rounded once) and remove them all."""
+    for layer in lora_layers(model).values():
+        if name in layer.settings:
+            update = layer.settings[name][0] * (layer.lora_B[name] @ layer.lora_A[name])  # (out, in)
+            wide = torch.promote_types(layer.weight.dtype, torch.float32)
+            layer.weight.copy_(layer.weight.to(wide) + (update.t() if layer.transposed else update))
+        for adapters in (layer.settings, layer.lora_A, layer.lora_B):
+            adapters.clear()
+
+
+# -- PEFT's files ------------------------------------------------------------------------------------------------
+
+
+def adapter_state(model, name):
+    """{PEFT key: tensor} of one adapter, as views of the live parameters."""
+    state = {}
+    for path, layer in lora_layers(model).items():
+        if name in layer.settings:
+            state[f"{KEY_PREFIX}{path}.lora_A.weight"] = layer.lora_A[name].detach()
+            state[f"{KEY_PREFIX}{path}.lora_B.weight"] = layer.lora_B[name].detach()
+    return state
+
+
+def adapter_config(model, name, base_model, task_type="CAUSAL_LM"):
+    """The subset of PEFT's LoraConfig that every PEFT version reads."""
+    layers = {path: layer for path, layer in lora_layers(model).items() if name in layer.settings}
+    first = next(iter(layers.values()))
+    scale, dropout = first.settings[name]
+    r = first.lora_A[name].shape[0]
+    targets = sorted({path.rsplit(".", 1)[-1] for path in layers})
+    if {path for path in adaptable_linears(model) if _matches(path, targets)} != set(layers):
+        targets = sorted(layers)  # short names would catch other layers too
+    return {
+        "base_model_name_or_path": base_model,
+        "bias": "none",
+        "fan_in_fan_out": first.transposed,
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "lora_alpha": scale * r if (scale * r) % 1 else int(scale * r),
+        "lora_dropout": dropout,
+        "modules_to_save": None,
+        "peft_type": "LORA",
+        "r": r,
+        "target_modules": targets,
+        "task_type": task_type,
+        "use_dora": False,
+        "use_rslora": False,
+    }
+
+
+def save_adapter(model, name, folder, base_model, task_type="CAUSAL_LM"):
+    """Write adapter_model.safetensors (fp32) and adapter_config.json into `folder`, loadable by plain PEFT."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    state = {key: tensor.contiguous().cpu() for key, tensor in adapter_state(model, name).items()}
+    save_file(state, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    config = adapter_config(model, name, base_model, task_type)
+    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def load_adapter(model, folder, name, trainable=False):
+    """Add adapter `name` from PEFT files and switch it on; returns its parameters.
+
+    Raises AdapterError, before the model is touched, when a file is missing or unreadable, when the adapter uses what
+    this file does not do (DoRA, ranks per layer, ...), or when keys or shapes are not exactly those of this model.
+    """
+    folder = Path(folder)
+    config, state = _read_adapter_files(folder)
+    r, alpha = config.get("r", 8), config.get("lora_alpha", 8)  # PEFT's own defaults
+    if config.get("use_rslora"):
+        alpha = alpha * math.sqrt(r)  # arXiv:2312.03732 scales by alpha / sqrt(r)
+    try:
+        targets = select_targets(model, config.get("target_modules"))
+    except AdapterError:
+        raise AdapterError(
+            f"{folder} adapts {config['target_modules']}, of which this model has none: another base?"
+        ) from None
+    linears = adaptable_linears(model)
+    expected = {}
+    for path in targets:
+        n_in, n_out = linear_shape(linears[path])
+        expected[f"{KEY_PREFIX}{path}.lora_A.weight"] = (r, n_in)
+        expected[f"{KEY_PREFIX}{path}.lora_B.weight"] = (n_out, r)
+    missing, foreign = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
+    if missing or foreign:
+        what = f"lacks {len(missing)} tensors (first: {missing[0]})" if missing else ""
+        what += " and " if missing and foreign else ""
+        what += f"has {len(foreign)} tensors this model has no place for (first: {foreign[0]})" if foreign else ""
+        raise AdapterError(f"{folder} does not fit this model: it {what}; was it trained on another base?")
+    for key, shape in expected.items():
+        if tuple(state[key].shape) != shape:
+            raise AdapterError(
+                f"{folder} does not fit this model: {key} is {tuple(state[key].shape)}, expected {shape} "
+                f"for r={r}; was it trained with another rank or on another base?"
+            )
+    parameters = add_adapter(model, name, r, alpha, config.get("lora_dropout", 0.0), targets, trainable)
+    with torch.no_grad():
+        for key, live in adapter_state(model, name).items():
+            live.copy_(state[key])
+    return parameters
+
+
+def _read_adapter_files(folder):
+    try:
+        config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        state = load_file(folder / "adapter_model.safetensors")
+    except FileNotFoundError as error:
+        raise AdapterError(
+            f"{folder} is not an adapter folder: {Path(error.filename or error.args[0]).name} is missing"
+        ) from None
+    except (json.JSONDecodeError, SafetensorError) as error:
+        raise AdapterError(f"{folder} cannot be read as an adapter ({error}): save it again") from None
+    if config.get("peft_type") != "LORA":
+        raise AdapterError(f"{folder} holds a {config.get('peft_type')} adapter, only LORA is read here")
+    plain = {"bias": (None, "none"), "use_dora": (None, False), "rank_pattern": (None, {}), "alpha_pattern": (None, {})}
+    plain |= {"modules_to_save": (None, []), "layers_to_transform": (None,), "exclude_modules": (None,)}
+    for key, allowed in plain.items():
+        if config.get(key) not in allowed:
+            raise AdapterError(f"{folder} uses {key}={config[key]!r}, which this loader does not do")
+    return config, state

@@ -1,0 +1,336 @@
+"""One forward over packed pairs: [prompt, chosen, rejected] per pair, several pairs in one row, no padding.
+
+    packed row    p0 p1 p2  c0 c1 c2  r0 r1 | p0 p1  c0  r0 r1 r2 | ...
+    position      0  1  2   3  4  5   3  4  | 0  1   2   2  3  4  | ...
+
+A prompt's hidden states depend on the prompt alone, so both responses can share them; rejected tokens attend to the
+prompt and to themselves, never to chosen tokens, and pairs never see each other.  This is exact: in fp64 the log-probs
+equal those of sequences scored one by one to 1e-12 (tests/test_packed_model.py).  Where a model does not allow it
+(`prepare_model` probes), the plain path scores sequences one by one.
+
+Legend: B pairs, T tokens of a packed row, N response tokens, V vocabulary, H hidden size.
+"""
+
+import sys
+from types import MethodType, SimpleNamespace
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+from transformers.utils import logging as transformers_logging
+
+HEAD_CHUNK = 1024  # tokens per piece of the language-model head: 1024 x 151,936 fp32 logits are 0.6 GB
+
+
+class ModelError(ValueError):
+    """A model that cannot be loaded or used: one sentence for the user."""
+
+
+class CannotPack(Exception):
+    """This model's attention asks for something that packed attention does not do."""
+
+
+# -- attention over packed pairs -----------------------------------------------------------------------------------
+
+HONOURED = {"scaling", "sliding_window", "dropout", "position_ids", "use_cache", "is_causal", "cache_position"}
+HONOURED |= {"output_attentions", "output_hidden_states", "return_dict"}
+
+
+class PairLayout:
+    """Where the pairs of a packed row stand, and the attention masks of their rejected branches."""
+
+    def __init__(self, segments):
+        self.segments = segments  # per pair (prompt start, chosen start, rejected start, end)
+        self.masks = {}  # the same in every layer, so built once: (queries, keys, window) -> mask
+        self.calls = 0
+
+    def mask(self, num_queries, num_keys, window, device):
+        """(queries, keys) bool, True where seen: causal, the last query at the last key, at most `window` keys."""
+        key = num_queries, num_keys, window
+        if key not in self.masks:
+            keys = torch.arange(num_keys, device=device)
+            queries = keys[num_keys - num_queries :, None]
+            seen = keys <= queries
+            self.masks[key] = seen if window is None else seen & (keys > queries - window)
+        return self.masks[key]
+
+
+def packed_attention(module, query, key, value, attention_mask, pair_layout=None, **kwargs):
+    """transformers attention function: query (1, heads, T, D), key and value (1, kv heads, T, D) -> (1, T, heads, D).
+
+    Without `pair_layout` it is transformers' sdpa, so generation and the plain path work on the same model.
+    Attention dropout is not applied: the log-probs of one pair must share one network.
+    """
+    if pair_layout is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    unknown = [name for name, given in kwargs.items() if given is not None and name not in HONOURED]
+    if unknown:
+        raise CannotPack(f"its attention takes {', '.join(unknown)}")
+    pair_layout.calls += 1
+    scaling, window = kwargs.get("scaling"), kwargs.get("sliding_window")
+    groups = query.shape[1] // key.shape[1]
+
+    def attend(q, k, v):  # (1, heads, tokens, D)
+        whole = window is None or k.shape[2] <= window  # the window cuts nothing off
+        if whole and q.shape[2] == k.shape[2]:
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=groups > 1)
+        if groups > 1:  # with a mask, CUDA's fast kernels do not take grouped heads
+            k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+        mask = pair_layout.mask(q.shape[2], k.shape[2], None if whole else window, q.device)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scaling)
+
+    outputs = []
+    for start, split, again, end in pair_layout.segments:
+        outputs.append(attend(*(x[:, :, start:again] for x in (query, key, value))))  # prompt + chosen
+        prompt_and_rejected = (torch.cat((x[:, :, start:split], x[:, :, again:end]), 2) for x in (key, value))
+        outputs.append(attend(query[:, :, again:end], *prompt_and_rejected))
+    return torch.cat(outputs, dim=2).transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register("packed_pairs", packed_attention)
+AttentionMaskInterface.register("packed_pairs", sdpa_mask)  # for passes without pair_layout
+
+
+# -- the language-model head, on response tokens only ----------------------------------------------------------------
+
+
+class TokenLogps(torch.autograd.Function):
+    """log softmax(softcap(hidden W^T))[target] per token, (N,), in pieces and in at least fp32.
+
+    No V-wide tensor is kept for backward.  With a frozen head the derivative by the hidden state, W[target] - p W, is
+    worked out in forward, where p is at hand, and backward only scales it; a trained head recomputes p.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, softcap, chunk):
+        logps = hidden.new_empty(len(hidden), dtype=torch.promote_types(hidden.dtype, torch.float32))
+        ctx.frozen_head = not ctx.needs_input_grad[1]
+        direction = torch.empty_like(hidden) if ctx.needs_input_grad[0] and ctx.frozen_head else None
+        for rows in _pieces(len(hidden), chunk):
+            logits, slope = _capped_logits(hidden[rows], weight, softcap)
+            log_norm = logits.logsumexp(-1)
+            logps[rows] = logits.gather(-1, targets[rows, None]).squeeze(-1) - log_norm
+            if direction is not None:
+                direction[rows] = _logits_gradient(logits, log_norm, targets[rows], slope).to(weight.dtype) @ weight
+        ctx.softcap, ctx.chunk = softcap, chunk
+        ctx.save_for_backward(*((direction,) if ctx.frozen_head else (hidden, weight, targets)))
+        return logps
+
+    @staticmethod
+    def backward(ctx, grad):  # (N,)
+        if ctx.frozen_head:
+            (direction,) = ctx.saved_tensors
+            return (direction * grad[:, None]).to(direction.dtype), None, None, None, None
+        hidden, weight, targets = ctx.saved_tensors
+        grad_hidden = torch.empty_like(hidden)
+        grad_weight = torch.zeros_like(weight, dtype=grad.dtype)
+        for rows in _pieces(len(hidden), ctx.chunk):
+            logits, slope = _capped_logits(hidden[rows], weight, ctx.softcap)
+            gradient = _logits_gradient(logits, logits.logsumexp(-1), targets[rows], slope) * grad[rows, None]
+            gradient = gradient.to(weight.dtype)  # (n, V)
+            grad_hidden[rows] = gradient @ weight
+            grad_weight += gradient.t() @ hidden[rows]
+        return grad_hidden, grad_weight.to(weight.dtype), None, None, None
+
+
+def _pieces(length, chunk):
+    return [slice(start, start + chunk) for start in range(0, length, chunk)]
+
+
+def _capped_logits(hidden, weight, softcap):
+    """Logits (n, V) in at least fp32, and d logits / d raw logits (None: 1)."""
+    logits = hidden @ weight.t()
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if softcap is None:
+        return logits, None
+    bounded = torch.tanh(logits / softcap)
+    return bounded * softcap, 1 - bounded**2
+
+
+def _logits_gradient(logits, log_norm, targets, slope):
+    """d logp[target] / d raw logits, (n, V): onehot - softmax, times the slope of the cap."""
+    gradient = -torch.exp(logits - log_norm[:, None])
+    gradient[torch.arange(len(targets), device=targets.device), targets] += 1
+    return gradient if slope is None else gradient * slope
+
+
+def token_logps(hidden, weight, targets, softcap=None, chunk=HEAD_CHUNK):
+    """log-probs (N,) of targets (N,) under a head weight (V, H) at hidden states (N, H); see TokenLogps."""
+    if torch.is_autocast_enabled(hidden.device.type):
+        compute = torch.get_autocast_dtype(hidden.device.type)
+        hidden, weight = hidden.to(compute), weight.to(compute)
+    return TokenLogps.apply(hidden, weight, targets, softcap, chunk)
+
+
+# -- log-probs of responses ----------------------------------------------------------------------------------------
+
+
+def packed_logps(model, batch):
+    """Log-probs of a PackedPairs batch: (chosen_logps (B,), rejected_logps (B,)), sums over response tokens.
+
+    A method of the model (`prepare_model` binds it), backbone and head in one call: a sharded model gathers its
+    parameters around registered methods only.
+    """
+    if not model.packs_pairs:
+        return plain_logps(model, batch)
+    return _packed_logps(model, batch, PairLayout(batch.segments))
+
+
+def _packed_logps(model, batch, layout):
+    hidden = model.base_model(
+        input_ids=batch.input_ids,
+        position_ids=batch.position_ids,
+        attention_mask=batch.input_ids.new_ones(1, 1, 1, 1),  # "a mask is there": transformers then builds none
+        use_cache=False,
+        pair_layout=layout,
+    ).last_hidden_state[0]  # (T, H)
+    weight, softcap = _head_weight(model), final_softcap(model)
+    return _sum_responses(token_logps(hidden[batch.predictors], weight, batch.targets, softcap), batch)
+
+
+def _head_weight(model):
+    head = model.get_output_embeddings()
+    if type(head) is not nn.Linear or head.bias is not None:
+        raise CannotPack("its head is more than one matrix")
+    return head.weight
+
+
+def plain_logps(model, batch):
+    """The same numbers the plain way: one sequence at a time, the model's own logits.  Oracle and fallback."""
+    ids = batch.input_ids[0]
+    chosen, rejected = [], []
+    for start, split, again, end in batch.segments:
+        prompt = ids[start:split]
+        for response, per_token_logps in ((ids[split:again], chosen), (ids[again:end], rejected)):
+            sequence = torch.cat((prompt, response))[None]
+            logits = model(input_ids=sequence, use_cache=False).logits[0, len(prompt) - 1 : -1]
+            logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+            per_token_logps.append(logits.log_softmax(-1).gather(-1, response[:, None]).squeeze(-1))
+    return _sum_responses(torch.cat(chosen + rejected), batch)
+
+
+def _sum_responses(per_token_logps, batch):
+    return torch.stack([response.sum() for response in per_token_logps.split(batch.lengths)]).chunk(2)
+
+
+def final_softcap(model):
+    """Gemma's cap on the final logits, or None."""
+    return getattr(model.config.get_text_config(), "final_logit_softcapping", None)
+
+
+# -- loading, and the choice of path ---------------------------------------------------------------------------------
+
+
+def load_tokenizer(path, trust_remote_code=False):
+    """Tokenizer of a folder or hub id.  Raises ModelError."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise ModelError(f"no tokenizer at {path} ({_first_line(error)})") from None
+    if tokenizer.eos_token_id is None:
+        raise ModelError(
+            f"the tokenizer of {path} has no end-of-sequence token: set eos_token in tokenizer_config.json"
+        )
+    return tokenizer
+
+
+def load_model(path, dtype, device, trust_remote_code=False):
+    """Causal language model of a folder or hub id in `dtype` on `device`, in eval mode.  Raises ModelError."""
+    if not sys.stderr.isatty():
+        transformers_logging.disable_progress_bar()
+    try:
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise ModelError(f"no model at {path} ({_first_line(error)})") from None
+    return model.to(device)
+
+
+def load_skeleton(path, trust_remote_code=False):
+    """The model without its weights (meta device), for checks that should not wait for them.  Raises ModelError."""
+    try:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise ModelError(f"no model at {path} ({_first_line(error)})") from None
+
+
+def enable_checkpointing(model):
+    """Recompute each block in backward instead of keeping its activations (non-reentrant)."""
+    enable = getattr(model, "activation_checkpointing_enable", None)  # the name since transformers 5.2x
+    (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
+
+
+def _first_line(error):
+    return str(error).strip().split("\n")[0][:200]
+
+
+def _probe_batch(device):
+    """One pair as packing.pack lays it out: prompt [0, 1], chosen [1, 0], rejected [0]."""
+
+    def tensor(*ids):
+        return torch.tensor(ids, device=device)
+
+    return SimpleNamespace(
+        input_ids=tensor(0, 1, 1, 0, 0)[None],
+        position_ids=tensor(0, 1, 2, 3, 2)[None],
+        segments=((0, 2, 4, 5),),
+        predictors=tensor(1, 2, 1),
+        targets=tensor(1, 0, 0),
+        lengths=(2, 1),
+    )
+
+
+def prepare_model(model):
+    """Dropout off, `model.packed_logps(batch)` bound, packed attention on where it is exact; says which path runs.
+
+    The probe scores one tiny pair both ways (token ids 0 and 1).  The plain path is taken when not every layer calls
+    our attention function (Bloom does not use transformers' interface, hybrid models have other layers too), when it is
+    asked for what it does not do (Gemma2's soft cap), when the head is more than one matrix (a bias, an adapter,
+    Cohere's scale), or when the log-probs differ.
+    """
+    disable_dropout(model)
+    model.packed_logps, model.packs_pairs = MethodType(packed_logps, model), False
+    own_attention, verbosity = model.config._attn_implementation, transformers_logging.get_verbosity()
+    batch = _probe_batch(model.device)
+    try:
+        transformers_logging.set_verbosity_error()
+        with torch.no_grad():
+            plain = torch.stack(plain_logps(model, batch))
+            logits = model(input_ids=batch.input_ids, use_cache=False).logits[0].float()
+            hidden = model.base_model(input_ids=batch.input_ids, use_cache=False).last_hidden_state[0]
+            ours = _capped_logits(hidden, _head_weight(model), final_softcap(model))[0]
+            if (ours - logits).norm() > 0.02 * logits.norm():
+                raise CannotPack("its head is more than one matrix")
+            model.set_attn_implementation("packed_pairs")
+            layout = PairLayout(batch.segments)
+            packed = torch.stack(_packed_logps(model, batch, layout))
+        num_layers = model.config.get_text_config().num_hidden_layers
+        if layout.calls != num_layers:
+            raise CannotPack(f"{layout.calls} of its {num_layers} layers take another attention function")
+        tolerance = 1e-3 if model.dtype in (torch.float32, torch.float64) else 0.05
+        if not torch.allclose(packed, plain, rtol=tolerance, atol=tolerance):
+            raise CannotPack(f"a test pair differs by {(packed - plain).abs().max():.2g} nats")
+    except Exception as problem:  # whatever a foreign model does here, the plain path needs nothing of it
+        model.set_attn_implementation(own_attention)
+        reason = problem if isinstance(problem, CannotPack) else f"{type(problem).__name__}: {_first_line(problem)}"
+        return f"packed pairs: off, sequences are scored one by one ({reason})"
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+    model.packs_pairs = True
+    return "packed pairs: on, chosen and rejected share one pass over their prompt"
+
+
+def disable_dropout(model):
+    """Dropout of the base model off for good, in train mode too (LoRA has its own).
+
+    The reference must be a fixed network, and gradient checkpointing is active in train mode only.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        elif isinstance(getattr(module, "attention_dropout", None), float):
+            module.attention_dropout = 0.0

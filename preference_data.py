@@ -1,0 +1,337 @@
+"""Preference rows of a known shape -> texts -> token ids.
+
+rows   a .jsonl or .json file (gzip too), or a dataset id on the hub (needs the optional package `datasets`)
+texts  (prompt, chosen, rejected): strings as they stand, or messages through the tokenizer's chat template
+pairs  prompt_ids, chosen_ids, rejected_ids: a response ends in exactly one end-of-sequence and carries the loss
+"""
+
+import gzip
+import hashlib
+import itertools
+import json
+import re
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from jinja2 import TemplateError
+
+
+class DataError(ValueError):
+    """Data the user has to mend: one sentence saying what, where (file:line) and what to do."""
+
+
+class Malformed(ValueError):
+    """A row that is not JSON or lacks a field: stops the run unless --skip-invalid."""
+
+
+class Unusable(ValueError):
+    """A well-formed row that can teach nothing: skipped and counted."""
+
+
+class Pair(NamedTuple):
+    prompt_ids: list
+    chosen_ids: list
+    rejected_ids: list
+
+
+# -- rows --------------------------------------------------------------------------------------------------------
+
+
+def read_rows(source):
+    """Yield (where, row) of a file or a hub dataset; where is file:line, and a line of JSON is not parsed yet."""
+    path = Path(source)
+    if not path.exists():
+        yield from _hub_rows(source)
+        return
+    if path.is_dir():
+        raise DataError(f"{path} is a folder: name the .jsonl or .json file inside it")
+    try:
+        with open(path, "rb") as file:
+            opener = gzip.open if file.read(2) == b"\x1f\x8b" else open
+        with opener(path, "rt", encoding="utf-8-sig", newline="\n") as file:
+            if file.read(64).lstrip().startswith("["):
+                file.seek(0)
+                yield from ((f"{path}: row {n}", row) for n, row in enumerate(json.load(file)))
+            else:
+                file.seek(0)
+                yield from ((f"{path}:{n}", line) for n, line in enumerate(file, 1) if line.strip())
+    except json.JSONDecodeError as error:
+        raise DataError(f"{path}:{error.lineno} is not JSON ({error.msg}): mend the list there") from None
+    except (UnicodeDecodeError, EOFError, OSError) as error:
+        raise DataError(f"{path} cannot be read ({error}): is it UTF-8 text, or gzip of it, and whole?") from None
+
+
+def _hub_rows(name):
+    if name.startswith((".", "/", "~")) or name.endswith((".json", ".jsonl", ".gz")):
+        raise DataError(f"there is no file {name}: check the path")
+    try:
+        from datasets import load_dataset
+    except ImportError:
+        raise DataError(
+            f"there is no file {name}, and to read it from a hub the optional package is missing: "
+            "name a .jsonl file, or pip install datasets"
+        ) from None
+    try:
+        dataset = load_dataset(name, split="train", streaming=True)
+        yield from ((f"{name}: row {n}", row) for n, row in enumerate(dataset))
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = str(error).strip().split("\n")[0][:160]
+        raise DataError(f"there is no file {name}, and no hub gives it ({reason}): name a .jsonl file") from None
+
+
+# -- shapes: a row -> (prompt, chosen, rejected), all strings or all lists of messages -----------------------------
+
+
+class Shape(NamedTuple):
+    name: str
+    fields: dict  # field -> the type it has in every row
+    texts: Callable  # row -> (prompt, chosen, rejected)
+
+
+def columns(*names):
+    return lambda row: tuple(row[name] for name in names)
+
+
+def strings(*names):
+    return dict.fromkeys(names, str)
+
+
+def chosen_and_rejected(row):
+    """Two strings without a prompt: Anthropic HH transcripts, which part after the last "Assistant:", or a beginning
+    that both share, cut back to whole words (a tokenizer's words begin with their blank, so the blank stays behind).
+    """
+    chosen, rejected = row["chosen"], row["rejected"]
+    turn = "\n\nAssistant:"
+    if turn in chosen and turn in rejected:
+        (prompt, _, chosen), (other, _, rejected) = chosen.rpartition(turn), rejected.rpartition(turn)
+        if prompt != other:
+            raise Unusable("the prompts of chosen and rejected differ")
+        return prompt + turn, chosen, rejected
+    same = common_prefix(chosen, rejected)
+    same = max(chosen.rfind(" ", 0, same), chosen.rfind("\n", 0, same) + 1, 0)
+    return chosen[:same], chosen[same:], rejected[same:]
+
+
+def message_lists(row):
+    """Responses as messages that may begin with the prompt's turns; `prompt` may also be a string (ultrafeedback)."""
+    chosen, rejected = row["chosen"], row["rejected"]
+    same = common_prefix(chosen, rejected)
+    prompt = chosen[:same] or [{"role": "user", "content": row.get("prompt", "")}]
+    return prompt, chosen[same:], rejected[same:]
+
+
+def stack_exchange(row):
+    return f"Question: {row['question']}\n\nAnswer: ", row["response_j"], row["response_k"]
+
+
+def instruction(row):
+    return "\n\n".join(filter(None, (row["instruction"], row.get("input")))) + "\n\n", row["chosen"], row["rejected"]
+
+
+SHAPES = [  # the first whose fields fit a file's first row is the shape of the file
+    Shape("prompt/chosen/rejected", strings("prompt", "chosen", "rejected"), columns("prompt", "chosen", "rejected")),
+    Shape(
+        "prompt/chosen_response/rejected_response",
+        strings("prompt", "chosen_response", "rejected_response"),
+        columns("prompt", "chosen_response", "rejected_response"),
+    ),
+    Shape(
+        "prompt/chosen/rejected messages",
+        {"prompt": list, "chosen": list, "rejected": list},
+        columns("prompt", "chosen", "rejected"),
+    ),
+    Shape("chosen/rejected messages", {"chosen": list, "rejected": list}, message_lists),
+    Shape("question/response_j/response_k", strings("question", "response_j", "response_k"), stack_exchange),
+    Shape("instruction/chosen/rejected", strings("instruction", "chosen", "rejected"), instruction),
+    Shape("chosen/rejected strings", strings("chosen", "rejected"), chosen_and_rejected),
+]
+
+
+def recognise(row, where):
+    """The Shape of a file, by its first row.  Raises DataError that names the known shapes."""
+    for shape in SHAPES:
+        if all(isinstance(row.get(field), kind) for field, kind in shape.fields.items()):
+            return shape
+    known = ", ".join(shape.name for shape in SHAPES)
+    raise DataError(
+        f"{where} has the fields {', '.join(row) or '(none)'}, which is no known shape: rename them to one of {known}"
+    )
+
+
+def row_texts(row, shape):
+    """(prompt, chosen, rejected) of one row.  Raises Malformed or Unusable."""
+    for field, kind in shape.fields.items():
+        value = row.get(field)
+        if not isinstance(value, kind):
+            raise Malformed(f"`{field}` is {'not a ' + kind.__name__ if field in row else 'missing'}")
+        if kind is list and not all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in value):
+            raise Malformed(f"`{field}` is not a list of messages with role and content")
+    prompt, chosen, rejected = shape.texts(row)
+    for name, response in (("chosen", chosen), ("rejected", rejected)):
+        text = response if isinstance(response, str) else "".join(str(message["content"]) for message in response)
+        if not text.strip():
+            raise Unusable(f"the {name} response is empty")
+    if chosen == rejected:
+        raise Unusable("the two responses are equal")
+    return prompt, chosen, rejected
+
+
+# -- texts -> token ids ---------------------------------------------------------------------------------------------
+
+
+def as_messages(prompt, chosen, rejected):
+    """Plain strings as chat messages; the turns of an HH transcript become turns of the chat."""
+    before, *turns = re.split(r"\n\n(Human|Assistant):", prompt)
+    roles = {"Human": "user", "Assistant": "assistant"}
+    messages = [
+        {"role": roles[who], "content": said.strip()}
+        for who, said in zip(turns[::2], turns[1::2], strict=True)
+        if said.strip()  # the last, empty "Assistant:" is where the response goes
+    ]
+    if before.strip() or not messages:
+        messages = [{"role": "user", "content": prompt}]
+    return messages, *([{"role": "assistant", "content": response.strip()}] for response in (chosen, rejected))
+
+
+def full_texts(prompt, chosen, rejected, tokenizer):
+    """The three texts to tokenise: prompt, prompt + chosen, prompt + rejected.  Raises Malformed."""
+    if isinstance(prompt, str):
+        return prompt, prompt + chosen, prompt + rejected
+    try:
+        return (
+            tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True),
+            tokenizer.apply_chat_template(prompt + chosen, tokenize=False),
+            tokenizer.apply_chat_template(prompt + rejected, tokenize=False),
+        )
+    except TemplateError as error:
+        raise Malformed(f"the chat template refuses its messages ({error})") from None
+
+
+def common_prefix(a, b):
+    """Length of the longest common beginning of two sequences."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+def encode_pair(
+    prompt_ids, full_chosen_ids, full_rejected_ids, tokenizer, max_length, max_prompt_length, is_chat=False
+):
+    """Token ids of prompt, prompt + chosen, prompt + rejected -> Pair.  Raises Unusable.
+
+    The boundary is the longest common prefix of all three: where a token spans the seam of prompt and response, it
+    belongs to the responses.  Too long a prompt loses its beginning (but for a BOS), then the responses their end.
+    """
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    boundary = min(common_prefix(prompt_ids, ids) for ids in (full_chosen_ids, full_rejected_ids))
+    prompt_ids = prompt_ids[:boundary] or [eos if bos is None else bos]  # something must predict the first token
+    if len(prompt_ids) > max_prompt_length:
+        keep = int(prompt_ids[0] == bos)
+        prompt_ids = prompt_ids[:keep] + prompt_ids[len(prompt_ids) - max_prompt_length + keep :]
+    responses = []
+    for ids in (full_chosen_ids[boundary:], full_rejected_ids[boundary:]):
+        if is_chat and eos in ids:  # templates write a newline behind the last end-of-sequence
+            ids = ids[: len(ids) - ids[::-1].index(eos)]
+        while ids and ids[-1] == eos:
+            ids = ids[:-1]
+        responses.append((ids + [eos])[: max_length - len(prompt_ids)])
+    if responses[0] == responses[1]:
+        raise Unusable("the two responses are equal after the cut at --max-length")
+    return Pair(prompt_ids, *responses)
+
+
+def load_pairs(
+    source, tokenizer, max_length, max_prompt_length, limit=0, skip_invalid=False, chat_template_strings=False
+):
+    """Pairs of the first `limit` rows (0: all) of a file or hub dataset, and a report: (pairs, lines to print).
+
+    Raises DataError at the first malformed row (skip_invalid counts it instead), for an unknown shape, and when no
+    usable pair is left.  Unusable rows are counted by reason, and the first one left out is named.
+    Needs max_prompt_length < max_length, so that a cut leaves something of every response.
+    """
+    shape, places, texts, left_out, first, num_rows = None, [], [], Counter(), "", 0
+    for where, row in itertools.islice(read_rows(source), limit or None):
+        num_rows += 1
+        try:
+            row = parse_row(row)
+            shape = shape or recognise(row, where)
+            row = row_texts(row, shape)
+            if chat_template_strings and isinstance(row[0], str):
+                row = as_messages(*row)
+            is_chat = isinstance(row[0], list)
+            if is_chat and not tokenizer.chat_template:
+                raise DataError(f"{where} needs a chat template and this tokenizer has none: use an instruct model's")
+            texts += full_texts(*row, tokenizer)
+            places.append(where)
+        except Malformed as problem:
+            if not skip_invalid:
+                raise DataError(
+                    f"{where}: {problem}; mend the row, or leave such rows out with --skip-invalid"
+                ) from None
+            left_out["malformed"] += 1
+            first = first or f"{where}: {problem}"
+        except Unusable as reason:
+            left_out[str(reason)] += 1
+            first = first or f"{where}: {reason}"
+    pairs, cut = [], 0
+    if texts:  # a chat template writes the special tokens itself
+        ids = tokenizer(texts, add_special_tokens=not is_chat, verbose=False)["input_ids"]
+        for where, *three in zip(places, ids[::3], ids[1::3], ids[2::3], strict=True):
+            try:
+                pair = encode_pair(*three, tokenizer, max_length, max_prompt_length, is_chat)
+                cut += any(ids[-1] != tokenizer.eos_token_id for ids in pair[1:]) or len(pair[0]) < len(three[0])
+                pairs.append(pair)
+            except Unusable as reason:
+                left_out[str(reason)] += 1
+                first = first or f"{where}: {reason}"
+    reasons = ", ".join(f"{count} because {reason}" for reason, count in left_out.most_common())
+    if not pairs:
+        raise DataError(f"{source} has {num_rows} rows and no usable pair ({reasons or 'the file is empty'})")
+    report = [f"{source}: {shape.name}, {num_rows:,} rows, {len(pairs):,} pairs"]
+    if left_out:
+        report.append(f"  left out {sum(left_out.values())} rows: {reasons}; the first is {first}")
+    if cut:
+        report.append(f"  cut {cut:,} pairs to --max-length {max_length} or --max-prompt-length {max_prompt_length}")
+    for name, ids in zip(Pair._fields, pairs[0], strict=True):
+        text = repr(tokenizer.decode(ids))
+        text = text if len(text) <= 150 else f"{text[:60]} ... {text[-80:]}"
+        report.append(f"  row 0 {name[:-4]:8} {len(ids):4} tokens  {text}")
+    return pairs, report
+
+
+def parse_row(row):
+    """A row as a dict.  Raises Malformed."""
+    if isinstance(row, str):
+        try:
+            row = json.loads(row)
+        except ValueError as error:
+            raise Malformed(f"not JSON ({error})") from None
+    if not isinstance(row, dict):
+        raise Malformed("not a JSON object {...}")
+    return row
+
+
+def fingerprint(pairs):
+    """sha256 of the token ids of all pairs, in order: the same number means the same training data."""
+    digest = hashlib.sha256()
+    for pair in pairs:
+        digest.update(json.dumps(pair).encode())
+    return digest.hexdigest()
+
+
+def hold_out(pairs, num_samples, seed):
+    """Split off about `num_samples` pairs for evaluation, by whole prompts: (train, held out).
+
+    No prompt stands on both sides.  The draw depends on the seed alone.
+    """
+    by_prompt = {}
+    for index, pair in enumerate(pairs):
+        by_prompt.setdefault(tuple(pair.prompt_ids), []).append(index)
+    groups, held = list(by_prompt.values()), set()
+    for group in torch.randperm(len(groups), generator=torch.Generator().manual_seed(seed)).tolist():
+        if len(held) >= num_samples:
+            break
+        held.update(groups[group])
+    train = [pair for index, pair in enumerate(pairs) if index not in held]
+    return train, [pairs[index] for index in sorted(held)]

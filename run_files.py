@@ -1,0 +1,153 @@
+"""What a run leaves in its output folder: metrics.jsonl while it runs; at the end the weights, the tokenizer,
+trainer_state.json (transformers' schema, so its plotting tools read it), args.json (which `--config` takes, to run the
+same again), a copy of the script, and a model card.  TensorBoard events go to the logging folder where it is installed.
+"""
+
+import json
+import math
+import os
+import platform
+import shutil
+import sys
+import tempfile
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import transformers
+from transformers.trainer_callback import TrainerState
+
+RUN_FILES = ("metrics.jsonl", "args.json", "trainer_state.json", "adapter_config.json", "config.json")
+
+
+class RunFolderError(ValueError):
+    """An output folder that cannot be used: one sentence for the user."""
+
+
+def check_output_dir(output_dir, overwrite):
+    """Raise RunFolderError when `output_dir` holds a run and overwrite is off, or is not writable.  Changes nothing."""
+    folder = Path(output_dir)
+    found = [name for name in RUN_FILES if (folder / name).exists()]
+    if found and not overwrite:
+        raise RunFolderError(
+            f"--output-dir {folder} holds a run already ({found[0]}): choose another or pass --overwrite"
+        )
+    parent = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise RunFolderError(f"--output-dir {folder} cannot be written: {parent} is not a folder you can write to")
+
+
+class MetricsLog:
+    """metrics.jsonl, TensorBoard events and the history of trainer_state.json; does nothing but on rank 0.
+
+    Opening it starts the run's folder: files of an earlier run (--overwrite) go now.
+    """
+
+    def __init__(self, args, is_main):
+        self.args, self.is_main, self.history, self.started = args, is_main, [], time.time()
+        self.file = self.board = None
+        if not is_main:
+            return
+        folder = Path(args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in (*RUN_FILES, "adapter_model.safetensors", "model.safetensors"):
+            (folder / name).unlink(missing_ok=True)
+        write_json(folder / "args.json", flags_of(args))
+        self.file = open(folder / "metrics.jsonl", "w", encoding="utf-8")  # noqa: SIM115 - open as long as the run
+        if args.report_to != "none":
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+
+                self.board = SummaryWriter(args.logging_dir or str(folder / "logs"))
+            except ImportError:
+                if args.report_to == "tensorboard":
+                    raise RunFolderError(
+                        "--report-to tensorboard: pip install tensorboard, or --report-to none"
+                    ) from None
+                print("TensorBoard is not installed: no event files, metrics.jsonl has the same numbers")
+
+    def write(self, step, epoch, metrics):
+        """One line of metrics (floats); keys that begin with eval_ become eval/..., others train/... in TensorBoard."""
+        if not self.is_main:
+            return
+        entry = {"step": step, "epoch": round(epoch, 4)}
+        entry |= {key: value if math.isfinite(value) else None for key, value in metrics.items()}  # NaN is not JSON
+        self.history.append(entry)
+        self.file.write(json.dumps(entry) + "\n")
+        self.file.flush()
+        if self.board:
+            for key, value in metrics.items():
+                tag = "eval/" + key.removeprefix("eval_") if key.startswith("eval_") else "train/" + key
+                self.board.add_scalar(tag, value, step)
+
+    def close(self):
+        if self.file:
+            self.file.close()
+        if self.board:
+            self.board.close()
+
+
+@contextmanager
+def whole_files(output_dir):
+    """A temporary folder on the same disk; what the block writes there moves to `output_dir` when it ends well."""
+    output_dir = Path(output_dir)
+    folder = Path(tempfile.mkdtemp(prefix=".saving-", dir=output_dir))
+    try:
+        yield folder
+        for path in sorted(folder.iterdir()):
+            target = output_dir / path.name
+            if target.is_dir():
+                shutil.rmtree(target)
+            os.replace(path, target)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def save_run_record(folder, log, args, script, card):
+    """trainer_state.json, the script as it ran, and the model card `card` (README.md)."""
+    last = log.history[-1] if log.history else {"epoch": 0, "step": 0}
+    state = TrainerState(
+        epoch=last["epoch"],
+        global_step=last["step"],
+        max_steps=last["step"],
+        logging_steps=args.logging_steps,
+        eval_steps=args.eval_steps,
+        train_batch_size=args.batch_size,
+        num_train_epochs=args.epochs,
+        num_input_tokens_seen=int(last.get("num_tokens") or 0),
+        log_history=log.history,
+    )
+    state.save_to_json(folder / "trainer_state.json")
+    shutil.copy(script, folder / Path(script).name)
+    (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def model_card(args, script, method, history, fingerprint, adapter):
+    """A Hugging Face model card: what was trained, on what, with which command, and how it did."""
+    base = f"base_model: {args.model}\n"
+    library = "library_name: peft\n" if adapter else "library_name: transformers\n"
+    tags = "".join(f"- {tag}\n" for tag in (method.lower(), "preference-alignment", *(["lora"] if adapter else [])))
+    table, evaluations = "", [entry for entry in history if any(key.startswith("eval_") for key in entry)]
+    if evaluations:
+        first, last = evaluations[0], evaluations[-1]
+        table = f"\n| held out (with 95 % interval) | step {first['step']} | step {last['step']} |\n|---|---|---|\n"
+        for name in (key for key in last if f"{key}_ci95" in last):
+            cells = (f"{entry[name]:.4f} ± {entry[name + '_ci95']:.4f}" for entry in (first, last))
+            table += f"| {name.removeprefix('eval_')} | {' | '.join(cells)} |\n"
+    versions = f"Python {platform.python_version()}, torch {torch.__version__}, transformers {transformers.__version__}"
+    return (
+        f"---\n{base}{library}pipeline_tag: text-generation\ntags:\n{tags}---\n\n"
+        f"# {Path(args.output_dir).name}\n\n{args.model}, trained with {method} by `{Path(script).name}`.\n\n"
+        f"    {' '.join(['python', Path(script).name, *sys.argv[1:]])}\n{table}\n"
+        f"Seed {args.seed}; {versions}; training data sha256 {fingerprint}.\n"
+    )
+
+
+def flags_of(args):
+    """The flags of a run as JSON; `--config args.json` runs it again."""
+    return {key: value for key, value in sorted(vars(args).items()) if key not in ("config", "given", "local_rank")}
+
+
+def write_json(path, value):
+    Path(path).write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
