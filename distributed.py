@@ -134,6 +134,7 @@ def all_reduce_gradients(parameters, world):
 def all_reduce_sum(values, world):
     """Element-wise sum of a tensor over the ranks."""
     if world.size > 1:
+        values = values.to(world.device)  # NCCL sums on GPUs only
         dist.all_reduce(values)
     return values
 

@@ -131,11 +131,10 @@ def pair_losses(policy, reference_logps, batch, args):
 @torch.no_grad()
 def evaluate(policy, reference_logps, pairs, args, world):
     """Means over held-out pairs of all ranks {eval_name: mean} and half their 95 % intervals {eval_name_ci95: ...}."""
-    mine, sums = pairs[world.rank :: world.size], torch.zeros(2, len(METRICS), device=world.device)
+    mine, sums = pairs[world.rank :: world.size], torch.zeros(2, len(METRICS), dtype=torch.float64)
     for start in range(0, len(mine), args.batch_size):
-        _, metrics = pair_losses(
-            policy, reference_logps, pack(mine[start : start + args.batch_size], world.device), args
-        )
+        batch = pack(mine[start : start + args.batch_size], world.device)
+        metrics = pair_losses(policy, reference_logps, batch, args)[1].cpu().double()
         sums += torch.stack((metrics.sum(1), (metrics**2).sum(1)))
     means, squares = (distributed.all_reduce_sum(sums, world) / len(pairs)).tolist()
     result = {f"eval_{name}": mean for name, mean in zip(METRICS, means, strict=True)}
