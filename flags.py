@@ -36,9 +36,9 @@ class Parser(argparse.ArgumentParser):
         """Namespace of the flags; `args.given` holds the names of those that the user set, here or in the file."""
         argv = [_hyphens(word) for word in (sys.argv[1:] if argv is None else argv)]
         args, words = argparse.Namespace(), []
-        for word, after in zip(argv, [*argv[1:], ""], strict=True):
-            if word.split("=")[0] == "--config":
-                file = word.partition("=")[2] or after
+        for index, word in enumerate(argv):
+            if word.partition("=")[0] == "--config":
+                file = word.partition("=")[2] or "".join(argv[index + 1 : index + 2])
                 words, self.where = self._read_config(file), f"{file}: "
                 args, self.where = self._parse(words, args), ""
         args = self._parse(argv, args)
