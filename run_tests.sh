@@ -1,0 +1,8 @@
+#!/usr/bin/env bash
+# Makes the environment and runs the tests, offline; arguments go to pytest: bash run_tests.sh -k losses -x
+set -euo pipefail
+cd "$(dirname "$0")"
+bash setup.sh dev
+export HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TRANSFORMERS_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-2}"  # tiny models are slower on many threads
+exec .venv/bin/python -m pytest -q "$@"
