@@ -155,7 +155,7 @@ def add_adapters(policy, args):
 
 def main(args):
     # 1 setup
-    run_files.check_output_dir(args.output_dir, args.overwrite)
+    run_files.check_output(args)
     world = distributed.start(args.device)
     say = partial(distributed.print0, world)
     if world.size > 1:
@@ -295,10 +295,8 @@ def main(args):
                 fall = max(metrics["logps/chosen_change"], metrics["logps/rejected_change"])
                 if fall < -DISPLACEMENT and not warned:
                     warned = True
-                    say(
-                        f"Both log-probs have fallen by {-fall:.1f} nats or more: the policy leaves both responses behind."
-                    )
-                    say("If its text gets worse: a larger --beta, --nll-coeff 0.1 or a smaller --learning-rate.")
+                    say(f"Both log-probs have fallen by {-fall:.1f} nats or more, away from chosen and rejected alike.")
+                    say("If the text gets worse: a larger --beta, --nll-coeff 0.1 or a smaller --learning-rate.")
                 window.zero_()
                 window_pairs = 0
             if eval_pairs and (step == num_updates or (args.eval_steps and step % args.eval_steps == 0)):

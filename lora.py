@@ -262,7 +262,8 @@ def load_adapter(model, folder, name, trainable=False):
                 f"{folder} does not fit this model: {key} is {tuple(state[key].shape)}, expected {shape} "
                 f"for r={r}; was it trained with another rank or on another base?"
             )
-    parameters = add_adapter(model, name, r, alpha, config.get("lora_dropout", 0.0), targets, trainable)
+    dropout = config.get("lora_dropout", 0.0) if trainable else 0.0  # a frozen adapter is a fixed function
+    parameters = add_adapter(model, name, r, alpha, dropout, targets, trainable)
     with torch.no_grad():
         for key, live in adapter_state(model, name).items():
             live.copy_(state[key])

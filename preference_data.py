@@ -192,7 +192,7 @@ def as_messages(prompt, chosen, rejected):
         if said.strip()  # the last, empty "Assistant:" is where the response goes
     ]
     if before.strip() or not messages:
-        messages = [{"role": "user", "content": prompt}]
+        messages = [{"role": "user", "content": prompt.strip()}]
     return messages, *([{"role": "assistant", "content": response.strip()}] for response in (chosen, rejected))
 
 

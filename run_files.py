@@ -10,8 +10,8 @@ import platform
 import shutil
 import sys
 import tempfile
-import time
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -25,65 +25,62 @@ class RunFolderError(ValueError):
     """An output folder that cannot be used: one sentence for the user."""
 
 
-def check_output_dir(output_dir, overwrite):
-    """Raise RunFolderError when `output_dir` holds a run and overwrite is off, or is not writable.  Changes nothing."""
-    folder = Path(output_dir)
+def check_output(args):
+    """Raise RunFolderError when --output-dir holds a run already or cannot be written.  Changes nothing."""
+    folder = Path(args.output_dir)
     found = [name for name in RUN_FILES if (folder / name).exists()]
-    if found and not overwrite:
-        raise RunFolderError(
-            f"--output-dir {folder} holds a run already ({found[0]}): choose another or pass --overwrite"
-        )
+    if found and not args.overwrite:
+        raise RunFolderError(f"--output-dir {folder} holds a run ({found[0]}): choose another or pass --overwrite")
     parent = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise RunFolderError(f"--output-dir {folder} cannot be written: {parent} is not a folder you can write to")
+    if args.report_to == "tensorboard" and not find_spec("tensorboard"):
+        raise RunFolderError("--report-to tensorboard needs it installed: pip install tensorboard, or --report-to none")
 
 
 class MetricsLog:
     """metrics.jsonl, TensorBoard events and the history of trainer_state.json; does nothing but on rank 0.
 
-    Opening it starts the run's folder: files of an earlier run (--overwrite) go now.
+    Making one starts the run's folder: what an earlier run left there (--overwrite) goes now, and not before.
     """
 
     def __init__(self, args, is_main):
-        self.args, self.is_main, self.history, self.started = args, is_main, [], time.time()
-        self.file = self.board = None
+        self.is_main, self.history, self.board = is_main, [], None
         if not is_main:
             return
         folder = Path(args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        for name in (*RUN_FILES, "adapter_model.safetensors", "model.safetensors"):
-            (folder / name).unlink(missing_ok=True)
-        write_json(folder / "args.json", flags_of(args))
-        self.file = open(folder / "metrics.jsonl", "w", encoding="utf-8")  # noqa: SIM115 - open as long as the run
+        for path in folder.iterdir():
+            if path.name in RUN_FILES or path.suffix == ".safetensors":
+                path.unlink()
+            elif path.name in ("logs", "merged"):
+                shutil.rmtree(path)
+        flags = {
+            key: value for key, value in sorted(vars(args).items()) if key not in ("config", "given", "local_rank")
+        }
+        (folder / "args.json").write_text(json.dumps(flags, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        self.path = folder / "metrics.jsonl"
         if args.report_to != "none":
-            try:
+            if find_spec("tensorboard"):
                 from torch.utils.tensorboard import SummaryWriter
 
                 self.board = SummaryWriter(args.logging_dir or str(folder / "logs"))
-            except ImportError:
-                if args.report_to == "tensorboard":
-                    raise RunFolderError(
-                        "--report-to tensorboard: pip install tensorboard, or --report-to none"
-                    ) from None
+            else:
                 print("TensorBoard is not installed: no event files, metrics.jsonl has the same numbers")
 
     def write(self, step, epoch, metrics):
-        """One line of metrics (floats); keys that begin with eval_ become eval/..., others train/... in TensorBoard."""
+        """One line of metrics {name: float}; in TensorBoard eval_x is eval/x and any other x is train/x."""
         if not self.is_main:
             return
         entry = {"step": step, "epoch": round(epoch, 4)}
-        entry |= {key: value if math.isfinite(value) else None for key, value in metrics.items()}  # NaN is not JSON
+        entry |= {name: value if math.isfinite(value) else None for name, value in metrics.items()}  # NaN is not JSON
         self.history.append(entry)
-        self.file.write(json.dumps(entry) + "\n")
-        self.file.flush()
-        if self.board:
-            for key, value in metrics.items():
-                tag = "eval/" + key.removeprefix("eval_") if key.startswith("eval_") else "train/" + key
-                self.board.add_scalar(tag, value, step)
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(entry) + "\n")
+        for name, value in metrics.items() if self.board else ():
+            self.board.add_scalar(f"eval/{name[5:]}" if name.startswith("eval_") else f"train/{name}", value, step)
 
     def close(self):
-        if self.file:
-            self.file.close()
         if self.board:
             self.board.close()
 
@@ -142,12 +139,3 @@ def model_card(args, script, method, history, fingerprint, adapter):
         f"    {' '.join(['python', Path(script).name, *sys.argv[1:]])}\n{table}\n"
         f"Seed {args.seed}; {versions}; training data sha256 {fingerprint}.\n"
     )
-
-
-def flags_of(args):
-    """The flags of a run as JSON; `--config args.json` runs it again."""
-    return {key: value for key, value in sorted(vars(args).items()) if key not in ("config", "given", "local_rank")}
-
-
-def write_json(path, value):
-    Path(path).write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

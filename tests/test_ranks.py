@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 
 import pytest
-
 from safetensors.torch import load_file
 
 ROOT = Path(__file__).parent.parent
