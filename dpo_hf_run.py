@@ -160,8 +160,6 @@ def main(args):
     say = partial(distributed.print0, world)
     if world.size > 1:
         say(f"Distributed training initialized: world_size={world.size}")
-    if args.lora_r and "learning_rate" not in args.given and args.learning_rate < 2e-5:
-        say(f"--learning-rate {args.learning_rate:g} is a rate for training all weights: with LoRA try 1e-4")
     if "toy" in (args.model, args.dataset, args.eval_dataset):
         toy = distributed.main_first(world, lambda: toy_world.build(TOY_FOLDER))
         args.model = str(toy / "model") if args.model == "toy" else args.model
@@ -171,7 +169,14 @@ def main(args):
 
     # 2 data (before the models: a mistake in it should not wait for gigabytes of weights)
     tokenizer = load_tokenizer(args.model, args.trust_remote_code)
-    add_adapters(load_skeleton(args.model, args.trust_remote_code), args)  # a wrong adapter or target shows here
+    skeleton = load_skeleton(args.model, args.trust_remote_code)
+    add_adapters(skeleton, args)  # a wrong adapter or target shows here
+    if args.ref_model_path:
+        ref_vocab = load_skeleton(args.ref_model_path, args.trust_remote_code).get_input_embeddings().weight.shape[0]
+        if ref_vocab != skeleton.get_input_embeddings().weight.shape[0]:
+            raise ModelError(
+                f"--ref-model-path {args.ref_model_path} has another vocabulary: it has to share the policy's"
+            )
     read = partial(
         load_pairs,
         tokenizer=tokenizer,
@@ -217,6 +222,8 @@ def main(args):
     trainable, total = sum(p.numel() for p in parameters), sum(p.numel() for p in policy.parameters())
     what = "LoRA enabled for policy model" if args.lora_r else "Full fine-tuning of policy model"
     say(f"{what}: {trainable:,} trainable / {total:,} total parameters ({100 * trainable / total:.2f}%)")
+    if args.lora_r and "learning_rate" not in args.given and args.learning_rate < 2e-5:
+        say(f"--learning-rate {args.learning_rate:g} is a rate for training all weights: with LoRA try 1e-4")
     say(*distributed.memory_lines(world), sep="\n")
     say(distributed.effective_batch_line(args.batch_size, args.gradient_accumulation_steps, world))
 

@@ -5,6 +5,7 @@ user's mistake is one sentence and exit code 2 (3 when a run goes non-finite), w
 import argparse
 import difflib
 import os
+import re
 import sys
 
 import yaml
@@ -84,7 +85,8 @@ class Parser(argparse.ArgumentParser):
         return words
 
     def error(self, message):
-        say(f"{self.prog}: {self.where}{message.removeprefix('argument ')}")
+        message = re.sub(r"^argument (--[^/:]+)[^:]*", r"\1", message)  # the canonical name, without the aliases
+        say(f"{self.prog}: {self.where}{message}")
         sys.exit(2)
 
 

@@ -12,6 +12,7 @@ Legend: B pairs, T tokens of a packed row, N response tokens, V vocabulary, H hi
 """
 
 import sys
+from pathlib import Path
 from types import MethodType, SimpleNamespace
 
 import torch
@@ -229,7 +230,7 @@ def load_tokenizer(path, trust_remote_code=False):
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError, ImportError) as error:
-        raise ModelError(f"no tokenizer at {path} ({_first_line(error)})") from None
+        raise _not_loaded("tokenizer", path, error) from None
     if tokenizer.eos_token_id is None:
         raise ModelError(
             f"the tokenizer of {path} has no end-of-sequence token: set eos_token in tokenizer_config.json"
@@ -244,7 +245,7 @@ def load_model(path, dtype, device, trust_remote_code=False):
     try:
         model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError, ImportError) as error:
-        raise ModelError(f"no model at {path} ({_first_line(error)})") from None
+        raise _not_loaded("model", path, error) from None
     return model.to(device)
 
 
@@ -255,7 +256,14 @@ def load_skeleton(path, trust_remote_code=False):
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError, ImportError) as error:
-        raise ModelError(f"no model at {path} ({_first_line(error)})") from None
+        raise _not_loaded("model", path, error) from None
+
+
+def _not_loaded(what, path, error):
+    advice = "check the name; without a hub name a folder, or a mirror in HF_ENDPOINT"
+    if Path(path).exists():
+        advice = "a model folder holds config.json, model.safetensors and the tokenizer's files"
+    return ModelError(f"no {what} at {path} ({_first_line(error)}): {advice}")
 
 
 def enable_checkpointing(model):

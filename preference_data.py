@@ -274,13 +274,15 @@ def load_pairs(
         except Unusable as reason:
             left_out[str(reason)] += 1
             first = first or f"{where}: {reason}"
-    pairs, cut = [], 0
+    pairs, cut, merged = [], 0, 0
     if texts:  # a chat template writes the special tokens itself
         ids = tokenizer(texts, add_special_tokens=not is_chat, verbose=False)["input_ids"]
         for where, *three in zip(places, ids[::3], ids[1::3], ids[2::3], strict=True):
             try:
                 pair = encode_pair(*three, tokenizer, max_length, max_prompt_length, is_chat)
-                cut += any(ids[-1] != tokenizer.eos_token_id for ids in pair[1:]) or len(pair[0]) < len(three[0])
+                merged += any(common_prefix(three[0], ids) < len(three[0]) for ids in three[1:])
+                is_cut = len(pair.prompt_ids) == max_prompt_length < len(three[0])
+                cut += is_cut or any(ids[-1] != tokenizer.eos_token_id for ids in pair[1:])
                 pairs.append(pair)
             except Unusable as reason:
                 left_out[str(reason)] += 1
@@ -293,6 +295,8 @@ def load_pairs(
         report.append(f"  left out {sum(left_out.values())} rows: {reasons}; the first is {first}")
     if cut:
         report.append(f"  cut {cut:,} pairs to --max-length {max_length} or --max-prompt-length {max_prompt_length}")
+    if merged:
+        report.append(f"  in {merged:,} pairs a token spans the seam of prompt and response, and counts as response")
     for name, ids in zip(Pair._fields, pairs[0], strict=True):
         text = repr(tokenizer.decode(ids))
         text = text if len(text) <= 150 else f"{text[:60]} ... {text[-80:]}"
