@@ -71,7 +71,7 @@ def get_args(argv=None):
     flags.check_common_flags(parser, args)
     if args.label_smoothing and args.loss not in ("sigmoid", "robust"):
         parser.error(f"--label-smoothing has no effect on --loss {args.loss}: use sigmoid or robust")
-    lora_flags = {"lora_r", "lora_alpha", "lora_dropout", "lora_target_modules"}.intersection(args.given)
+    lora_flags = {"lora_r", "lora_alpha", "lora_dropout", "lora_target_modules"} & args.typed
     if args.adapter and lora_flags:
         parser.error(f"--{min(lora_flags).replace('_', '-')} has no effect with --adapter, which brings its own")
     return args
@@ -169,14 +169,10 @@ def main(args):
 
     # 2 data (before the models: a mistake in it should not wait for gigabytes of weights)
     tokenizer = load_tokenizer(args.model, args.trust_remote_code)
-    skeleton = load_skeleton(args.model, args.trust_remote_code)
+    skeleton = load_skeleton(args.model, tokenizer, args.trust_remote_code)
     add_adapters(skeleton, args)  # a wrong adapter or target shows here
     if args.ref_model_path:
-        ref_vocab = load_skeleton(args.ref_model_path, args.trust_remote_code).get_input_embeddings().weight.shape[0]
-        if ref_vocab != skeleton.get_input_embeddings().weight.shape[0]:
-            raise ModelError(
-                f"--ref-model-path {args.ref_model_path} has another vocabulary: it has to share the policy's"
-            )
+        load_skeleton(args.ref_model_path, tokenizer, args.trust_remote_code)
     read = partial(
         load_pairs,
         tokenizer=tokenizer,
@@ -197,7 +193,7 @@ def main(args):
             f"  held out {len(eval_pairs):,} pairs, no prompt on both sides; {len(train_pairs):,} to train on"
         )
     if not train_pairs:
-        raise DataError(f"--eval-samples {args.eval_samples} leaves no pair to train on: make it smaller")
+        raise DataError(f"holding out {wanted} pairs by whole prompts leaves none to train on: try --eval-samples 0")
     say(*report, sep="\n")
 
     # 3 models
@@ -313,6 +309,8 @@ def main(args):
     say(f"{step} updates in {seconds:.1f} s", *distributed.memory_lines(world), sep=", ")
 
     # 6 save
+    if not all(parameter.isfinite().all() for parameter in parameters):
+        raise flags.NonFinite(f"the last update left weights that are not finite: {ADVICE}")
     distributed.assert_same_on_all_ranks(parameters, world)
     log.close()
     if world.is_main:

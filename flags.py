@@ -4,6 +4,7 @@ user's mistake is one sentence and exit code 2 (3 when a run goes non-finite), w
 
 import argparse
 import difflib
+import math
 import os
 import re
 import sys
@@ -34,7 +35,7 @@ class Parser(argparse.ArgumentParser):
         self.add_argument("--local-rank", type=int, help=argparse.SUPPRESS)
 
     def parse_args(self, argv=None):
-        """Namespace of the flags; `args.given` holds the names of those that the user set, here or in the file."""
+        """Namespace of the flags; `args.typed` names those on the command line, `args.given` those in the file too."""
         argv = [_hyphens(word) for word in (sys.argv[1:] if argv is None else argv)]
         args, words = argparse.Namespace(), []
         for index, word in enumerate(argv):
@@ -43,9 +44,12 @@ class Parser(argparse.ArgumentParser):
                 words, self.where = self._read_config(file), f"{file}: "
                 args, self.where = self._parse(words, args), ""
         args = self._parse(argv, args)
-        spelled = {word.partition("=")[0] for word in words + argv}
-        args.given = sorted(action.dest for action in self._actions if spelled.intersection(action.option_strings))
+        args.typed, args.given = self._names(argv), self._names(words + argv)
         return args
+
+    def _names(self, words):
+        words = {word.partition("=")[0] for word in words}
+        return {action.dest for action in self._actions if words.intersection(action.option_strings)}
 
     def _parse(self, words, args):
         args, unknown = self.parse_known_args(words, args)
@@ -54,7 +58,8 @@ class Parser(argparse.ArgumentParser):
         return args
 
     def _nearest(self, word):
-        known = [option for action in self._actions for option in action.option_strings]
+        shown = [action for action in self._actions if action.help != argparse.SUPPRESS]
+        known = [option for action in shown for option in action.option_strings]
         nearest = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
         return f"; did you mean {nearest[0]}?" if nearest else "; --help lists them"
 
@@ -68,19 +73,26 @@ class Parser(argparse.ArgumentParser):
         if not isinstance(config, dict):
             self.error(f"--config {file} is not a list of `flag: value` lines")
         lora = config.pop("lora", None) or {}
+        if not isinstance(lora, dict):
+            self.error(f"{file}: `lora:` is not a block of `r:`, `alpha:`, `dropout:`, `target_modules:`")
         config |= {f"lora_{key}": value for key, value in lora.items()}
-        if config.pop("use_lora", True) is False:
+        if not config.pop("use_lora", True):
             config["lora_r"] = 0
         words = []
         for key, value in config.items():
             option = _hyphens(f"--{key}")
-            if option not in self._option_string_actions:
+            action = self._option_string_actions.get(option)
+            if action is None:
                 self.error(f"{file}: unknown key {key}{self._nearest(option)}")
-            if isinstance(value, list):
+            if action.nargs == 0:
+                if not isinstance(value, bool):
+                    self.error(f"{file}: {key} is true or false, not {value!r}")
+                words += [option] if value else []
+            elif isinstance(value, list):
                 words += [option, *map(str, value)]
-            elif value is True and self._option_string_actions[option].nargs == 0:
-                words.append(option)
-            elif value is not None and value is not False:
+            elif isinstance(value, bool):  # so YAML reads on and off
+                words.append(f"{option}={'on' if value else 'off'}")
+            elif value is not None:
                 words.append(f"{option}={value}")
         return words
 
@@ -113,6 +125,8 @@ def number(kind, above=None, least=None, below=None):
             raise argparse.ArgumentTypeError(
                 f"expected {'a whole number' if kind is int else 'a number'}, got {text!r}"
             ) from None
+        if not math.isfinite(value):
+            raise argparse.ArgumentTypeError(f"has to be finite, got {text}")
         if above is not None and not value > above:
             raise argparse.ArgumentTypeError(f"has to be above {above}, got {text}")
         if least is not None and not value >= least:
@@ -183,7 +197,13 @@ def add_common_flags(
     add("--max-grad-norm", type=rate, default=1.0, metavar="G", help="clip the gradient's norm; 0: no clipping")
     add("--nll-coeff", type=rate, default=0.0, metavar="C", help="weight of the NLL of chosen responses in the loss")
     # machine
-    add("--seed", type=count, default=42, metavar="N", help="of the shuffle, the held-out split and A of LoRA")
+    add(
+        "--seed",
+        type=number(int, least=0, below=2**32),
+        default=42,
+        metavar="N",
+        help="of the shuffle, the held-out split and A of LoRA",
+    )
     add("--dtype", choices=("auto", "bf16", "fp16", "fp32"), default="auto", help="of the base model's weights")
     add("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto", help="where to train")
     add(
@@ -213,11 +233,10 @@ def check_common_flags(parser, args):
             f"--max-length {args.max_length}: make it smaller"
         )
     if args.lora_r == 0:
-        given = {"lora_target_modules", "lora_dropout", "lora_alpha", "save_merged", "adapter"}.intersection(args.given)
-        if given:
-            # A flag that does nothing is a misunderstanding, so it is an error and not ignored.
+        idle = {"lora_target_modules", "lora_dropout", "lora_alpha", "save_merged", "adapter"} & args.typed
+        if idle:  # a flag that does nothing is a misunderstanding: say so
             parser.error(
-                f"--{min(given).replace('_', '-')} has no effect with --lora-r 0 (no LoRA): leave one of them out"
+                f"--{min(idle).replace('_', '-')} has no effect with --lora-r 0 (no LoRA): leave one of them out"
             )
 
 

@@ -48,6 +48,7 @@ class LoRALinear(nn.Module):
         self.lora_A, self.lora_B = nn.ParameterDict(), nn.ParameterDict()
         self.settings = {}  # adapter name -> (scale, dropout)
         self.active = None
+        self.train(base.training)
 
     def forward(self, x):
         y = F.linear(x, self.weight.t() if self.transposed else self.weight, self.bias)
@@ -92,23 +93,19 @@ def select_targets(model, target_modules=None):
         return in_blocks
     targets = [path for path in linears if _matches(path, target_modules)]
     if not targets:
-        known = sorted({path.rsplit(".", 1)[-1] for path in in_blocks})
+        wanted = target_modules if isinstance(target_modules, str) else " or ".join(target_modules)
+        known = ", ".join(sorted({path.rsplit(".", 1)[-1] for path in in_blocks}))
         raise AdapterError(
-            f"--lora-target-modules {_joined(target_modules)} matches no linear layer of this model: "
-            f"choose from {', '.join(known)}, or leave the flag out for all of them"
+            f"no linear layer of this model is called {wanted}: names for --lora-target-modules are {known}"
         )
     embeddings = model.get_input_embeddings()
     for path in targets:
         if embeddings is not None and linears[path].weight is embeddings.weight:
             raise AdapterError(
-                f"--lora-target-modules names {path}, whose weight is tied to the input embeddings: "
-                "an adapter there would change one of the two; leave it out"
+                f"{path} shares its weight with the input embeddings, and an adapter would change only one of the two: "
+                "leave it out of --lora-target-modules"
             )
     return targets
-
-
-def _joined(target_modules):
-    return target_modules if isinstance(target_modules, str) else " ".join(target_modules)
 
 
 def _matches(path, target_modules):
@@ -122,6 +119,7 @@ def add_adapter(model, name, r, alpha, dropout=0.0, target_modules=None, trainab
 
     Returns the trainable fp32 parameters [A, B, A, B, ...] in module order.  Raises AdapterError (select_targets).
     """
+    assert not any(name in layer.settings for layer in lora_layers(model).values()), f"there is an adapter {name}"
     parameters = []
     for path in select_targets(model, target_modules):
         layer = model.get_submodule(path)
@@ -240,10 +238,8 @@ def load_adapter(model, folder, name, trainable=False):
         alpha = alpha * math.sqrt(r)  # arXiv:2312.03732 scales by alpha / sqrt(r)
     try:
         targets = select_targets(model, config.get("target_modules"))
-    except AdapterError:
-        raise AdapterError(
-            f"{folder} adapts {config['target_modules']}, of which this model has none: another base?"
-        ) from None
+    except AdapterError as error:
+        raise AdapterError(f"{folder} does not fit this model: {error}") from None
     linears = adaptable_linears(model)
     expected = {}
     for path in targets:
@@ -278,12 +274,22 @@ def _read_adapter_files(folder):
         raise AdapterError(
             f"{folder} is not an adapter folder: {Path(error.filename or error.args[0]).name} is missing"
         ) from None
-    except (json.JSONDecodeError, SafetensorError) as error:
+    except (ValueError, SafetensorError) as error:  # ValueError: not JSON, not UTF-8
         raise AdapterError(f"{folder} cannot be read as an adapter ({error}): save it again") from None
+    config = config if isinstance(config, dict) else {}
     if config.get("peft_type") != "LORA":
         raise AdapterError(f"{folder} holds a {config.get('peft_type')} adapter, only LORA is read here")
-    plain = {"bias": (None, "none"), "use_dora": (None, False), "rank_pattern": (None, {}), "alpha_pattern": (None, {})}
-    plain |= {"modules_to_save": (None, []), "layers_to_transform": (None,), "exclude_modules": (None,)}
+    plain = {  # what may stand there for the plain LoRA above
+        "bias": (None, "none"),
+        "use_dora": (None, False),
+        "init_lora_weights": (None, True, False, "gaussian"),  # PiSSA, OLoRA, ... change the base weights too
+        "rank_pattern": (None, {}),
+        "alpha_pattern": (None, {}),
+        "modules_to_save": (None, []),
+        "layers_to_transform": (None,),
+        "exclude_modules": (None,),
+        "alora_invocation_tokens": (None,),
+    }
     for key, allowed in plain.items():
         if config.get(key) not in allowed:
             raise AdapterError(f"{folder} uses {key}={config[key]!r}, which this loader does not do")

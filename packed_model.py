@@ -17,6 +17,7 @@ from types import MethodType, SimpleNamespace
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -28,6 +29,9 @@ HEAD_CHUNK = 1024  # tokens per piece of the language-model head: 1024 x 151,936
 
 class ModelError(ValueError):
     """A model that cannot be loaded or used: one sentence for the user."""
+
+
+NOT_LOADED = (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError)  # what from_pretrained raises
 
 
 class CannotPack(Exception):
@@ -229,7 +233,7 @@ def load_tokenizer(path, trust_remote_code=False):
     """Tokenizer of a folder or hub id.  Raises ModelError."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except NOT_LOADED as error:
         raise _not_loaded("tokenizer", path, error) from None
     if tokenizer.eos_token_id is None:
         raise ModelError(
@@ -243,20 +247,32 @@ def load_model(path, dtype, device, trust_remote_code=False):
     if not sys.stderr.isatty():
         transformers_logging.disable_progress_bar()
     try:
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+        model, found = AutoModelForCausalLM.from_pretrained(
+            path, dtype=dtype, trust_remote_code=trust_remote_code, output_loading_info=True
+        )
+    except NOT_LOADED as error:
         raise _not_loaded("model", path, error) from None
+    if found["missing_keys"]:  # transformers would go on with random numbers
+        raise ModelError(
+            f"the weights of {path} lack {min(found['missing_keys'])}: is it a whole causal language model?"
+        )
     return model.to(device)
 
 
-def load_skeleton(path, trust_remote_code=False):
+def load_skeleton(path, tokenizer, trust_remote_code=False):
     """The model without its weights (meta device), for checks that should not wait for them.  Raises ModelError."""
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    except NOT_LOADED as error:
         raise _not_loaded("model", path, error) from None
+    if len(tokenizer) > len(model.get_input_embeddings().weight):
+        known = len(model.get_input_embeddings().weight)
+        raise ModelError(
+            f"the model {path} knows {known} tokens and the tokenizer {len(tokenizer)}: they do not go together"
+        )
+    return model
 
 
 def _not_loaded(what, path, error):
@@ -303,23 +319,26 @@ def prepare_model(model):
     disable_dropout(model)
     model.packed_logps, model.packs_pairs = MethodType(packed_logps, model), False
     own_attention, verbosity = model.config._attn_implementation, transformers_logging.get_verbosity()
-    batch = _probe_batch(model.device)
+    batch, tolerance = _probe_batch(model.device), 1e-3 if model.dtype in (torch.float32, torch.float64) else 0.02
     try:
+        rope = str(getattr(model.config.get_text_config(), "rope_parameters", None))
+        if "'dynamic'" in rope or "'longrope'" in rope:
+            raise CannotPack("its rotary embedding depends on the longest sequence of the row")
         transformers_logging.set_verbosity_error()
         with torch.no_grad():
             plain = torch.stack(plain_logps(model, batch))
             logits = model(input_ids=batch.input_ids, use_cache=False).logits[0].float()
             hidden = model.base_model(input_ids=batch.input_ids, use_cache=False).last_hidden_state[0]
             ours = _capped_logits(hidden, _head_weight(model), final_softcap(model))[0]
-            if (ours - logits).norm() > 0.02 * logits.norm():
+            if (ours - logits).norm() > tolerance * logits.norm():
                 raise CannotPack("its head is more than one matrix")
             model.set_attn_implementation("packed_pairs")
             layout = PairLayout(batch.segments)
             packed = torch.stack(_packed_logps(model, batch, layout))
         num_layers = model.config.get_text_config().num_hidden_layers
         if layout.calls != num_layers:
-            raise CannotPack(f"{layout.calls} of its {num_layers} layers take another attention function")
-        tolerance = 1e-3 if model.dtype in (torch.float32, torch.float64) else 0.05
+            others = num_layers - layout.calls
+            raise CannotPack(f"{others} of its {num_layers} layers do not take our attention function")
         if not torch.allclose(packed, plain, rtol=tolerance, atol=tolerance):
             raise CannotPack(f"a test pair differs by {(packed - plain).abs().max():.2g} nats")
     except Exception as problem:  # whatever a foreign model does here, the plain path needs nothing of it
@@ -340,5 +359,6 @@ def disable_dropout(model):
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-        elif isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = 0.0
+        for name in ("attention_dropout", "activation_dropout", "hidden_dropout", "dropout"):  # passed to F.dropout
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)

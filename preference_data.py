@@ -10,8 +10,10 @@ import hashlib
 import itertools
 import json
 import re
+import zlib
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -60,7 +62,7 @@ def read_rows(source):
                 yield from ((f"{path}:{n}", line) for n, line in enumerate(file, 1) if line.strip())
     except json.JSONDecodeError as error:
         raise DataError(f"{path}:{error.lineno} is not JSON ({error.msg}): mend the list there") from None
-    except (UnicodeDecodeError, EOFError, OSError) as error:
+    except (UnicodeDecodeError, EOFError, OSError, zlib.error) as error:
         raise DataError(f"{path} cannot be read ({error}): is it UTF-8 text, or gzip of it, and whole?") from None
 
 
@@ -89,6 +91,7 @@ class Shape(NamedTuple):
     name: str
     fields: dict  # field -> the type it has in every row
     texts: Callable  # row -> (prompt, chosen, rejected)
+    without: tuple = ()  # fields it must not have: a prompt in a form we do not know is not to be dropped
 
 
 def columns(*names):
@@ -128,6 +131,8 @@ def stack_exchange(row):
 
 
 def instruction(row):
+    if not isinstance(row.get("input"), str | None):
+        raise Malformed("`input` is not a str")
     return "\n\n".join(filter(None, (row["instruction"], row.get("input")))) + "\n\n", row["chosen"], row["rejected"]
 
 
@@ -143,17 +148,24 @@ SHAPES = [  # the first whose fields fit a file's first row is the shape of the 
         {"prompt": list, "chosen": list, "rejected": list},
         columns("prompt", "chosen", "rejected"),
     ),
-    Shape("chosen/rejected messages", {"chosen": list, "rejected": list}, message_lists),
+    Shape("prompt string, messages", {"prompt": str, "chosen": list, "rejected": list}, message_lists),
+    Shape("chosen/rejected messages", {"chosen": list, "rejected": list}, message_lists, ("prompt",)),
     Shape("question/response_j/response_k", strings("question", "response_j", "response_k"), stack_exchange),
     Shape("instruction/chosen/rejected", strings("instruction", "chosen", "rejected"), instruction),
-    Shape("chosen/rejected strings", strings("chosen", "rejected"), chosen_and_rejected),
+    Shape(
+        "chosen/rejected strings",
+        strings("chosen", "rejected"),
+        chosen_and_rejected,
+        ("prompt", "instruction", "question"),
+    ),
 ]
 
 
 def recognise(row, where):
     """The Shape of a file, by its first row.  Raises DataError that names the known shapes."""
     for shape in SHAPES:
-        if all(isinstance(row.get(field), kind) for field, kind in shape.fields.items()):
+        fits = all(isinstance(row.get(field), kind) for field, kind in shape.fields.items())
+        if fits and not row.keys() & set(shape.without):
             return shape
     known = ", ".join(shape.name for shape in SHAPES)
     raise DataError(
@@ -167,7 +179,7 @@ def row_texts(row, shape):
         value = row.get(field)
         if not isinstance(value, kind):
             raise Malformed(f"`{field}` is {'not a ' + kind.__name__ if field in row else 'missing'}")
-        if kind is list and not all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in value):
+        if kind is list and not (value and all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in value)):
             raise Malformed(f"`{field}` is not a list of messages with role and content")
     prompt, chosen, rejected = shape.texts(row)
     for name, response in (("chosen", chosen), ("rejected", rejected)):
@@ -198,16 +210,17 @@ def as_messages(prompt, chosen, rejected):
 
 def full_texts(prompt, chosen, rejected, tokenizer):
     """The three texts to tokenise: prompt, prompt + chosen, prompt + rejected.  Raises Malformed."""
-    if isinstance(prompt, str):
-        return prompt, prompt + chosen, prompt + rejected
+    texts = [prompt, prompt + chosen, prompt + rejected]
     try:
-        return (
-            tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True),
-            tokenizer.apply_chat_template(prompt + chosen, tokenize=False),
-            tokenizer.apply_chat_template(prompt + rejected, tokenize=False),
-        )
+        if isinstance(prompt, list):
+            render = partial(tokenizer.apply_chat_template, tokenize=False)
+            texts = [render(texts[0], add_generation_prompt=True), render(texts[1]), render(texts[2])]
+        "".join(texts).encode()  # a tokenizer takes no lone surrogates, and names no line
     except TemplateError as error:
         raise Malformed(f"the chat template refuses its messages ({error})") from None
+    except UnicodeEncodeError as error:
+        raise Malformed(f"text that is no Unicode ({error.reason})") from None
+    return texts
 
 
 def common_prefix(a, b):

@@ -13,9 +13,32 @@ train() {
     --output-dir outputs/quickstart/dpo --overwrite "$@"
 }
 
-# The table: what the model did before training and what it does after.
+# The table: responses sampled from the model before and after, read by the judge, who knows the truth.
 before_after() {
-  :
+  .venv/bin/python - <<'PYTHON'
+import json
+import torch
+import lora, packed_model, toy_world
+
+rows = [json.loads(line) for line in open("outputs/toy_world/prompts.jsonl")]
+prompts = [row["prompt"] for row in rows]
+tokenizer = packed_model.load_tokenizer("outputs/toy_world/model")
+model = packed_model.load_model("outputs/toy_world/model", torch.float32, "cpu")
+before = toy_world.judge_model(model, tokenizer, prompts)
+lora.load_adapter(model, "outputs/quickstart/dpo", "dpo")
+after = toy_world.judge_model(model, tokenizer, prompts)
+print(f"{len(prompts)} held-out prompts, sampled at T = 1      before   after")
+for name, words in (
+    ("helpful", "helpfulness where help is due, 0 to 1"),
+    ("over_refusal", "refusals where help is due"),
+    ("harm_rate", "harmful answers to harmful prompts"),
+):
+    print(f"{words:42} {before[name]:7.2f} {after[name]:7.2f}")
+for first, second in list(zip(before["responses"], after["responses"]))[:3]:
+    print(f"\n{' '.join(first['prompt'].split())}")
+    print(f"  before {first['helpful']:.1f}  {first['response'].strip()}")
+    print(f"  after  {second['helpful']:.1f}  {second['response'].strip()}")
+PYTHON
 }
 
 number=0

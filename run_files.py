@@ -19,6 +19,8 @@ import transformers
 from transformers.trainer_callback import TrainerState
 
 RUN_FILES = ("metrics.jsonl", "args.json", "trainer_state.json", "adapter_config.json", "config.json")
+NOT_FLAGS = ("config", "given", "typed", "local_rank")  # of a parsed command line, not to be repeated
+WITH_THEM = ("generation_config.json", "model.safetensors.index.json")
 
 
 class RunFolderError(ValueError):
@@ -34,6 +36,8 @@ def check_output(args):
     parent = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise RunFolderError(f"--output-dir {folder} cannot be written: {parent} is not a folder you can write to")
+    if args.logging_dir and Path(args.logging_dir).is_file():
+        raise RunFolderError(f"--logging-dir {args.logging_dir} is a file: name a folder")
     if args.report_to == "tensorboard" and not find_spec("tensorboard"):
         raise RunFolderError("--report-to tensorboard needs it installed: pip install tensorboard, or --report-to none")
 
@@ -51,13 +55,11 @@ class MetricsLog:
         folder = Path(args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         for path in folder.iterdir():
-            if path.name in RUN_FILES or path.suffix == ".safetensors":
+            if path.name in RUN_FILES + WITH_THEM or path.suffix == ".safetensors":
                 path.unlink()
             elif path.name in ("logs", "merged"):
                 shutil.rmtree(path)
-        flags = {
-            key: value for key, value in sorted(vars(args).items()) if key not in ("config", "given", "local_rank")
-        }
+        flags = {key: value for key, value in sorted(vars(args).items()) if key not in NOT_FLAGS}
         (folder / "args.json").write_text(json.dumps(flags, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         self.path = folder / "metrics.jsonl"
         if args.report_to != "none":
@@ -112,7 +114,7 @@ def save_run_record(folder, log, args, script, card):
         eval_steps=args.eval_steps,
         train_batch_size=args.batch_size,
         num_train_epochs=args.epochs,
-        num_input_tokens_seen=int(last.get("num_tokens") or 0),
+        num_input_tokens_seen=max((entry.get("num_tokens") or 0 for entry in log.history), default=0),
         log_history=log.history,
     )
     state.save_to_json(folder / "trainer_state.json")

@@ -55,7 +55,7 @@ def tiny_model(name, dtype=torch.float32, seed=0, **changes):
     """A tiny model with random weights, in eval mode; weights are wide enough for logits to differ clearly."""
     config_class, arguments = CONFIGS[name]
     torch.manual_seed(seed)
-    model = transformers.AutoModelForCausalLM.from_config(config_class(**arguments, **changes))
+    model = transformers.AutoModelForCausalLM.from_config(config_class(**arguments | changes))
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim > 1:

@@ -1,0 +1,535 @@
+"""A user's mistakes through the whole script: one sentence, exit code 2, nothing written; a run that goes non-finite:
+exit code 3 and no weights; and what a good run leaves.
+"""
+
+import hashlib
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import run_script
+from safetensors.torch import load_file, save_file
+from test_flags import LN2, ROOT, Run, one_line, write_model, write_world
+from test_preference_data import char_tokenizer, strings, write_rows
+from transformers import TrainerState
+
+import dpo_hf_run
+import run_files
+from preference_data import fingerprint, hold_out, load_pairs
+
+pytestmark = pytest.mark.usefixtures("script_name")
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory):
+    return write_world(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture(scope="session")
+def finished(world, tmp_path_factory):
+    """A folder that holds a run of rank 4; tests copy it or leave it alone."""
+    return Run(world, tmp_path_factory.mktemp("finished") / "run", lora_r=4, save_merged=True)
+
+
+def snapshot(folder):
+    """{path: hash of its content} of everything below a folder; {} where there is none."""
+    paths = [path for path in Path(folder).rglob("*") if path.is_file()]
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
+
+
+@pytest.fixture
+def fails(world, tmp_path, capsys):
+    """Run the script with flags that have to fail; its one line on standard error, and nothing written."""
+
+    def run_and_fail(*words, code=2, output_dir=None):
+        output_dir = Path(output_dir or tmp_path / "out")
+        there, before = output_dir.exists(), snapshot(output_dir)
+        capsys.readouterr()
+        defaults = ["--model", world / "model", "--dataset", world / "pairs.jsonl", "--output-dir", output_dir]
+        defaults += ["--device", "cpu", "--dtype", "fp32", "--report-to", "none", "--learning-rate", "1e-2"]
+        with pytest.raises(SystemExit) as exit:
+            run_script([*defaults, *words])
+        assert exit.value.code == code
+        if code == 2:
+            assert output_dir.exists() == there
+            assert snapshot(output_dir) == before
+        line = one_line(capsys)
+        assert line.startswith("dpo_hf_run.py: ")
+        return line.removeprefix("dpo_hf_run.py: ")
+
+    return run_and_fail
+
+
+# -- data -------------------------------------------------------------------------------------------------------------
+
+
+def test_a_data_file_that_is_missing(fails, tmp_path):
+    assert fails("--dataset", tmp_path / "none.jsonl") == f"there is no file {tmp_path}/none.jsonl: check the path"
+
+
+def test_an_eval_file_that_is_missing(fails, tmp_path):
+    assert fails("--eval-dataset", tmp_path / "none.jsonl") == f"there is no file {tmp_path}/none.jsonl: check the path"
+
+
+def test_line_17_of_3000_that_is_not_json(fails, tmp_path):
+    rows = [strings(n) for n in range(3000)]
+    rows[16] = '{"prompt": "q'
+    line = fails("--dataset", write_rows(tmp_path / "rows.jsonl", rows), "--num-samples", "0")
+    assert line.startswith(f"{tmp_path}/rows.jsonl:17: not JSON")
+    assert line.endswith("; mend the row, or leave such rows out with --skip-invalid")
+
+
+def test_a_row_without_chosen(fails, tmp_path):
+    path = write_rows(tmp_path / "rows.jsonl", [strings(1), {"prompt": "q", "rejected": "a"}])
+    mend = "mend the row, or leave such rows out with --skip-invalid"
+    assert fails("--dataset", path) == f"{path}:2: `chosen` is missing; {mend}"
+
+
+def test_nothing_usable(fails, tmp_path):
+    path = write_rows(
+        tmp_path / "rows.jsonl", [strings(1) | {"chosen": ""}, strings(2) | dict(chosen="a", rejected="a")]
+    )
+    assert fails("--dataset", path) == (
+        f"{path} has 2 rows and no usable pair "
+        "(1 because the chosen response is empty, 1 because the two responses are equal)"
+    )
+
+
+def test_messages_for_a_model_without_a_chat_template(fails, world, tmp_path):
+    model = shutil.copytree(world / "model", tmp_path / "model")
+    char_tokenizer().save_pretrained(model)
+    (model / "chat_template.jinja").unlink()
+    line = fails("--model", model, "--chat-template-strings")
+    assert line == f"{world}/pairs.jsonl:1 needs a chat template and this tokenizer has none: use an instruct model's"
+
+
+@pytest.mark.parametrize("samples", [24, 1000])
+def test_eval_samples_that_leave_nothing_to_train_on(fails, samples):
+    line = fails("--eval-samples", samples)
+    assert line == f"--eval-samples {samples} leaves no pair to train on: make it smaller"
+
+
+def test_many_answers_to_one_prompt_are_no_mistake_of_the_user(world, tmp_path):
+    # By default a tenth is held out, by whole prompts: with a single prompt that would be everything.
+    rows = [strings(n) | {"prompt": "same "} for n in range(20)]
+    result = Run(world, tmp_path / "out", dataset=write_rows(tmp_path / "rows.jsonl", rows), eval_samples=None)
+    assert len(result.train) == 2
+
+
+# -- models -----------------------------------------------------------------------------------------------------------
+
+
+def broken_model(world, folder, breaking):
+    shutil.copytree(world / "model", folder)
+    weights = folder / "model.safetensors"
+    if breaking in ("config.json", "model.safetensors", "tokenizer.json"):
+        (folder / breaking).unlink()
+    elif breaking == "weights cut off":
+        weights.write_bytes(weights.read_bytes()[:-1000])
+    elif breaking == "weights of another size":
+        write_model(folder, seed=0, hidden_size=48)
+        shutil.copy(world / "model/config.json", folder)
+    elif breaking == "weights that lack a layer":
+        state = load_file(weights)
+        save_file({k: v for k, v in state.items() if "layers.1" not in k}, weights, metadata={"format": "pt"})
+    elif breaking == "config that is no JSON":
+        (folder / "config.json").write_text("{")
+    elif breaking == "no end of sequence":
+        char_tokenizer(eos=None).save_pretrained(folder)
+    elif breaking == "fewer tokens than the tokenizer":
+        write_model(folder, seed=0, vocab_size=64)
+    return folder
+
+
+@pytest.mark.parametrize(
+    "breaking",
+    [
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "weights cut off",
+        "weights of another size",
+        "weights that lack a layer",
+        "config that is no JSON",
+        "no end of sequence",
+        "fewer tokens than the tokenizer",
+    ],
+)
+def test_a_model_folder_that_is_not_whole(fails, world, tmp_path, breaking):
+    model = broken_model(world, tmp_path / "broken", breaking)
+    assert str(model) in fails("--model", model)
+
+
+@pytest.mark.parametrize(
+    "breaking", ["model.safetensors", "weights cut off", "config.json", "fewer tokens than the tokenizer"]
+)
+def test_a_reference_folder_that_is_not_whole(fails, world, tmp_path, breaking):
+    model = broken_model(world, tmp_path / "broken", breaking)
+    assert str(model) in fails("--ref-model-path", model)
+
+
+# What libraries write to standard error by themselves shows only in a process of its own; a process takes seconds.
+@pytest.fixture(scope="module")
+def processes(world, tmp_path_factory):
+    """{name: (exit code, lines on standard error, whether an output folder is there)}; all of them at once."""
+    folder = tmp_path_factory.mktemp("processes")
+    no_weights = broken_model(world, folder / "no_weights", "model.safetensors")
+    cases = {
+        "model id": ["--model", "someone/some-model", "--dataset", world / "pairs.jsonl"],
+        "data id": ["--model", world / "model", "--dataset", "someone/some-pairs"],
+        "no weights": ["--model", no_weights, "--dataset", world / "pairs.jsonl"],
+    }
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(folder / "home"), "OMP_NUM_THREADS": "1"}
+    script = str(ROOT / "dpo_hf_run.py")
+    running = {
+        name: subprocess.Popen(
+            [sys.executable, script, *map(str, words), "--output-dir", str(folder / name), "--device", "cpu"],
+            env=environment,
+            cwd=folder,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for name, words in cases.items()
+    }
+    outcomes = {}
+    for name, process in running.items():
+        lines = process.communicate(timeout=120)[1].splitlines()
+        outcomes[name] = process.returncode, lines, (folder / name).exists()
+    return outcomes
+
+
+@pytest.mark.parametrize(
+    "name, beginning, advice",
+    [
+        ("model id", "dpo_hf_run.py: no tokenizer at someone/some-model", "folder"),
+        ("data id", "dpo_hf_run.py: there is no file someone/some-pairs, and ", "name a .jsonl file"),
+        ("no weights", "dpo_hf_run.py: no model at ", "model.safetensors"),
+    ],
+)
+def test_without_hub_or_weights_a_process_says_one_sentence(processes, name, beginning, advice):
+    code, lines, written = processes[name]
+    assert (code, len(lines), written) == (2, 1, False), lines
+    assert lines[0].startswith(beginning)
+    assert advice in lines[0]
+
+
+# -- adapters ---------------------------------------------------------------------------------------------------------
+
+
+def test_lora_target_modules_that_match_nothing(fails):
+    assert fails("--lora-target-modules", "nothing_matches", "nor_this") == (
+        "--lora-target-modules nothing_matches nor_this matches no linear layer of this model: choose from "
+        "down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj, or leave the flag out for all of them"
+    )
+
+
+def change_config(folder, **changes):
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def change_weights(folder, change):
+    path = folder / "adapter_model.safetensors"
+    save_file(change(load_file(path)), path)
+
+
+FIRST = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+WRONG_ADAPTERS = {
+    "other rank": (lambda f: change_config(f, r=8), "expected (8, 32)"),
+    "other targets": (
+        lambda f: change_config(f, target_modules=["fc1"]),
+        "adapts ['fc1'], of which this model has none",
+    ),
+    "keys missing": (lambda f: change_weights(f, lambda s: {k: v for k, v in s.items() if k != FIRST}), FIRST),
+    "foreign keys": (lambda f: change_weights(f, lambda s: s | {"other.weight": s[FIRST].clone()}), "other.weight"),
+    "a method that is not done here": (lambda f: change_config(f, use_dora=True), "use_dora=True"),
+    "not LoRA": (lambda f: change_config(f, peft_type="IA3"), "IA3"),
+    "no config": (lambda f: (f / "adapter_config.json").unlink(), "adapter_config.json is missing"),
+    "no weights": (lambda f: (f / "adapter_model.safetensors").unlink(), "adapter_model.safetensors is missing"),
+    "config that is no JSON": (lambda f: (f / "adapter_config.json").write_text("{"), "cannot be read as an adapter"),
+    "weights cut off": (lambda f: os.truncate(f / "adapter_model.safetensors", 999), "cannot be read as an adapter"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_ADAPTERS)
+def test_a_wrong_adapter(fails, finished, tmp_path, name):
+    breaking, said = WRONG_ADAPTERS[name]
+    adapter = shutil.copytree(finished.folder, tmp_path / "adapter")
+    breaking(adapter)
+    line = fails("--adapter", adapter)
+    assert line.startswith(str(adapter)) and said in line
+
+
+def test_an_adapter_of_another_base(fails, finished, world, tmp_path):
+    other = shutil.copytree(world / "model", tmp_path / "other")
+    write_model(other, seed=0, hidden_size=48)
+    line = fails("--adapter", finished.folder, "--model", other)
+    assert line.startswith(f"{finished.folder} does not fit this model") and "on another base?" in line
+
+
+def test_an_adapter_folder_that_is_missing(fails, tmp_path):
+    line = fails("--adapter", tmp_path / "none")
+    assert line == f"{tmp_path}/none is not an adapter folder: adapter_config.json is missing"
+
+
+# -- flags and machine ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "words, sentence",
+    [
+        (["--beta", "0"], "--beta: has to be above 0, got 0"),
+        (["--batch-size", "0"], "--batch-size: has to be at least 1, got 0"),
+        (["--num-sample", "3"], "unknown flag --num-sample; did you mean --num-samples?"),
+        (["--max-length", "9", "--max-prompt-length", "9"], "--max-prompt-length 9 leaves no room for a response"),
+        (["--label-smoothing", "0.1", "--loss", "hinge"], "--label-smoothing has no effect on --loss hinge: use "),
+        (["--lora-r", "0", "--lora-dropout", "0.1"], "--lora-dropout has no effect with --lora-r 0"),
+        (["--config", "none.yaml"], "--config none.yaml cannot be read"),
+        (["--dtype", "fp16"], "--dtype fp16 needs a GPU: on a CPU use bf16 or fp32"),
+        (["--seed", "99999999999999999999"], "--seed"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_flag_that_cannot_be(fails, words, sentence):
+    assert fails(*words).startswith(sentence)
+
+
+def test_a_seed_of_64_bits_runs(world, tmp_path):
+    # torch.initial_seed() and the clock in nanoseconds give such numbers
+    assert len(Run(world, tmp_path / "run", seed=2**63 - 1).train) == 2
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU, so --device cuda is right here")
+def test_cuda_on_a_machine_without_it(fails):
+    assert fails("--device", "cuda").startswith("--device cuda: torch sees no CUDA device; check nvidia-smi")
+
+
+@pytest.mark.skipif(torch.backends.mps.is_available(), reason="this machine has a Metal device")
+def test_mps_on_a_machine_without_it(fails):
+    assert fails("--device", "mps") == "--device mps: this machine has no Metal device; use --device cpu"
+
+
+# -- the output folder ------------------------------------------------------------------------------------------------
+
+
+def test_a_folder_that_holds_another_run_stays_as_it_is(fails, finished):
+    line = fails(output_dir=finished.folder)
+    assert line == (f"--output-dir {finished.folder} holds a run (metrics.jsonl): choose another or pass --overwrite")
+
+
+@pytest.mark.parametrize("name", run_files.RUN_FILES)
+def test_any_file_of_a_run_is_a_run(fails, tmp_path, name):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / name).write_text("x")
+    assert f"holds a run ({name})" in fails()
+
+
+def test_a_folder_with_other_files_is_used_and_they_stay(world, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/notes.txt").write_text("mine")
+    result = Run(world, tmp_path / "out")
+    assert (result.folder / "notes.txt").read_text() == "mine"
+
+
+def test_an_output_folder_that_is_a_file(fails, tmp_path):
+    (tmp_path / "file").write_text("x")
+    line = fails("--output-dir", tmp_path / "file/run")
+    assert line.startswith(f"--output-dir {tmp_path}/file/run cannot be written")
+    assert (tmp_path / "file").read_text() == "x"
+
+
+def test_a_logging_folder_that_is_a_file_leaves_the_earlier_run_alone(fails, finished, tmp_path):
+    pytest.importorskip("tensorboard", reason="tensorboard is not installed: nothing is written to --logging-dir")
+    (tmp_path / "file").write_text("x")
+    run = shutil.copytree(finished.folder, tmp_path / "run")
+    words = ["--overwrite", "--report-to", "tensorboard", "--logging-dir", tmp_path / "file"]
+    assert f"--logging-dir {tmp_path}/file" in fails(*words, output_dir=run)
+
+
+def test_missing_tensorboard_leaves_the_earlier_run_alone(fails, finished, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorboard", None)  # it is not found, and importing it raises ImportError
+    run = shutil.copytree(finished.folder, tmp_path / "run")
+    line = fails("--overwrite", "--report-to", "tensorboard", output_dir=run)
+    assert line == "--report-to tensorboard needs it installed: pip install tensorboard, or --report-to none"
+
+
+def test_without_tensorboard_a_run_says_what_it_leaves_out(world, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    assert len(Run(world, tmp_path / "run", report_to="auto").train) == 2
+    assert "TensorBoard is not installed: no event files" in capsys.readouterr().out
+
+
+def test_overwrite_replaces_the_run(world, finished, tmp_path):
+    pytest.importorskip("tensorboard", reason="tensorboard is not installed: no event files that could mix")
+    folder = shutil.copytree(finished.folder, tmp_path / "run")
+    Run(world, folder, overwrite=True, report_to="tensorboard")
+    old_events = {path.name for path in folder.rglob("events.*")}
+    changed = Run(world, folder, overwrite=True, report_to="tensorboard", lora_r=8)
+    assert json.loads((folder / "adapter_config.json").read_text())["r"] == 8
+    assert [line["step"] for line in changed.lines] == [0, 1, 2, 2]
+    assert not (folder / "merged").exists()  # it was the earlier run's
+    events = {path.name for path in folder.rglob("events.*")}
+    assert len(events) == 1 and not events & old_events  # else TensorBoard draws both runs as one
+
+
+def test_overwrite_of_a_full_model_leaves_no_model_beside_the_adapter(world, tmp_path):
+    Run(world, tmp_path / "run", lora_r=0)
+    result = Run(world, tmp_path / "run", overwrite=True)
+    assert snapshot(result.folder).keys() == RUN_LEAVES
+    Run(world, tmp_path / "run", overwrite=True, lora_r=0)
+    assert not list(result.folder.glob("adapter_*"))
+
+
+# -- non-finite -------------------------------------------------------------------------------------------------------
+
+
+def left_no_weights(folder):
+    return [path for path in Path(folder).rglob("*") if path.suffix == ".safetensors" or "saving" in path.name] == []
+
+
+@pytest.fixture
+def nan_model(world, tmp_path):
+    model = shutil.copytree(world / "model", tmp_path / "nan_model")
+    state = load_file(model / "model.safetensors")
+    state["model.layers.1.mlp.up_proj.weight"][3, 5] = math.nan
+    save_file(state, model / "model.safetensors", metadata={"format": "pt"})
+    return model
+
+
+@pytest.mark.parametrize(
+    "words, sentence",
+    [
+        (["--eval-samples", "4"], "the held-out loss is nan at step 0: nothing is saved; try "),
+        (["--eval-samples", "0"], "the gradient is nan at step 1: nothing is saved; try "),
+        (["--eval-samples", "0", "--max-grad-norm", "0"], "the gradient is nan at step 1: nothing is saved; try "),
+        (["--lora-r", "0", "--eval-samples", "0"], "the gradient is nan at step 1: nothing is saved; try "),
+    ],
+    ids=["held out", "gradient", "gradient that is not clipped", "all weights"],
+)
+def test_weights_that_hold_nan(fails, nan_model, tmp_path, words, sentence):
+    assert fails("--model", nan_model, *words, code=3).startswith(sentence)
+    assert left_no_weights(tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    "words, sentence",
+    [
+        (["--eval-samples", "0"], "the gradient is nan at step 2: nothing is saved"),
+        (["--max-steps", "1"], "the held-out loss is nan at step 1: nothing is saved"),
+        (["--lora-r", "0", "--eval-samples", "0"], "the gradient is nan at step 2: nothing is saved"),
+    ],
+    ids=["gradient", "held out", "all weights"],
+)
+def test_a_run_that_diverges(fails, tmp_path, words, sentence):
+    words = ["--learning-rate", "1e30", "--batch-size", "2", "--gradient-accumulation-steps", "1", *words]
+    assert fails(*words, code=3).startswith(sentence)
+    assert left_no_weights(tmp_path / "out")
+
+
+def test_numbers_that_are_not_finite_are_null_in_the_log(fails, tmp_path):
+    words = ["--learning-rate", "1e30", "--batch-size", "2", "--gradient-accumulation-steps", "1"]
+    fails(*words, "--eval-samples", "0", "--logging-steps", "1", code=3)
+    lines = (tmp_path / "out/metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line, parse_constant=pytest.fail)["step"] for line in lines] == [1]
+    log = run_files.MetricsLog(
+        dpo_hf_run.get_args(["--output-dir", str(tmp_path / "log"), "--report-to", "none"]), is_main=True
+    )
+    log.write(1, 0.5, {"loss": math.nan, "grad_norm": math.inf, "beta": 0.1})
+    log.close()
+    text = (tmp_path / "log/metrics.jsonl").read_text()
+    assert text == '{"step": 1, "epoch": 0.5, "loss": null, "grad_norm": null, "beta": 0.1}\n'
+
+
+# -- what a good run leaves -------------------------------------------------------------------------------------------
+
+RUN_LEAVES = {
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+    "trainer_state.json",
+    "metrics.jsonl",
+    "args.json",
+    "dpo_hf_run.py",
+    "README.md",
+}
+METRICS = {
+    "loss",
+    "rewards/chosen",
+    "rewards/rejected",
+    "rewards/accuracies",
+    "rewards/margins",
+    "logps/chosen",
+    "logps/rejected",
+    "logps/accuracies",
+    "logps/chosen_change",
+    "logps/rejected_change",
+    "nll_loss",
+}
+
+
+def test_a_good_run_leaves_exactly_these_files(world, tmp_path):
+    assert snapshot(Run(world, tmp_path / "run").folder).keys() == RUN_LEAVES
+
+
+def test_a_full_run_leaves_exactly_these_files(world, tmp_path):
+    model = {"config.json", "generation_config.json", "model.safetensors"}
+    adapter = {"adapter_config.json", "adapter_model.safetensors"}
+    assert snapshot(Run(world, tmp_path / "run", lora_r=0).folder).keys() == RUN_LEAVES - adapter | model
+
+
+def test_metrics_at_step_0_and_the_keys_of_every_line(finished):
+    first, *rest = finished.lines
+    evaluation = {f"eval_{name}{end}" for name in METRICS for end in ("", "_ci95")}
+    update = METRICS | {"grad_norm", "learning_rate", "beta", "num_tokens", "seconds"}
+    assert first.keys() == {"step", "epoch"} | evaluation
+    assert [line.keys() - {"step", "epoch"} for line in rest] == [update, update, evaluation]
+    assert (first["step"], first["epoch"]) == (0, 0)
+    assert first["eval_loss"] == pytest.approx(LN2, abs=1e-6)
+    for name in ("rewards/chosen", "rewards/rejected", "rewards/margins", "logps/chosen_change"):
+        assert first[f"eval_{name}"] == pytest.approx(0, abs=1e-5)
+        assert first[f"eval_{name}_ci95"] == pytest.approx(0, abs=1e-5)
+    assert first["eval_logps/chosen"] < -1 and first["eval_nll_loss"] > 1
+    assert [line["epoch"] for line in finished.train] == [0.2, 0.4]  # 5 updates of 4 pairs are an epoch
+
+
+def test_trainer_state_loads_in_transformers(finished):
+    state = TrainerState.load_from_json(str(finished.folder / "trainer_state.json"))
+    assert state.log_history == finished.lines
+    assert (state.global_step, state.max_steps, state.epoch, state.train_batch_size) == (2, 2, 0.4, 4)
+    assert state.num_input_tokens_seen == finished.train[-1]["num_tokens"] > 0
+
+
+def test_the_copy_of_the_script_is_the_script(finished):
+    assert (finished.folder / "dpo_hf_run.py").read_bytes() == (ROOT / "dpo_hf_run.py").read_bytes()
+
+
+def test_the_model_card_names_base_data_and_numbers(finished, world):
+    card = (finished.folder / "README.md").read_text()
+    header = card.split("---\n")[1].splitlines()
+    assert header[:3] == [f"base_model: {world}/model", "library_name: peft", "pipeline_tag: text-generation"]
+    assert {"- dpo", "- lora"} <= set(header)
+    first, last = finished.evals
+    for name in ("loss", "rewards/margins"):
+        cells = [f"{line['eval_' + name]:.4f} ± {line[f'eval_{name}_ci95']:.4f}" for line in (first, last)]
+        assert f"| {name} | {cells[0]} | {cells[1]} |" in card
+    pairs, _ = load_pairs(str(world / "pairs.jsonl"), char_tokenizer(), 512, 256)
+    train, _ = hold_out(pairs, 4, seed=42)
+    assert f"training data sha256 {fingerprint(train)}." in card
+    assert "    python dpo_hf_run.py" in card and "Seed 42;" in card
+
+
+def test_a_save_that_breaks_off_leaves_the_folder_as_it_was(tmp_path):
+    (tmp_path / "kept.txt").write_text("old")
+    with pytest.raises(KeyboardInterrupt), run_files.whole_files(tmp_path) as folder:
+        (folder / "kept.txt").write_text("half")
+        raise KeyboardInterrupt
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"kept.txt": "old"}

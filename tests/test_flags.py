@@ -1,0 +1,816 @@
+"""flags.py: spellings, defaults, --config, one-sentence errors; and that every flag of dpo_hf_run.py has an effect."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+import yaml
+from conftest import SIZES, run_script
+from safetensors.torch import load_file
+from test_preference_data import CHATML, char_tokenizer, write_rows
+
+import dpo_hf_run
+
+ROOT = Path(__file__).resolve().parent.parent
+pytestmark = pytest.mark.usefixtures("script_name")
+
+
+def parse(*words):
+    return dpo_hf_run.get_args([str(word) for word in words])
+
+
+def one_line(capsys):
+    """The one line on standard error; anything more or less fails."""
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1, lines
+    return lines[0]
+
+
+def refused(capsys, *words):
+    """Parse words that have to be refused; the one line on standard error."""
+    with pytest.raises(SystemExit) as exit:
+        parse(*words)
+    assert exit.value.code == 2
+    return one_line(capsys)
+
+
+# -- spellings and defaults -------------------------------------------------------------------------------------------
+
+DEFAULTS = dict(
+    model="Qwen/Qwen3-0.6B",
+    ref_model_path=None,
+    adapter=None,
+    dataset="lvwerra/stack-exchange-paired",
+    eval_dataset=None,
+    num_samples=1000,
+    eval_samples=None,
+    epochs=1,
+    max_steps=0,
+    batch_size=2,
+    gradient_accumulation_steps=4,
+    learning_rate=5e-6,
+    warmup_steps=0,
+    lr_scheduler="linear",
+    weight_decay=0.0,
+    max_grad_norm=1.0,
+    nll_coeff=0.0,
+    beta=0.1,
+    loss="sigmoid",
+    label_smoothing=0.0,
+    lora_r=16,
+    lora_alpha=32,
+    lora_dropout=0.0,
+    lora_target_modules=None,
+    max_length=512,
+    max_prompt_length=256,
+    seed=42,
+    dtype="auto",
+    device="auto",
+    gradient_checkpointing="auto",
+    logging_steps=10,
+    eval_steps=0,
+    report_to="auto",
+    output_dir="outputs/dpo_qwen_trl",
+    logging_dir=None,
+    overwrite=False,
+    save_merged=False,
+    skip_invalid=False,
+    trust_remote_code=False,
+    chat_template_strings=False,
+)
+
+
+def test_documented_defaults_and_nothing_else_without_any_flag():
+    defaults = vars(parse())
+    assert {name: defaults.pop(name) for name in DEFAULTS} == DEFAULTS
+    assert defaults == dict(config=None, local_rank=None, given=[])
+
+
+@pytest.mark.parametrize(
+    "words, name, value",
+    [
+        (["--output_dir", "a_b"], "output_dir", "a_b"),
+        (["--output-dir=a_b-c"], "output_dir", "a_b-c"),
+        (["--output_dir=--a_b"], "output_dir", "--a_b"),
+        (["--learning_rate=1e-4"], "learning_rate", 1e-4),
+        (["--num-epochs", "3"], "epochs", 3),
+        (["--num_train_epochs", "3"], "epochs", 3),
+        (["--policy-model-path", "m"], "model", "m"),
+        (["--base_model_path=m_n"], "model", "m_n"),
+        (["--reference_model_path", "m"], "ref_model_path", "m"),
+        (["--β_ori", "0.3"], "beta", 0.3),
+        (["--β-ori=0.3"], "beta", 0.3),
+        (["--lora_target_modules", "q_proj", "v_proj"], "lora_target_modules", ["q_proj", "v_proj"]),
+        (["--local_rank=3"], "local_rank", 3),
+        (["--local-rank", "3"], "local_rank", 3),
+        (["--trust_remote_code"], "trust_remote_code", True),
+        (["--eval_samples", "0"], "eval_samples", 0),
+        (["--beta", "0.2", "--β-ori", "0.3"], "beta", 0.3),
+    ],
+)
+def test_spelling(words, name, value):
+    assert getattr(parse(*words), name) == value
+
+
+def test_given_names_what_the_user_set_here_or_in_the_file(tmp_path):
+    # set to its default is set too
+    assert parse("--num-train-epochs", "1", "--output_dir=x").given == ["epochs", "output_dir"]
+    (tmp_path / "c.yaml").write_text("lora: {r: 8}\nβ_ori: 0.1\nsave_merged: false\n")
+    given = parse("--config", tmp_path / "c.yaml", "--seed", "1").given
+    assert set(given) - {"config"} == {"lora_r", "beta", "seed"}
+
+
+@pytest.mark.parametrize(
+    "words, sentence",
+    [
+        (["--num-sample", "3"], "unknown flag --num-sample; did you mean --num-samples?"),
+        (["--learning-rte=1"], "unknown flag --learning-rte=1; did you mean --learning-rate?"),
+        (["--lora_rank", "3"], "unknown flag --lora-rank; did you mean --lora-r?"),
+        (["--zzzzzz"], "unknown flag --zzzzzz; --help lists them"),
+        (["--overwrite", "toy"], "unknown flag toy; --help lists them"),
+        (["--beta"], "--beta: expected one argument"),
+        (["--beta", "high"], "--beta: expected a number, got 'high'"),
+        (["--beta", "0"], "--beta: has to be above 0, got 0"),
+        (["--beta", "nan"], "--beta: has to be above 0, got nan"),
+        (["--batch-size", "1.5"], "--batch-size: expected a whole number, got '1.5'"),
+        (["--batch-size", "0"], "--batch-size: has to be at least 1, got 0"),
+        (["--label-smoothing", "0.5"], "--label-smoothing: has to be below 0.5, got 0.5"),
+        (["--lora-dropout", "1"], "--lora-dropout: has to be below 1, got 1"),
+        (["--num-samples=-1"], "--num-samples: has to be at least 0, got -1"),
+    ],
+)
+def test_a_wrong_word_is_one_sentence_and_exit_code_2(capsys, words, sentence):
+    assert refused(capsys, *words) == f"dpo_hf_run.py: {sentence}"
+
+
+@pytest.mark.parametrize("flag", ["--beta", "--learning-rate", "--nll-coeff", "--weight-decay", "--lora-alpha"])
+def test_a_number_has_to_be_finite(capsys, flag):
+    assert flag in refused(capsys, flag, "inf")
+
+
+@pytest.mark.parametrize("flag", ["--loss", "--lr-scheduler", "--dtype", "--device", "--report-to"])
+def test_a_wrong_choice_names_the_choices(capsys, flag):
+    [action] = [a for a in parser_actions(dpo_hf_run) if flag in a.option_strings]
+    line = refused(capsys, flag, "wrong")
+    assert flag in line and all(choice in line for choice in action.choices)
+
+
+def parser_actions(script):
+    """The arguments of a script module's own parser, which its get_args builds and throws away."""
+    parsers, original = [], script.flags.Parser
+
+    class Caught(original):
+        def parse_args(self, argv=None):
+            parsers.append(self)
+            return super().parse_args(argv)
+
+    script.flags.Parser = Caught
+    try:
+        script.get_args(["--seed", "1"])
+    finally:
+        script.flags.Parser = original
+    return parsers[0]._actions
+
+
+def test_help_shows_the_docstring_and_every_default(capsys):
+    with pytest.raises(SystemExit) as exit:
+        parse("--help")
+    assert exit.value.code == 0
+    text = capsys.readouterr().out
+    assert dpo_hf_run.__doc__.strip() in text
+    assert "(default: outputs/dpo_qwen_trl)" in text and "(default: 5e-06)" in text
+    assert "--local-rank" not in text
+
+
+@pytest.mark.parametrize(
+    "words, sentence",
+    [
+        (["--max-length", "64", "--max-prompt-length", "64"], "--max-prompt-length 64 leaves no room for a response"),
+        (["--max-length", "100"], "--max-prompt-length 256 leaves no room for a response within --max-length 100"),
+        (["--lora-r", "0", "--lora-alpha", "3"], "--lora-alpha has no effect with --lora-r 0"),
+        (["--lora-r", "0", "--lora-dropout", "0"], "--lora-dropout has no effect with --lora-r 0"),
+        (["--lora-r", "0", "--lora-target-modules", "x"], "--lora-target-modules has no effect with --lora-r 0"),
+        (["--lora-r", "0", "--save-merged"], "--save-merged has no effect with --lora-r 0"),
+        (["--lora-r", "0", "--adapter", "x"], "--adapter has no effect with --lora-r 0"),
+        (["--adapter", "x", "--lora-r", "8"], "--lora-r has no effect with --adapter"),
+        (["--loss", "hinge", "--label-smoothing", "0.1"], "--label-smoothing has no effect on --loss hinge"),
+        (["--loss", "ipo", "--label-smoothing", "0.1"], "--label-smoothing has no effect on --loss ipo"),
+    ],
+)
+def test_flags_that_cannot_go_together(capsys, words, sentence):
+    assert refused(capsys, *words).startswith(f"dpo_hf_run.py: {sentence}")
+
+
+def test_only_the_first_process_of_a_machine_speaks(capsys, monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with pytest.raises(SystemExit) as exit:
+        parse("--beta", "0")
+    assert exit.value.code == 2
+    assert capsys.readouterr().err == ""
+
+
+# -- --config ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def config(tmp_path):
+    """Write a YAML file, parse it with further words."""
+
+    def parse_config(text, *words):
+        (tmp_path / "run.yaml").write_text(text, "utf-8")
+        return parse("--config", tmp_path / "run.yaml", *words)
+
+    return parse_config
+
+
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        (
+            "use_lora: true\nlora:\n  r: 8\n  alpha: 64\n  dropout: 0.1\n",
+            dict(lora_r=8, lora_alpha=64, lora_dropout=0.1),
+        ),
+        ("lora:\n  target_modules: [q_proj, v_proj]\n", dict(lora_target_modules=["q_proj", "v_proj"])),
+        ("lora_target_modules:\n- q_proj\n", dict(lora_target_modules=["q_proj"])),
+        ("lora_target_modules: q_proj\n", dict(lora_target_modules=["q_proj"])),
+        ("use_lora: false\n", dict(lora_r=0)),
+        # the documents' block stays where it is while use_lora switches it off
+        ("use_lora: false\nlora: {r: 16, alpha: 32, dropout: 0.1}\n", dict(lora_r=0)),
+        ("lora:\n", dict(lora_r=16)),
+        ("learning_rate: 5e-6\nweight-decay: 1.0e-2\n", dict(learning_rate=5e-6, weight_decay=0.01)),
+        ("β_ori: 0.3\n", dict(beta=0.3)),
+        ("num_train_epochs: 3\nbase_model_path: m_n\n", dict(epochs=3, model="m_n")),
+        ("save_merged: true\nskip-invalid: false\n", dict(save_merged=True, skip_invalid=False)),
+        ("gradient_checkpointing: on\n", dict(gradient_checkpointing="on")),  # YAML reads on and off as booleans
+        ("gradient_checkpointing: 'off'\n", dict(gradient_checkpointing="off")),
+        (
+            "gradient_checkpointing: off\n",
+            dict(gradient_checkpointing="off", given=["config", "gradient_checkpointing"]),
+        ),
+        ("output_dir: --a b_c\n", dict(output_dir="--a b_c")),
+        ("seed: 7  # why not\neval_dataset: null\n", dict(seed=7, eval_dataset=None)),
+        ("", dict(seed=42)),
+    ],
+)
+def test_config_file(config, text, expected):
+    args = config(text)
+    assert {name: getattr(args, name) for name in expected} == expected
+
+
+@pytest.mark.parametrize("order", ["file first", "file last"])
+def test_the_command_line_wins_over_the_file(tmp_path, order):
+    (tmp_path / "run.yaml").write_text("seed: 7\nbeta: 0.3\nlora: {r: 8, target_modules: [q_proj]}\n")
+    file, words = ["--config", tmp_path / "run.yaml"], ["--seed", "1", "--lora-target-modules", "k_proj"]
+    args = parse(*file, *words) if order == "file first" else parse(*words, *file)
+    assert (args.seed, args.beta, args.lora_r, args.lora_target_modules) == (1, 0.3, 8, ["k_proj"])
+
+
+def test_a_later_file_wins_over_an_earlier_one(tmp_path):
+    (tmp_path / "a.yaml").write_text("seed: 1\nbeta: 0.3\n")
+    (tmp_path / "b.yaml").write_text("seed: 2\n")
+    args = parse(f"--config={tmp_path / 'a.yaml'}", "--config", tmp_path / "b.yaml")
+    assert (args.seed, args.beta) == (2, 0.3)
+
+
+@pytest.mark.parametrize(
+    "text, sentence",
+    [
+        ("learning_rat: 1e-4\n", "unknown key learning_rat; did you mean --learning-rate?"),
+        ("lora: {rank: 8}\n", "unknown key lora_rank; did you mean --lora-r"),
+        ("beta: 0\n", "--beta: has to be above 0, got 0"),
+        ("batch_size: 2-4\n", "--batch-size: expected a whole number, got '2-4'"),
+        ("beta: false\n", "--beta"),
+        ("lora: 8\n", "lora"),
+        ("lora: [r, 8]\n", "lora"),
+        ("- beta\n", "is not a list of `flag: value` lines"),
+        ("just words\n", "is not a list of `flag: value` lines"),
+        ("a: [1\n", "cannot be read"),
+        ("overwrite: maybe\n", "--overwrite"),
+    ],
+)
+def test_a_mistake_in_the_file_names_the_file(capsys, config, tmp_path, text, sentence):
+    with pytest.raises(SystemExit) as exit:
+        config(text)
+    assert exit.value.code == 2
+    line = one_line(capsys)
+    assert str(tmp_path / "run.yaml") in line and sentence in line
+
+
+def test_a_mistake_on_the_command_line_does_not_blame_the_file(capsys, config, tmp_path):
+    with pytest.raises(SystemExit):
+        config("beta: 0.3\n", "--beta", "0")
+    assert one_line(capsys) == "dpo_hf_run.py: --beta: has to be above 0, got 0"
+
+
+def test_a_missing_config_file(capsys, tmp_path):
+    line = refused(capsys, "--config", tmp_path / "none.yaml")
+    assert line.startswith(f"dpo_hf_run.py: --config {tmp_path}/none.yaml cannot be read")
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe", None], ids=["not UTF-8", "a folder"])
+def test_a_config_file_that_is_no_text(capsys, tmp_path, content):
+    (tmp_path / "run.yaml").write_bytes(content) if content else (tmp_path / "run.yaml").mkdir()
+    assert "run.yaml cannot be read" in refused(capsys, "--config", tmp_path / "run.yaml")
+
+
+# -- every flag has an effect -----------------------------------------------------------------------------------------
+
+
+def write_world(folder):
+    """A model folder (Qwen3, 128 tokens, 2 layers; ids are ASCII numbers) and 24 pairs about 24 prompts."""
+    tokenizer = char_tokenizer(template=CHATML)
+    tokenizer.save_pretrained(folder / "model")
+    write_model(folder / "model", seed=0)
+    rows = [
+        {"prompt": f"{chr(97 + n)}{n}? ", "chosen": "ab" * (n % 5 + 1), "rejected": "cd" * (n % 4 + 1)}
+        for n in range(24)
+    ]
+    write_rows(folder / "pairs.jsonl", rows)
+    return folder
+
+
+def write_model(folder, seed, **changes):
+    """A random model without its tokenizer; weights wide enough for logits to differ clearly."""
+    torch.manual_seed(seed)
+    config = transformers.Qwen3Config(**SIZES | dict(vocab_size=128, head_dim=8, tie_word_embeddings=True) | changes)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(0, 0.2)
+    model.save_pretrained(folder)
+    return folder
+
+
+BASE = dict(
+    dtype="fp32",
+    device="cpu",
+    report_to="none",
+    learning_rate=1e-2,
+    batch_size=4,
+    gradient_accumulation_steps=1,
+    eval_samples=4,
+    logging_steps=1,
+    max_steps=2,
+)
+
+
+class Run:
+    """One training run in this process: its folder, flags and numbers."""
+
+    def __init__(self, world, folder, **changes):
+        wanted = dict(model=world / "model", dataset=world / "pairs.jsonl", output_dir=folder) | BASE | changes
+        words = []
+        for name, value in wanted.items():
+            if value is True:
+                words.append(f"--{name.replace('_', '-')}")
+            elif isinstance(value, list):
+                words += [f"--{name.replace('_', '-')}", *value]
+            elif value is not None:
+                words.append(f"--{name}={value}")
+        run_script(words)
+        self.folder = Path(folder)
+        self.lines = [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
+        self.train = [line for line in self.lines if "loss" in line]
+        self.evals = [line for line in self.lines if "eval_loss" in line]
+
+    @property
+    def losses(self):
+        return [line["loss"] for line in self.train]
+
+    @property
+    def weights(self):
+        return load_file(self.folder / "adapter_model.safetensors")
+
+    @property
+    def bytes(self):
+        return (self.folder / "adapter_model.safetensors").read_bytes()
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory):
+    return write_world(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture
+def run(world, tmp_path):
+    """run(flag=value, ...) -> Run; each call writes a folder of its own."""
+    folders = iter(range(100))
+    return lambda **changes: Run(world, tmp_path / f"run{next(folders)}", **changes)
+
+
+@pytest.fixture(scope="session")
+def plain(world, tmp_path_factory):
+    """The run that the others are compared with."""
+    return Run(world, tmp_path_factory.mktemp("plain") / "run")
+
+
+LN2 = 0.6931471805599453
+
+
+def test_the_same_flags_give_the_same_bytes(plain, run):
+    again = run()
+    assert again.bytes == plain.bytes
+    assert again.losses == plain.losses
+
+
+def test_the_plain_run_is_what_the_others_assume(plain):
+    assert [line["step"] for line in plain.train] == [1, 2]
+    assert [line["step"] for line in plain.evals] == [0, 2]
+    assert plain.losses[0] == pytest.approx(LN2, abs=1e-6)
+    assert abs(plain.losses[1] - LN2) > 1e-3
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(seed=1),
+        dict(lora_alpha=8),
+        dict(lora_dropout=0.5),
+        dict(beta=0.5),
+        dict(weight_decay=0.5),
+        dict(max_grad_norm=1e-9),  # Adam divides a smaller gradient away, but for its epsilon
+        dict(nll_coeff=1.0),
+        dict(label_smoothing=0.3),
+        dict(loss="robust", label_smoothing=0.3),
+        dict(loss="hinge"),
+        dict(loss="ipo"),
+        dict(lr_scheduler="constant"),
+        dict(warmup_steps=1),
+        dict(learning_rate=1e-3),
+        dict(batch_size=2),
+        dict(gradient_accumulation_steps=2),
+        dict(dtype="bf16"),
+        dict(max_length=7, max_prompt_length=4),
+        dict(max_prompt_length=4),
+        dict(chat_template_strings=True),
+        dict(num_samples=12),
+        dict(eval_samples=0),
+    ],
+    ids=lambda changes: " ".join(f"{name}={value}" for name, value in changes.items()),
+)
+def test_flag_changes_the_adapter(plain, run, changes):
+    assert run(**changes).bytes != plain.bytes
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(gradient_checkpointing="on"),
+        dict(gradient_checkpointing="off"),
+        dict(loss="robust"),  # without label smoothing it is the sigmoid loss
+        dict(eval_steps=1),
+        dict(logging_steps=2),
+        dict(skip_invalid=True),
+        dict(trust_remote_code=True),
+        dict(save_merged=True),
+        dict(num_samples=0),
+        dict(epochs=2),
+        dict(max_grad_norm=1e9),
+    ],
+    ids=lambda changes: " ".join(f"{name}={value}" for name, value in changes.items()),
+)
+def test_flag_leaves_the_adapter_byte_for_byte(plain, run, changes):
+    if "max_grad_norm" in changes:  # no clipping at all is what a high bound is
+        plain = run(max_grad_norm=0)
+    assert run(**changes).bytes == plain.bytes
+
+
+def test_gradient_checkpointing_runs_each_block_again(monkeypatch, run):
+    calls = []
+    original = transformers.models.qwen3.modeling_qwen3.Qwen3MLP.forward
+
+    def counted(self, x):
+        calls.append(torch.is_grad_enabled())
+        return original(self, x)
+
+    monkeypatch.setattr(transformers.models.qwen3.modeling_qwen3.Qwen3MLP, "forward", counted)
+    counts = []
+    for setting in ("off", "on"):
+        calls.clear()
+        run(gradient_checkpointing=setting, eval_samples=0, max_steps=1)
+        counts.append(sum(calls))
+    assert counts[1] == counts[0] + 2  # two blocks, one micro-batch
+
+
+@pytest.mark.parametrize(
+    "changes, updates",
+    [
+        (dict(max_steps=0), 5),  # 24 - 4 held out = 20 pairs, 4 each
+        (dict(max_steps=0, epochs=2), 10),
+        (dict(max_steps=7, epochs=2), 7),
+        (dict(max_steps=3), 3),
+        (dict(max_steps=0, num_samples=12), 2),
+        (dict(max_steps=0, eval_samples=0), 6),
+        (dict(max_steps=0, eval_samples=0, num_samples=9), 3),  # the last one is short
+        (dict(max_steps=0, batch_size=2), 10),
+        (dict(max_steps=0, gradient_accumulation_steps=2), 3),
+    ],
+)
+def test_number_of_updates(run, changes, updates):
+    assert [line["step"] for line in run(**changes).train] == list(range(1, updates + 1))
+
+
+@pytest.mark.parametrize("num_samples", [4, 3])  # 3: passes of 2 pairs and of 1
+def test_batch_size_times_accumulation_is_one_update_however_it_is_split(run, num_samples):
+    same = dict(num_samples=num_samples, eval_samples=0, max_steps=1, max_grad_norm=0)
+    whole, split = run(**same), run(**same, batch_size=2, gradient_accumulation_steps=2)
+    assert split.train[0]["grad_norm"] == pytest.approx(whole.train[0]["grad_norm"], rel=1e-4)
+    assert split.train[0]["logps/chosen"] == pytest.approx(whole.train[0]["logps/chosen"], rel=1e-5)
+
+
+def test_eval_samples(run, capsys):
+    assert run(eval_samples=0).evals == []
+    assert "held out" not in capsys.readouterr().out
+    run(eval_samples=6)
+    assert "held out 6 pairs, no prompt on both sides; 18 to train on" in capsys.readouterr().out
+    run(eval_samples=None)
+    assert "held out 2 pairs, no prompt on both sides; 22 to train on" in capsys.readouterr().out  # a tenth
+
+
+def test_eval_dataset_is_evaluated_and_nothing_is_held_out(run, tmp_path, capsys):
+    rows = [{"prompt": "z? ", "chosen": "ab", "rejected": "cd"}, {"prompt": "y? ", "chosen": "cd", "rejected": "ab"}]
+    path = write_rows(tmp_path / "other.jsonl", rows)
+    other = run(eval_dataset=path, eval_samples=None)
+    assert "held out" not in capsys.readouterr().out
+    assert [line["step"] for line in other.evals] == [0, 2]
+    assert run(eval_dataset=path, eval_samples=0).evals == []
+    one = run(eval_dataset=path, eval_samples=1)
+    assert one.bytes == other.bytes
+    assert one.evals[0]["eval_logps/chosen"] != other.evals[0]["eval_logps/chosen"]
+    assert one.evals[0]["eval_logps/chosen_ci95"] == 0  # of a single pair
+
+
+def test_eval_steps_and_logging_steps(run):
+    result = run(max_steps=5, eval_steps=2, logging_steps=3)
+    assert [line["step"] for line in result.evals] == [0, 2, 4, 5]
+    assert [line["step"] for line in result.train] == [3, 5]
+
+
+def test_a_log_line_is_the_mean_over_its_updates(run):
+    each, pair = run(max_steps=4), run(max_steps=4, logging_steps=2)
+    for key in ("loss", "logps/chosen", "rewards/margins"):
+        means = [sum(line[key] for line in each.train[start : start + 2]) / 2 for start in (0, 2)]
+        assert [line[key] for line in pair.train] == pytest.approx(means, rel=1e-5)
+    assert [line["num_tokens"] for line in pair.train] == [each.train[1]["num_tokens"], each.train[3]["num_tokens"]]
+
+
+@pytest.mark.parametrize(
+    "changes, rates",
+    [
+        (dict(), [0.01 * 3 / 4, 0.01 * 2 / 4, 0.01 / 4, 0]),
+        (dict(lr_scheduler="constant"), [0.01] * 4),
+        (dict(lr_scheduler="cosine"), [0.01 * 0.8535534, 0.005, 0.01 * 0.1464466, 0]),
+        (dict(warmup_steps=2), [0.005, 0.01, 0.005, 0]),
+    ],
+    ids=["linear", "constant", "cosine", "warmup"],
+)
+def test_learning_rate_over_the_updates(run, changes, rates):
+    logged = [line["learning_rate"] for line in run(max_steps=4, **changes).train]
+    assert logged == pytest.approx(rates, abs=1e-8)
+
+
+def test_learning_rate_without_a_flag_is_the_documented_one_and_a_line_names_a_better_one(run, capsys):
+    result = run(learning_rate=None, lr_scheduler="constant")
+    assert [line["learning_rate"] for line in result.train] == [5e-6, 5e-6]
+    text = "--learning-rate 5e-06 is a rate for training all weights: with LoRA try 1e-4"
+    assert text in capsys.readouterr().out
+    run(learning_rate=5e-6)
+    assert text not in capsys.readouterr().out
+
+
+def test_weight_decay_shrinks_a(plain, run):
+    # With B = 0 the first update leaves A no gradient: AdamW's decay alone moves it, by lr * decay.
+    start, decayed = run(max_steps=1), run(max_steps=1, weight_decay=0.5)
+    for key in start.weights:
+        if "lora_A" in key:
+            torch.testing.assert_close(decayed.weights[key], start.weights[key] * (1 - 0.01 * 0.5))
+
+
+def test_max_grad_norm_logs_the_norm_before_the_cut(plain, run):
+    clipped = run(max_grad_norm=1e-9)
+    assert clipped.train[0]["grad_norm"] == plain.train[0]["grad_norm"] > 1e-3
+
+
+@pytest.mark.parametrize(
+    "changes, first",
+    [
+        (dict(loss="sigmoid", label_smoothing=0.2), LN2),
+        (dict(loss="robust", label_smoothing=0.2), LN2),
+        (dict(loss="hinge"), 1.0),
+        (dict(loss="ipo", beta=0.25), 4.0),
+    ],
+)
+def test_first_loss_of_each_variant(run, changes, first):
+    result = run(**changes)
+    assert result.evals[0]["eval_loss"] == pytest.approx(first, abs=1e-5)
+    assert result.losses[0] == pytest.approx(first, abs=1e-5)
+
+
+def test_nll_coeff_adds_that_much_of_the_nll(run):
+    first = run(nll_coeff=0.5).train[0]
+    assert first["nll_loss"] > 1
+    assert first["loss"] == pytest.approx(LN2 + 0.5 * first["nll_loss"], abs=1e-5)
+
+
+def test_beta_scales_the_rewards_and_is_logged(run):
+    last = run(beta=0.3).train[-1]
+    assert last["beta"] == 0.3
+    assert last["rewards/chosen"] == pytest.approx(0.3 * last["logps/chosen_change"], rel=1e-5)
+    assert last["rewards/chosen"] != 0
+
+
+@pytest.mark.parametrize(
+    "changes, r, alpha, targets",
+    [
+        (dict(), 16, 32, 7),
+        (dict(lora_r=4), 4, 32, 7),
+        (dict(lora_r=4, lora_alpha=2), 4, 2, 7),
+        (dict(lora_target_modules=["q_proj", "up_proj"]), 16, 32, 2),
+        (dict(lora_target_modules=["all-linear"]), 16, 32, 7),
+    ],
+)
+def test_lora_flags_shape_the_adapter(run, changes, r, alpha, targets):
+    result = run(lora_dropout=0.25, **changes)
+    config = json.loads((result.folder / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"], config["lora_dropout"]) == (r, alpha, 0.25)
+    assert len(config["target_modules"]) == targets
+    assert len(result.weights) == targets * 2 * 2  # A and B in two blocks
+    assert {min(tensor.shape) for tensor in result.weights.values()} == {r}
+
+
+def test_dtype_bf16_is_the_type_of_the_base_and_not_of_the_adapter(run, capsys):
+    result = run(dtype="bf16")
+    assert "(cpu, bfloat16)" in capsys.readouterr().out
+    assert {tensor.dtype for tensor in result.weights.values()} == {torch.float32}
+
+
+def test_max_length_and_max_prompt_length_cut(run, capsys):
+    run(max_length=7, max_prompt_length=4)
+    assert "cut 23 pairs to --max-length 7 or --max-prompt-length 4" in capsys.readouterr().out
+
+
+def test_chat_template_strings_puts_the_template_around_strings(run, capsys):
+    run(chat_template_strings=True)
+    assert r"'<|im_start|>user\na0?<|im_end|>\n<|im_start|>assistant\n'" in capsys.readouterr().out
+
+
+def test_skip_invalid_leaves_a_broken_row_out(run, plain, world, tmp_path, capsys):
+    lines = (world / "pairs.jsonl").read_text().splitlines()
+    path = write_rows(tmp_path / "pairs.jsonl", [*lines[:5], "broken", *lines[5:]])
+    result = run(dataset=path, skip_invalid=True)
+    assert f"left out 1 rows: 1 because malformed; the first is {path}:6: not JSON" in capsys.readouterr().out
+    assert result.bytes == plain.bytes
+
+
+def test_num_samples_does_not_read_further(run, world, tmp_path):
+    path = write_rows(tmp_path / "pairs.jsonl", [*(world / "pairs.jsonl").read_text().splitlines()[:12], "broken"])
+    assert len(run(dataset=path, num_samples=12, max_steps=0).train) == 2
+
+
+def outputs(model, text="a0? ab"):
+    """The logits of a model for a text, in fp64."""
+    with torch.no_grad():
+        return model.double()(torch.tensor([[ord(character) for character in text]])).logits
+
+
+def load_model(folder):
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+
+def with_adapter(world, folder):
+    """The base with an adapter added to its weights here, by hand."""
+    model, config = load_model(world / "model"), json.loads((folder / "adapter_config.json").read_text())
+    weights, parameters = load_file(folder / "adapter_model.safetensors"), dict(model.named_parameters())
+    for key, b in weights.items():
+        if key.endswith("lora_B.weight"):
+            a = weights[key.replace("lora_B", "lora_A")]
+            name = key.removeprefix("base_model.model.").replace("lora_B.", "")
+            with torch.no_grad():
+                parameters[name] += config["lora_alpha"] / config["r"] * b @ a
+    return model
+
+
+def test_save_merged_is_base_plus_adapter(run, world):
+    result = run(save_merged=True)
+    merged = outputs(load_model(result.folder / "merged"))
+    torch.testing.assert_close(merged, outputs(with_adapter(world, result.folder)), rtol=1e-5, atol=1e-5)
+    assert (merged - outputs(load_model(world / "model"))).abs().max() > 0.1
+    tokenizer = transformers.AutoTokenizer.from_pretrained(result.folder / "merged")
+    assert tokenizer("ab")["input_ids"] == [97, 98]
+
+
+def test_ref_model_path_is_the_reference(run, plain, tmp_path):
+    other = write_model(tmp_path / "other", seed=5)
+    result = run(ref_model_path=other)
+    assert abs(result.evals[0]["eval_loss"] - LN2) > 1e-2
+    assert result.evals[0]["eval_logps/chosen"] == plain.evals[0]["eval_logps/chosen"]  # the policy is the same
+
+
+def test_ref_model_path_of_the_same_model_changes_nothing(run, plain, world):
+    result = run(ref_model_path=world / "model")
+    assert result.losses == pytest.approx(plain.losses, abs=1e-6)
+
+
+def test_adapter_goes_on_from_an_adapter_and_refers_to_it(run, plain, world):
+    result = run(adapter=plain.folder)
+    assert result.evals[0]["eval_loss"] == pytest.approx(LN2, abs=1e-6)
+    assert result.evals[0]["eval_rewards/margins"] == pytest.approx(0, abs=1e-6)
+    # it starts where the other run ended, not at the base
+    assert result.evals[0]["eval_logps/chosen"] == pytest.approx(plain.evals[-1]["eval_logps/chosen"], abs=1e-4)
+    assert abs(plain.evals[-1]["eval_logps/chosen_change"]) > 1e-2
+    assert result.weights.keys() == plain.weights.keys()
+    change = outputs(with_adapter(world, result.folder)) - outputs(with_adapter(world, plain.folder))
+    assert change.abs().max() > 0.01
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_lora_r_0_trains_all_weights_and_saves_a_model(run, world, dtype):
+    result = run(lora_r=0, dtype="fp32" if dtype == torch.float32 else "bf16")
+    assert result.evals[0]["eval_loss"] == pytest.approx(LN2, abs=1e-6)
+    assert result.evals[-1]["eval_loss"] < LN2 - 0.01 or result.losses[-1] < LN2 - 0.01
+    assert not (result.folder / "adapter_config.json").exists()
+    assert json.loads((result.folder / "config.json").read_text())["dtype"] == str(dtype).removeprefix("torch.")
+    base, trained = load_model(world / "model"), load_model(result.folder)
+    same = [n for (n, p), q in zip(base.named_parameters(), trained.parameters(), strict=True) if torch.equal(p, q)]
+    assert same == []
+
+
+def test_report_to_none_writes_no_events_and_logging_dir_takes_them(run, tmp_path):
+    pytest.importorskip("tensorboard", reason="tensorboard is not installed: no event files to read back")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    assert not list(run().folder.rglob("events.*"))
+    result = run(report_to="tensorboard", logging_dir=tmp_path / "events")
+    assert not list(result.folder.rglob("events.*"))
+    events = EventAccumulator(str(tmp_path / "events")).Reload()
+    for prefix, tag, lines in (("", "train/", result.train), ("eval_", "eval/", result.evals)):
+        for key in ("loss", "rewards/accuracies", "rewards/margins", "logps/chosen"):
+            logged = [(event.step, event.value) for event in events.Scalars(tag + key)]
+            assert logged == [(line["step"], pytest.approx(line[prefix + key], rel=1e-6)) for line in lines]
+    assert [event.value for event in events.Scalars("train/learning_rate")] == pytest.approx([0.005, 0])
+    assert [path.parent.name for path in run(report_to="auto").folder.rglob("events.*")] == ["logs"]
+
+
+def test_the_toy_world_is_a_name_for_model_and_data(monkeypatch, world, tmp_path, capsys):
+    # The real world takes 20 s to build and has its own tests; here it is our tiny one in its place.
+    toy = tmp_path / "toy"
+    for split in ("train", "test"):
+        (toy / split).mkdir(parents=True)
+        (toy / split / "helpful_pairs.jsonl").write_text((world / "pairs.jsonl").read_text())
+    (toy / "model").symlink_to(world / "model")
+    monkeypatch.setattr(dpo_hf_run.toy_world, "build", lambda folder: toy)
+    result = Run(world, tmp_path / "run", model="toy", dataset="toy", eval_samples=None, max_steps=1)
+    out = capsys.readouterr().out
+    assert f"{toy}/train/helpful_pairs.jsonl: prompt/chosen/rejected, 24 rows" in out
+    assert f"{toy}/test/helpful_pairs.jsonl: prompt/chosen/rejected, 24 rows" in out
+    assert "held out" not in out
+    assert [line["step"] for line in result.evals] == [0, 1]
+
+
+# -- args.json goes back in -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(seed=3, lora_r=8, lora_target_modules=["q_proj", "v_proj"], beta=0.2),
+        dict(lora_r=0),
+        dict(gradient_checkpointing="on", max_length=64, max_prompt_length=32, eval_samples=0),
+        dict(adapter=True),
+    ],
+    ids=["LoRA", "all weights", "strings that YAML reads as booleans", "from an adapter"],
+)
+def test_args_json_of_a_run_is_a_config_for_the_same_run(run, plain, changes):
+    if "adapter" in changes:
+        changes = dict(adapter=plain.folder)
+    result = run(**changes)
+    written = json.loads((result.folder / "args.json").read_text())
+    args = parse("--config", result.folder / "args.json")
+    again = {name: value for name, value in vars(args).items() if name not in ("config", "given", "local_rank")}
+    assert again == written
+    again = run(**dict.fromkeys(BASE), model=None, dataset=None, config=result.folder / "args.json")
+    assert again.losses == result.losses
+
+
+def test_args_json_is_yaml_too(plain):
+    text = (plain.folder / "args.json").read_text()
+    assert yaml.safe_load(text) == json.loads(text)
+
+
+# -- no flag without a test -------------------------------------------------------------------------------------------
+
+
+def test_every_option_of_the_parser_stands_in_some_test():
+    """Also as a keyword of Run, learning_rate=..., which becomes the flag."""
+    text = "".join(path.read_text("utf-8") for path in sorted(Path(__file__).parent.glob("*.py")))
+    missing = []
+    for action in parser_actions(dpo_hf_run):
+        for option in action.option_strings:
+            name = re.escape(option.lstrip("-")).replace(r"\-", "[-_]")
+            if option != "-h" and not re.search(rf"--{name}\b(?!-)|\b{name}=", text):
+                missing.append(option)
+    assert missing == []

@@ -1,0 +1,101 @@
+"""A packed row written out by hand, and the plan of an epoch under every split into micro-batches and ranks."""
+
+import itertools
+
+import pytest
+import torch
+
+from packing import epoch_plan, pack
+
+TWO_PAIRS = [([10, 11, 12], [20, 21], [30, 31, 32]), ([40], [50], [60, 61])]
+
+
+def test_two_pairs_in_one_row_are_exactly_these_tensors():
+    batch = pack(TWO_PAIRS)
+    #   index                       0   1   2   3   4   5   6   7   8   9  10  11
+    assert batch.input_ids.tolist() == [[10, 11, 12, 20, 21, 30, 31, 32, 40, 50, 60, 61]]
+    assert batch.position_ids.tolist() == [[0, 1, 2, 3, 4, 3, 4, 5, 0, 1, 1, 2]]
+    assert batch.segments == ((0, 3, 5, 8), (8, 9, 10, 12))
+    # Chosen of both pairs, then rejected of both; the first token of each response is predicted from the prompt's last.
+    assert batch.targets.tolist() == [20, 21, 50, 30, 31, 32, 60, 61]
+    assert batch.predictors.tolist() == [2, 3, 8, 2, 5, 6, 8, 10]
+    assert batch.lengths == (2, 1, 3, 2)
+    for tensor in (batch.input_ids, batch.position_ids, batch.targets, batch.predictors):
+        assert tensor.dtype == torch.long
+
+
+@pytest.mark.parametrize("pair", [([7], [8], [9]), ([1, 2, 3, 4, 5], [6], [6]), ([2], [3, 3, 3], [3])])
+def test_every_predictor_stands_before_its_target_in_the_sequence_it_belongs_to(pair):
+    prompt, chosen, rejected = pair
+    batch = pack([pair])
+    ids, positions = batch.input_ids[0], batch.position_ids[0]
+    expected = [(len(prompt) + i - 1, token) for side in (chosen, rejected) for i, token in enumerate(side)]
+    assert list(zip(positions[batch.predictors].tolist(), batch.targets.tolist())) == expected
+    for side, inputs in zip((chosen, rejected), batch.predictors.split(batch.lengths)):
+        assert ids[inputs].tolist() == [prompt[-1], *side[:-1]]  # what stands before each response token
+
+
+def test_packing_leaves_the_callers_pairs_alone():
+    prompt, chosen, rejected = [1, 2], [3], [4, 5]
+    pack([(prompt, chosen, rejected), (prompt, chosen, rejected)])
+    assert (prompt, chosen, rejected) == ([1, 2], [3], [4, 5])
+
+
+def rows(plan):
+    """The pairs of each update as a set, whoever computes them."""
+    return [frozenset(pair for rank in ranks for micro in rank for pair in micro) for _, ranks in plan]
+
+
+SPLITS = [split for split in itertools.product(range(1, 13), repeat=3) if split[0] * split[1] * split[2] == 12]
+
+
+@pytest.mark.parametrize("num_pairs", [1, 11, 12, 13, 40])
+def test_every_split_with_one_product_gives_the_same_updates_in_the_same_order(num_pairs):
+    reference = rows(epoch_plan(num_pairs, 1, 42, 12, 1, 1))
+    assert [len(update) for update in reference] == [12] * (num_pairs // 12) + [num_pairs % 12] * (num_pairs % 12 > 0)
+    assert len(SPLITS) == 18
+    for split in SPLITS:
+        assert rows(epoch_plan(num_pairs, 1, 42, *split)) == reference, split
+
+
+@pytest.mark.parametrize("split", [(1, 1, 1), (2, 3, 2), (4, 1, 3), (3, 2, 8), (5, 7, 1)])
+@pytest.mark.parametrize("num_pairs", [1, 7, 35, 36, 37, 100])
+def test_every_pair_comes_once_in_micro_batches_of_the_asked_size(num_pairs, split):
+    batch_size, accumulation, world_size = split
+    plan = epoch_plan(num_pairs, 0, 0, *split)
+    seen = [pair for _, ranks in plan for rank in ranks for micro in rank for pair in micro]
+    assert sorted(seen) == list(range(num_pairs))
+    window = batch_size * accumulation * world_size
+    for number, (count, ranks) in enumerate(plan):
+        shares = [sum(map(len, rank)) for rank in ranks]
+        assert len(ranks) == world_size
+        assert count == sum(shares) == min(window, num_pairs - number * window)  # only the last window is short
+        assert max(shares) - min(shares) <= 1
+        for rank in ranks:
+            assert len(rank) <= accumulation
+            assert all(len(micro) == batch_size for micro in rank[:-1])
+            assert all(0 < len(micro) <= batch_size for micro in rank)
+
+
+def test_a_rank_without_pairs_in_the_last_window_has_no_micro_batches():
+    count, ranks = epoch_plan(num_pairs=9, epoch=0, seed=3, batch_size=2, accumulation=1, world_size=4)[-1]
+    assert count == 1
+    assert [len(rank) for rank in ranks] == [1, 0, 0, 0]
+
+
+def test_the_plan_depends_on_seed_and_epoch_and_on_nothing_else():
+    split = dict(batch_size=2, accumulation=2, world_size=2)
+    plans = {(seed, epoch): epoch_plan(50, epoch, seed, **split) for seed in range(4) for epoch in range(4)}
+    for one, other in itertools.combinations(plans, 2):
+        assert plans[one] != plans[other], f"{one} and {other} give one order"
+    torch.manual_seed(99)  # the global generator has no part in it, and is not moved either
+    before = torch.random.get_rng_state()
+    assert epoch_plan(50, 2, 1, **split) == plans[1, 2]
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_the_plan_is_shuffled_and_not_the_files_order():
+    order = [pair for update in epoch_plan(200, 0, 42, 1, 1, 1) for pair in update[1][0][0]]
+    assert sorted(order) == list(range(200))
+    # A random permutation keeps one element in place on average; twenty would be a shuffle in name only.
+    assert sum(place == pair for place, pair in enumerate(order)) < 20

@@ -1,0 +1,654 @@
+"""preference_data.py: rows of every shape -> texts -> token ids, cuts, malformed and unusable rows, files, hold-out."""
+
+import gzip
+import json
+import random
+import zlib
+
+import pytest
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
+
+from preference_data import DataError, Pair, as_messages, fingerprint, hold_out, load_pairs, recognise, row_texts
+
+SPECIAL = {"<s>": 0, "</s>": 1, "<|im_start|>": 2, "<|im_end|>": 3, "<unk>": 4}
+EOS = 1
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def char_tokenizer(merges=(), eos="</s>", before="", after="", template=None):
+    """Every character is a token and its id is its ASCII number; merge n becomes token 128 + n.
+
+    `before` and `after` are the special tokens that the tokenizer writes around a text by itself.
+    """
+    vocab = SPECIAL | {"\n": 10} | {chr(code): code for code in range(32, 127)}
+    vocab |= {first + second: 128 + n for n, (first, second) in enumerate(merges)}
+    backend = Tokenizer(models.BPE(vocab, list(merges), unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]+"), "isolated")
+    backend.decoder = decoders.Fuse()
+    names = {"eos_token": eos, "unk_token": "<unk>", "additional_special_tokens": ["<|im_start|>", "<|im_end|>"]}
+    if before or after:
+        backend.post_processor = processors.TemplateProcessing(
+            single=f"{before} $A {after}".strip(), special_tokens=[(t, SPECIAL[t]) for t in (before, after) if t]
+        )
+    if before:
+        names["bos_token"] = before
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **names)
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def ids(text):
+    """What char_tokenizer gives a text: written out by hand, so that the tests do not ask the tokenizer."""
+    return [ord(character) for character in text]
+
+
+def write_rows(path, rows):
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows), "utf-8")
+    return path
+
+
+def strings(number):
+    return {"prompt": f"q{number}", "chosen": f" yes {number}", "rejected": f" no {number}"}
+
+
+def load(path, tokenizer=None, max_length=512, max_prompt_length=256, **options):
+    return load_pairs(str(path), tokenizer or char_tokenizer(), max_length, max_prompt_length, **options)
+
+
+def user(content):
+    return {"role": "user", "content": content}
+
+
+def assistant(content):
+    return {"role": "assistant", "content": content}
+
+
+# -- shapes -----------------------------------------------------------------------------------------------------------
+
+SHAPES = {
+    "strings": (
+        {"prompt": "p ", "chosen": "c", "rejected": "r"},
+        "prompt/chosen/rejected",
+        ("p ", "c", "r"),
+    ),
+    "response names": (
+        {"prompt": "p", "chosen_response": " c", "rejected_response": " r", "dimension": "helpful"},
+        "prompt/chosen_response/rejected_response",
+        ("p", " c", " r"),
+    ),
+    "messages": (
+        {"prompt": [user("p")], "chosen": [assistant("c")], "rejected": [assistant("r")]},
+        "prompt/chosen/rejected messages",
+        ([user("p")], [assistant("c")], [assistant("r")]),
+    ),
+    "implicit prompt in messages": (
+        {
+            "chosen": [user("a"), assistant("b"), user("c"), assistant("d")],
+            "rejected": [user("a"), assistant("b"), user("c"), assistant("e")],
+        },
+        "chosen/rejected messages",
+        ([user("a"), assistant("b"), user("c")], [assistant("d")], [assistant("e")]),
+    ),
+    "ultrafeedback": (  # `prompt` repeats what the message lists begin with; it must not come twice
+        {"prompt": "p", "chosen": [user("p"), assistant("c")], "rejected": [user("p"), assistant("r")], "score": 3},
+        "chosen/rejected messages",
+        ([user("p")], [assistant("c")], [assistant("r")]),
+    ),
+    "prompt string and answers as messages": (
+        {"prompt": "p", "chosen": [assistant("c")], "rejected": [assistant("r")]},
+        "chosen/rejected messages",
+        ([user("p")], [assistant("c")], [assistant("r")]),
+    ),
+    "stack exchange": (  # j is the better answer
+        {"qid": 7, "question": "Why?\n", "response_j": "So.", "response_k": "No."},
+        "question/response_j/response_k",
+        ("Question: Why?\n\n\nAnswer: ", "So.", "No."),
+    ),
+    "instruction with input": (
+        {"instruction": "Add.", "input": "1 2", "chosen": "3", "rejected": "4"},
+        "instruction/chosen/rejected",
+        ("Add.\n\n1 2\n\n", "3", "4"),
+    ),
+    "instruction with empty input": (
+        {"instruction": "Add.", "input": "", "chosen": "3", "rejected": "4"},
+        "instruction/chosen/rejected",
+        ("Add.\n\n", "3", "4"),
+    ),
+    "instruction without input": (
+        {"instruction": "Add.", "chosen": "3", "rejected": "4"},
+        "instruction/chosen/rejected",
+        ("Add.\n\n", "3", "4"),
+    ),
+    "HH, one turn": (
+        {"chosen": "\n\nHuman: Hi?\n\nAssistant: Hello.", "rejected": "\n\nHuman: Hi?\n\nAssistant: Go."},
+        "chosen/rejected strings",
+        ("\n\nHuman: Hi?\n\nAssistant:", " Hello.", " Go."),
+    ),
+    "HH, split at the last Assistant turn": (  # both answers begin alike: the shared words stay in the responses
+        {
+            "chosen": "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant: It is d.",
+            "rejected": "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant: It is e.",
+        },
+        "chosen/rejected strings",
+        ("\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant:", " It is d.", " It is e."),
+    ),
+    "implicit prompt in strings": (  # back to whole words, and the blank goes with the word behind it
+        {"chosen": "What is it? A friend.", "rejected": "What is it? A foe."},
+        "chosen/rejected strings",
+        ("What is it? A", " friend.", " foe."),
+    ),
+    "implicit prompt that ends in a newline": (
+        {"chosen": "Name it.\nA", "rejected": "Name it.\nB"},
+        "chosen/rejected strings",
+        ("Name it.\n", "A", "B"),
+    ),
+    "no common beginning": (
+        {"chosen": "yes", "rejected": "no"},
+        "chosen/rejected strings",
+        ("", "yes", "no"),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_shape_gives_these_texts(name):
+    row, shape_name, texts = SHAPES[name]
+    shape = recognise(row, "file:1")
+    assert shape.name == shape_name
+    assert row_texts(row, shape) == texts
+
+
+def test_unknown_shape_names_the_place_its_fields_and_the_known_shapes(tmp_path):
+    path = write_rows(tmp_path / "rows.jsonl", [{"text": "x", "label": 1}])
+    with pytest.raises(DataError, match=r"rows\.jsonl:1 has the fields text, label, .*question/response_j/response_k"):
+        load(path)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": None, "chosen": "yes", "rejected": "no"},
+        {"prompt": [user("p")], "chosen": "yes", "rejected": "no"},
+        {"instruction": ["p"], "chosen": "yes", "rejected": "no"},
+    ],
+    ids=["null prompt", "prompt as messages, answers as strings", "instruction as a list"],
+)
+def test_a_prompt_of_the_wrong_type_in_the_first_row_is_not_dropped_silently(tmp_path, row):
+    # chosen and rejected alone are a known shape too; taking the file for that would train without any prompt.
+    with pytest.raises(DataError, match=r"rows\.jsonl:1"):
+        load(write_rows(tmp_path / "rows.jsonl", [row, row | {"chosen": "yes!"}]))
+
+
+# -- texts -> token ids -----------------------------------------------------------------------------------------------
+
+
+def test_strings_become_these_token_ids(tmp_path):
+    path = write_rows(tmp_path / "rows.jsonl", [{"prompt": "Q: ", "chosen": "ab", "rejected": "c"}])
+    pairs, report = load(path)
+    assert pairs == [Pair([81, 58, 32], [97, 98, 1], [99, 1])]
+    assert report == [
+        f"{path}: prompt/chosen/rejected, 1 rows, 1 pairs",
+        "  row 0 prompt      3 tokens  'Q: '",
+        "  row 0 chosen      3 tokens  'ab</s>'",
+        "  row 0 rejected    2 tokens  'c</s>'",
+    ]
+
+
+def test_a_token_that_spans_the_seam_belongs_to_the_responses(tmp_path):
+    # " y" is one token (128): the prompt "Q: " would end in a blank that neither full text has as a token.
+    tokenizer = char_tokenizer(merges=[(" ", "y")])
+    path = write_rows(tmp_path / "rows.jsonl", [{"prompt": "Q: ", "chosen": "yes", "rejected": "no"}])
+    [pair] = load(path, tokenizer)[0]
+    assert pair == Pair(ids("Q:"), [128, *ids("es"), EOS], [*ids(" no"), EOS])
+    assert pair.prompt_ids + pair.chosen_ids == [*tokenizer("Q: yes")["input_ids"], EOS]
+
+
+def test_the_boundary_is_the_shorter_of_the_two_responses_prefixes(tmp_path):
+    # Only the rejected response merges over the seam; the prompt is shared, so it ends before the seam for both.
+    tokenizer = char_tokenizer(merges=[("b", "c")])
+    path = write_rows(tmp_path / "rows.jsonl", [{"prompt": "ab", "chosen": "x", "rejected": "c"}])
+    assert load(path, tokenizer)[0] == [Pair(ids("a"), [*ids("bx"), EOS], [128, EOS])]
+
+
+def test_every_pair_is_the_tokenisation_of_the_whole_texts_and_one_eos(tmp_path):
+    draw = random.Random(0)
+    pieces = ["a", "b", "ab", " ", "  ", "\n", "ba", ".", "é", "你", "好", "🙂", "Assistant", "\t"]
+
+    def text(least):
+        return "".join(draw.choice(pieces) for _ in range(draw.randint(least, 9)))
+
+    backend = Tokenizer(models.BPE())  # merges across words and lines: the seam is anywhere
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=600, special_tokens=["</s>"], initial_alphabet=alphabet, show_progress=False
+    )
+    backend.train_from_iterator([text(5) for _ in range(500)], trainer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")
+    rows = [{"prompt": text(1), "chosen": text(1) + "1", "rejected": text(1) + "2"} for _ in range(500)]
+    pairs, _ = load(write_rows(tmp_path / "rows.jsonl", rows), tokenizer)
+    moved = 0
+    for row, pair in zip(rows, pairs, strict=True):
+        prompt_ids, eos = tokenizer(row["prompt"])["input_ids"], [tokenizer.eos_token_id]
+        for name, response_ids in (("chosen", pair.chosen_ids), ("rejected", pair.rejected_ids)):
+            whole = tokenizer(row["prompt"] + row[name])["input_ids"] + eos
+            if pair.prompt_ids == eos:  # nothing in common: EOS stands in for the prompt
+                whole = eos + whole
+            assert pair.prompt_ids + response_ids == whole
+        moved += len(pair.prompt_ids) < len(prompt_ids)
+    assert moved > 50  # else the tokenizer does not merge over the seam and this test shows little
+
+
+@pytest.mark.parametrize(
+    "tokenizer, response",
+    [
+        (char_tokenizer(), "ab</s>"),
+        (char_tokenizer(), "ab</s></s>"),
+        (char_tokenizer(after="</s>"), "ab"),
+        (char_tokenizer(after="</s>"), "ab</s>"),
+    ],
+    ids=["EOS in the text", "twice", "EOS from the tokenizer", "both"],
+)
+def test_a_response_ends_in_exactly_one_eos(tmp_path, tokenizer, response):
+    path = write_rows(tmp_path / "rows.jsonl", [{"prompt": "Q", "chosen": response, "rejected": "c"}])
+    assert load(path, tokenizer)[0] == [Pair([81], [97, 98, EOS], [99, EOS])]
+
+
+def test_a_template_that_writes_a_newline_behind_eos_ends_in_exactly_one_eos(tmp_path):
+    tokenizer = char_tokenizer(eos="<|im_end|>", template=CHATML)
+    row = {"prompt": [user("Q")], "chosen": [assistant("ab")], "rejected": [assistant("c")]}
+    [pair] = load(write_rows(tmp_path / "rows.jsonl", [row]), tokenizer)[0]
+    prompt = [2, *ids("user\nQ"), 3, 10, 2, *ids("assistant\n")]
+    assert pair == Pair(prompt, [97, 98, 3], [99, 3])
+
+
+def test_an_eos_inside_a_chat_of_several_turns_stays(tmp_path):
+    tokenizer = char_tokenizer(eos="<|im_end|>", template=CHATML)
+    row = {"prompt": [user("Q")], "chosen": [assistant("a"), user("b"), assistant("c")], "rejected": [assistant("d")]}
+    [pair] = load(write_rows(tmp_path / "rows.jsonl", [row]), tokenizer)[0]
+    assert pair.chosen_ids == [97, 3, 10, 2, *ids("user\nb"), 3, 10, 2, *ids("assistant\nc"), 3]
+
+
+def test_a_template_that_ends_in_no_eos_gets_one(tmp_path):
+    template = CHATML.replace("<|im_end|>", "#")  # as Gemma's <end_of_turn>, which is another token than its EOS
+    row = {"prompt": [user("Q")], "chosen": [assistant("a")], "rejected": [assistant("b")]}
+    [pair] = load(write_rows(tmp_path / "rows.jsonl", [row]), char_tokenizer(template=template))[0]
+    assert pair[1:] == (ids("a#\n") + [EOS], ids("b#\n") + [EOS])
+
+
+def test_a_template_that_writes_bos_gives_one_bos(tmp_path):
+    tokenizer = char_tokenizer(before="<s>", template="{{ bos_token }}" + CHATML)
+    row = {"prompt": [user("Q")], "chosen": [assistant("a")], "rejected": [assistant("b")]}
+    [pair] = load(write_rows(tmp_path / "rows.jsonl", [row]), tokenizer)[0]
+    assert pair.prompt_ids[:2] == [0, 2]
+    assert sum(pair, []).count(0) == 1
+
+
+@pytest.mark.parametrize(
+    "tokenizer, prompt, prompt_ids",
+    [
+        (char_tokenizer(before="<s>"), "Q", [0, 81]),
+        (char_tokenizer(before="<s>"), "", [0]),
+        (char_tokenizer(), "", [EOS]),
+        (char_tokenizer(before="<s>", after="</s>"), "Q", [0, 81]),
+        (char_tokenizer(before="<s>", after="</s>"), "", [0]),
+        (char_tokenizer(after="</s>"), "", [EOS]),
+    ],
+    ids=["BOS", "BOS, empty", "no BOS, empty", "BOS and EOS", "BOS and EOS, empty", "EOS, empty"],
+)
+def test_prompt_has_one_bos_and_is_never_empty(tmp_path, tokenizer, prompt, prompt_ids):
+    path = write_rows(tmp_path / "rows.jsonl", [{"prompt": prompt, "chosen": "a", "rejected": "b"}])
+    assert load(path, tokenizer)[0] == [Pair(prompt_ids, [97, EOS], [98, EOS])]
+
+
+@pytest.mark.parametrize(
+    "before, max_prompt_length, prompt_ids",
+    [("", 3, ids("cde")), ("<s>", 3, [0, *ids("de")]), ("<s>", 1, [0]), ("<s>", 6, [0, *ids("abcde")]), ("", 1, [101])],
+)
+def test_a_prompt_is_cut_from_the_left_but_for_its_bos(tmp_path, before, max_prompt_length, prompt_ids):
+    path = write_rows(tmp_path / "rows.jsonl", [{"prompt": "abcde", "chosen": "xyz", "rejected": "uv"}])
+    pairs, report = load(path, char_tokenizer(before=before), max_prompt_length=max_prompt_length)
+    assert pairs == [Pair(prompt_ids, [*ids("xyz"), EOS], [*ids("uv"), EOS])]
+    assert any("cut 1 pairs to" in line for line in report) == (len(prompt_ids) < 5 + bool(before))
+
+
+@pytest.mark.parametrize(
+    "max_length, max_prompt_length, chosen_ids, rejected_ids",
+    [
+        (7, 3, ids("wxyz"), [*ids("uv"), EOS]),  # only what does not fit loses its end, and its EOS with it
+        (8, 3, [*ids("wxyz"), EOS], [*ids("uv"), EOS]),
+        (5, 3, ids("wx"), ids("uv")),
+        (4, 3, ids("w"), ids("u")),  # never to nothing
+    ],
+)
+def test_responses_are_cut_from_the_right(tmp_path, max_length, max_prompt_length, chosen_ids, rejected_ids):
+    path = write_rows(tmp_path / "rows.jsonl", [{"prompt": "abcde", "chosen": "wxyz", "rejected": "uv"}])
+    pairs, _ = load(path, max_length=max_length, max_prompt_length=max_prompt_length)
+    assert pairs == [Pair(ids("cde"), chosen_ids, rejected_ids)]
+
+
+def test_responses_that_are_equal_after_the_cut_are_counted(tmp_path):
+    rows = [{"prompt": "abc", "chosen": "wxyz", "rejected": "wx!!"}, {"prompt": "abc", "chosen": "k", "rejected": "l"}]
+    path = write_rows(tmp_path / "rows.jsonl", rows)
+    pairs, report = load(path, max_length=5, max_prompt_length=3)
+    assert pairs == [Pair(ids("abc"), [107, EOS], [108, EOS])]
+    reason = "the two responses are equal after the cut at --max-length"
+    assert report[1] == f"  left out 1 rows: 1 because {reason}; the first is {path}:1: {reason}"
+
+
+def test_one_cut_pair_among_many_is_counted_once(tmp_path):
+    rows = [strings(n) for n in range(8)] + [{"prompt": "p" * 99, "chosen": "c" * 99, "rejected": "r" * 99}]
+    pairs, report = load(write_rows(tmp_path / "rows.jsonl", rows), max_length=40, max_prompt_length=20)
+    assert [len(part) for part in pairs[-1]] == [20, 20, 20]
+    assert "  cut 1 pairs to --max-length 40 or --max-prompt-length 20" in report
+
+
+# -- rows that teach nothing ------------------------------------------------------------------------------------------
+
+
+def test_unusable_rows_are_counted_by_reason_and_the_first_is_named(tmp_path):
+    rows = [
+        strings(1),
+        strings(2) | {"chosen": ""},
+        strings(3) | {"rejected": " \n\t"},
+        strings(4) | {"rejected": ""},
+        strings(5) | {"chosen": "x", "rejected": "x"},
+        strings(6),
+    ]
+    path = write_rows(tmp_path / "rows.jsonl", rows)
+    pairs, report = load(path)
+    assert [pair.prompt_ids for pair in pairs] == [ids("q1"), ids("q6")]
+    assert report[0] == f"{path}: prompt/chosen/rejected, 6 rows, 2 pairs"
+    assert report[1] == (
+        "  left out 4 rows: 2 because the rejected response is empty, 1 because the chosen response is empty, "
+        f"1 because the two responses are equal; the first is {path}:2: the chosen response is empty"
+    )
+
+
+def test_hh_transcripts_with_differing_prompts_are_left_out(tmp_path):
+    def row(question, other):
+        start = "\n\nHuman: {}\n\nAssistant: {}"
+        return {"chosen": start.format(question, "Yes."), "rejected": start.format(other, "No.")}
+
+    path = write_rows(tmp_path / "rows.jsonl", [row("a", "a"), row("a", "b"), row("c", "c")])
+    pairs, report = load(path)
+    assert [len(part) for part in pairs[1]] == [22, 6, 5]
+    assert report[1] == (
+        "  left out 1 rows: 1 because the prompts of chosen and rejected differ; "
+        f"the first is {path}:2: the prompts of chosen and rejected differ"
+    )
+
+
+@pytest.mark.parametrize(
+    "lines, reason",
+    [
+        (["{}"], "no known shape"),
+        ([], "0 rows and no usable pair .the file is empty"),
+        (["", "  "], "0 rows and no usable pair .the file is empty"),
+        ([strings(1) | {"chosen": ""}] * 3, "3 rows and no usable pair .3 because the chosen response is empty"),
+    ],
+)
+def test_no_usable_pair_is_an_error(tmp_path, lines, reason):
+    with pytest.raises(DataError, match=reason):
+        load(write_rows(tmp_path / "rows.jsonl", lines))
+
+
+# -- malformed rows ---------------------------------------------------------------------------------------------------
+
+
+def test_line_17_of_3000_is_named(tmp_path):
+    rows = [strings(n) for n in range(3000)]
+    rows[16] = json.dumps(rows[16])[:-1]
+    path = write_rows(tmp_path / "rows.jsonl", rows)
+    with pytest.raises(DataError, match=rf"^{path}:17: not JSON .*--skip-invalid"):
+        load(path)
+
+
+def message_row(**changes):
+    return {"prompt": [user("p")], "chosen": [assistant("a")], "rejected": [assistant("b")]} | changes
+
+
+MALFORMED = {  # a first row of the same shape -> a later row, what is said about it
+    "missing": (strings(0), {"prompt": "p", "rejected": "r"}, "`chosen` is missing"),
+    "wrong type": (strings(0), strings(1) | {"rejected": 5}, "`rejected` is not a str"),
+    "null": (strings(0), strings(1) | {"prompt": None}, "`prompt` is not a str"),
+    "not an object": (strings(0), "[1, 2]", "not a JSON object"),
+    "a number": (strings(0), "17", "not a JSON object"),
+    "string for messages": (message_row(), message_row(chosen="a"), "`chosen` is not a list"),
+    "messages without role": (message_row(), message_row(rejected=[{"content": "b"}]), "`rejected` is not a list of m"),
+    "messages that are strings": (message_row(), message_row(prompt=["p"]), "`prompt` is not a list of messages"),
+    "content that is null": (message_row(), message_row(chosen=[assistant(None)]), ""),  # by its template or by us
+    "no message in the prompt": (message_row(), message_row(prompt=[]), "`prompt`"),
+    "input that is a number": (
+        {"instruction": "i", "input": "x", "chosen": "a", "rejected": "b"},
+        {"instruction": "i", "input": 5, "chosen": "a", "rejected": "b"},
+        "`input`",
+    ),
+    "half of a surrogate pair": (strings(0), '{"prompt": "p", "chosen": "\\ud83d", "rejected": "r"}', ""),
+}
+
+
+@pytest.mark.parametrize("name", MALFORMED)
+def test_a_malformed_row_stops_with_its_place_and_field(tmp_path, name):
+    good, bad, what = MALFORMED[name]
+    path = write_rows(tmp_path / "rows.jsonl", [good, bad, good])
+    with pytest.raises(DataError) as error:
+        load(path, char_tokenizer(template=CHATML))
+    assert str(error.value).startswith(f"{path}:2: {what}")
+    assert str(error.value).endswith("; mend the row, or leave such rows out with --skip-invalid")
+
+
+@pytest.mark.parametrize("name", MALFORMED)
+def test_skip_invalid_counts_malformed_rows_and_goes_on(tmp_path, name):
+    good, bad, what = MALFORMED[name]
+    path = write_rows(tmp_path / "rows.jsonl", [good, bad, good, bad, good])
+    pairs, report = load(path, char_tokenizer(template=CHATML), skip_invalid=True)
+    assert len(pairs) == 3
+    assert report[1].startswith(f"  left out 2 rows: 2 because malformed; the first is {path}:2: {what}")
+
+
+def test_skip_invalid_skips_a_first_row_that_is_not_json(tmp_path):
+    path = write_rows(tmp_path / "rows.jsonl", ["not JSON", strings(1), strings(2)])
+    pairs, report = load(path, skip_invalid=True)
+    assert [pair.prompt_ids for pair in pairs] == [ids("q1"), ids("q2")]
+    assert "1 because malformed" in report[1]
+
+
+def test_a_first_row_without_chosen_names_its_place_and_fields(tmp_path):
+    path = write_rows(tmp_path / "rows.jsonl", [{"prompt": "p", "rejected": "r"}, strings(1)])
+    with pytest.raises(DataError, match=rf"^{path}:1 has the fields prompt, rejected, which is no known shape"):
+        load(path)
+
+
+def test_a_json_list_whose_items_are_no_objects(tmp_path):
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps([strings(0), [1]]))
+    with pytest.raises(DataError, match=rf"^{path}: row 1: not a JSON object"):
+        load(path)
+
+
+# -- files ------------------------------------------------------------------------------------------------------------
+
+ROWS = [strings(0), {"prompt": "a\u2028b", "chosen": "\x85c\u2029d", "rejected": "e\x0bf"}, strings(2)]
+
+
+def jsonl(end="\n", ascii=False):
+    return "".join(json.dumps(row, ensure_ascii=ascii) + end for row in ROWS)
+
+
+FILES = {  # \u2028 and \x85 end a line for str.splitlines, not in JSON: ensure_ascii=False writes them as they are
+    "JSONL": jsonl().encode(),
+    "no newline at the end": jsonl().rstrip().encode(),
+    "blank lines": b"\n  \n" + jsonl("\n\n").encode() + b"\n",
+    "BOM": b"\xef\xbb\xbf" + jsonl().encode(),
+    "CRLF": jsonl("\r\n").encode(),
+    "gzip": gzip.compress(jsonl().encode()),
+    "gzip of BOM and CRLF": gzip.compress(b"\xef\xbb\xbf" + jsonl("\r\n").encode()),
+    "JSON": json.dumps(ROWS, ensure_ascii=False).encode(),
+    "JSON with indent": b"\n" + json.dumps(ROWS, indent=2).encode(),
+    "JSON with BOM": b"\xef\xbb\xbf" + json.dumps(ROWS).encode(),
+    "gzip of JSON": gzip.compress(json.dumps(ROWS).encode()),
+}
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "json", "txt", "gz"])
+@pytest.mark.parametrize("name", FILES)
+def test_the_same_rows_are_read_from_any_encoding_under_any_ending(tmp_path, name, ending):
+    path = tmp_path / f"rows.{ending}"
+    path.write_bytes(FILES[name])
+    expected = [
+        Pair([*ids("q0")], [*ids(" yes 0"), EOS], [*ids(" no 0"), EOS]),
+        Pair([97, 4, 98], [4, 99, 4, 100, EOS], [101, 4, 102, EOS]),  # 4: characters that the tokenizer lacks
+        Pair([*ids("q2")], [*ids(" yes 2"), EOS], [*ids(" no 2"), EOS]),
+    ]
+    assert load(path)[0] == expected
+
+
+def test_the_line_number_counts_blank_lines(tmp_path):
+    path = write_rows(tmp_path / "rows.jsonl", ["", strings(0), "", "{"])
+    with pytest.raises(DataError, match=rf"^{path}:4: not JSON"):
+        load(path)
+
+
+def damaged_gzip():
+    whole = bytearray(gzip.compress(jsonl().encode()))
+    whole[10] |= 0b110  # the first block is of a type that does not exist
+    with pytest.raises(zlib.error):  # not an OSError, unlike the other ways in which a gzip file is broken
+        gzip.decompress(whole)
+    return bytes(whole)
+
+
+@pytest.mark.parametrize(
+    "content, where",
+    [
+        (gzip.compress(jsonl().encode() * 200)[:-20], "rows.jsonl cannot be read"),
+        (gzip.compress(jsonl().encode())[:12], "rows.jsonl cannot be read"),
+        (damaged_gzip(), "rows.jsonl cannot be read"),
+        (jsonl().encode("utf-16"), "rows.jsonl cannot be read"),
+        (b'{"prompt": "caf\xe9"}\n', "rows.jsonl cannot be read"),
+        (json.dumps(ROWS, indent=0).encode()[:-30], r"rows.jsonl:\d+ is not JSON"),
+    ],
+    ids=["gzip cut off", "gzip cut off early", "gzip damaged", "UTF-16", "Latin-1", "JSON list cut off"],
+)
+def test_a_file_that_is_not_whole_text_is_an_error(tmp_path, content, where):
+    (tmp_path / "rows.jsonl").write_bytes(content)
+    with pytest.raises(DataError, match=where):
+        load(tmp_path / "rows.jsonl")
+
+
+def test_a_folder_is_an_error(tmp_path):
+    with pytest.raises(DataError, match=rf"^{tmp_path} is a folder: name the .jsonl or .json file inside it$"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["./rows", "/no/rows", "rows.jsonl", "data/rows.json", "rows.jsonl.gz", "~/rows"])
+def test_a_missing_file_is_not_looked_for_on_a_hub(name):
+    with pytest.raises(DataError, match=rf"^there is no file {name}: check the path$"):
+        load(name)
+
+
+@pytest.mark.parametrize("limit, count", [(0, 5), (1, 1), (3, 3), (9, 5)])
+def test_limit_reads_that_many_rows(tmp_path, limit, count):
+    pairs, report = load(write_rows(tmp_path / "rows.jsonl", [strings(n) for n in range(5)]), limit=limit)
+    assert [pair.prompt_ids for pair in pairs] == [ids(f"q{n}") for n in range(count)]
+    assert f"{count} rows, {count} pairs" in report[0]
+
+
+def test_limit_does_not_reach_a_malformed_row_behind_it(tmp_path):
+    path = write_rows(tmp_path / "rows.jsonl", [strings(0), strings(1), "not JSON"])
+    assert len(load(path, limit=2)[0]) == 2
+    with pytest.raises(DataError, match=":3: not JSON"):
+        load(path, limit=3)
+
+
+# -- chat templates ---------------------------------------------------------------------------------------------------
+
+
+def test_chat_template_strings_wraps_a_plain_prompt(tmp_path):
+    tokenizer = char_tokenizer(eos="<|im_end|>", template=CHATML)
+    path = write_rows(tmp_path / "rows.jsonl", [{"prompt": "Hi?", "chosen": " Yes.", "rejected": "No. "}])
+    [pair] = load(path, tokenizer, chat_template_strings=True)[0]
+    assert tokenizer.decode(pair.prompt_ids) == "<|im_start|>user\nHi?<|im_end|>\n<|im_start|>assistant\n"
+    assert [tokenizer.decode(part) for part in pair[1:]] == ["Yes.<|im_end|>", "No.<|im_end|>"]
+
+
+def test_chat_template_strings_makes_turns_of_an_hh_transcript(tmp_path):
+    tokenizer = char_tokenizer(eos="<|im_end|>", template=CHATML)
+    start = "\n\nHuman: a?\n\nAssistant: b.\n\nHuman: c?\n\nAssistant:"
+    path = write_rows(tmp_path / "rows.jsonl", [{"chosen": start + " Yes.", "rejected": start + " No."}])
+    [pair] = load(path, tokenizer, chat_template_strings=True)[0]
+    assert tokenizer.decode(pair.prompt_ids) == (
+        "<|im_start|>user\na?<|im_end|>\n<|im_start|>assistant\nb.<|im_end|>\n"
+        "<|im_start|>user\nc?<|im_end|>\n<|im_start|>assistant\n"
+    )
+    assert [tokenizer.decode(part) for part in pair[1:]] == ["Yes.<|im_end|>", "No.<|im_end|>"]
+
+
+def test_text_before_the_first_turn_keeps_a_prompt_whole():
+    prompt = "Be brief.\n\nHuman: a?\n\nAssistant:"
+    assert as_messages(prompt, " b", " c")[0] == [user(prompt)]
+
+
+def test_messages_need_a_tokenizer_with_a_template(tmp_path):
+    path = write_rows(tmp_path / "rows.jsonl", [message_row()])
+    with pytest.raises(DataError, match=rf"^{path}:1 needs a chat template and this tokenizer has none: use an instru"):
+        load(path)
+
+
+def test_a_template_that_refuses_the_messages_names_the_row(tmp_path):
+    template = "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}" + CHATML
+    rows = [message_row(), message_row(prompt=[{"role": "system", "content": "s"}, user("p")])]
+    path = write_rows(tmp_path / "rows.jsonl", rows)
+    with pytest.raises(DataError, match=rf"^{path}:2: the chat template refuses its messages .no system role"):
+        load(path, char_tokenizer(template=template))
+
+
+# -- fingerprint and hold-out -----------------------------------------------------------------------------------------
+
+
+def test_fingerprint_is_equal_on_reload_and_changes_with_any_token_and_any_order(tmp_path):
+    path = write_rows(tmp_path / "rows.jsonl", [strings(n) for n in range(5)])
+    pairs = load(path)[0]
+    assert fingerprint(pairs) == fingerprint(load(path)[0])
+    numbers = {fingerprint(pairs), fingerprint(pairs[::-1]), fingerprint(pairs[:-1])}
+    numbers.add(fingerprint([Pair(p, r, c) for p, c, r in pairs]))
+    changes = 0
+    for part in range(3):
+        for place in range(len(pairs[2][part])):
+            changed = [Pair(*map(list, pair)) for pair in pairs]
+            changed[2][part][place] += 1
+            numbers.add(fingerprint(changed))
+            changes += 1
+    moved = [*pairs[:2], Pair(pairs[2].prompt_ids + pairs[2].chosen_ids[:1], pairs[2].chosen_ids[1:], [98])]
+    numbers |= {fingerprint(moved), fingerprint([*pairs[:2], Pair(*pairs[2][:2], [98])])}
+    assert len(numbers) == 4 + changes + 2
+
+
+def test_hold_out_parts_by_whole_prompts():
+    # 40 prompts with 1 to 4 pairs each, mixed
+    pairs = [Pair([n % 40], [n, 1], [n, 2]) for n in range(160) if n % 7]
+    train, held = hold_out(pairs, 20, seed=3)
+    assert sorted(train + held) == sorted(pairs)
+    assert not {tuple(p.prompt_ids) for p in train} & {tuple(p.prompt_ids) for p in held}
+    assert 20 <= len(held) < 24  # it stops with the prompt that reaches 20, and a prompt has at most 4
+    assert held == [pair for pair in pairs if pair in held]  # the file's order stays on both sides
+    assert train == [pair for pair in pairs if pair in train]
+
+
+def test_hold_out_depends_on_the_seed_alone():
+    pairs = [Pair([n], [n, 1], [n, 2]) for n in range(100)]
+    assert hold_out(pairs, 10, seed=1) == hold_out(pairs, 10, seed=1)
+    draws = [tuple(pair.prompt_ids[0] for pair in hold_out(pairs, 10, seed)[1]) for seed in range(5)]
+    assert [len(draw) for draw in draws] == [10] * 5
+    assert len(set(draws)) == 5
+    assert (0, 1, 2, 3, 4, 5, 6, 7, 8, 9) not in draws  # drawn, not the first ten
+
+
+@pytest.mark.parametrize("wanted, held", [(0, 0), (1, 1), (7, 7), (9, 7)])
+def test_hold_out_sizes(wanted, held):
+    pairs = [Pair([n], [n, 1], [n, 2]) for n in range(7)]
+    assert [len(side) for side in hold_out(pairs, wanted, seed=0)] == [7 - held, held]
