@@ -199,7 +199,7 @@ def add_common_flags(
     # machine
     add(
         "--seed",
-        type=number(int, least=0, below=2**32),
+        type=number(int, least=0, below=2**63),
         default=42,
         metavar="N",
         help="of the shuffle, the held-out split and A of LoRA",

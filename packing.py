@@ -19,7 +19,7 @@ def epoch_plan(num_pairs, epoch, seed, batch_size, accumulation, world_size):
     one what is left; rank r takes every world_size-th pair from r, in micro-batches of batch_size, the last short or
     none at all.  Dividing each loss by the pairs of the whole update makes the gradient independent of the split.
     """
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+    generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
     order = torch.randperm(num_pairs, generator=generator).tolist()
     updates = []
     for update in _chunks(order, batch_size * accumulation * world_size):

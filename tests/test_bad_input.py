@@ -112,7 +112,7 @@ def test_messages_for_a_model_without_a_chat_template(fails, world, tmp_path):
 @pytest.mark.parametrize("samples", [24, 1000])
 def test_eval_samples_that_leave_nothing_to_train_on(fails, samples):
     line = fails("--eval-samples", samples)
-    assert line == f"--eval-samples {samples} leaves no pair to train on: make it smaller"
+    assert line == f"holding out {samples} pairs by whole prompts leaves none to train on: try --eval-samples 0"
 
 
 def test_many_answers_to_one_prompt_are_no_mistake_of_the_user(world, tmp_path):
@@ -225,8 +225,8 @@ def test_without_hub_or_weights_a_process_says_one_sentence(processes, name, beg
 
 def test_lora_target_modules_that_match_nothing(fails):
     assert fails("--lora-target-modules", "nothing_matches", "nor_this") == (
-        "--lora-target-modules nothing_matches nor_this matches no linear layer of this model: choose from "
-        "down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj, or leave the flag out for all of them"
+        "no linear layer of this model is called nothing_matches or nor_this: names for --lora-target-modules are "
+        "down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj"
     )
 
 
@@ -245,7 +245,7 @@ WRONG_ADAPTERS = {
     "other rank": (lambda f: change_config(f, r=8), "expected (8, 32)"),
     "other targets": (
         lambda f: change_config(f, target_modules=["fc1"]),
-        "adapts ['fc1'], of which this model has none",
+        "no linear layer of this model is called fc1",
     ),
     "keys missing": (lambda f: change_weights(f, lambda s: {k: v for k, v in s.items() if k != FIRST}), FIRST),
     "foreign keys": (lambda f: change_weights(f, lambda s: s | {"other.weight": s[FIRST].clone()}), "other.weight"),

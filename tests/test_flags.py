@@ -86,7 +86,7 @@ DEFAULTS = dict(
 def test_documented_defaults_and_nothing_else_without_any_flag():
     defaults = vars(parse())
     assert {name: defaults.pop(name) for name in DEFAULTS} == DEFAULTS
-    assert defaults == dict(config=None, local_rank=None, given=[])
+    assert defaults == dict(config=None, local_rank=None, typed=set(), given=set())
 
 
 @pytest.mark.parametrize(
@@ -117,7 +117,7 @@ def test_spelling(words, name, value):
 
 def test_given_names_what_the_user_set_here_or_in_the_file(tmp_path):
     # set to its default is set too
-    assert parse("--num-train-epochs", "1", "--output_dir=x").given == ["epochs", "output_dir"]
+    assert parse("--num-train-epochs", "1", "--output_dir=x").given == {"epochs", "output_dir"}
     (tmp_path / "c.yaml").write_text("lora: {r: 8}\nβ_ori: 0.1\nsave_merged: false\n")
     given = parse("--config", tmp_path / "c.yaml", "--seed", "1").given
     assert set(given) - {"config"} == {"lora_r", "beta", "seed"}
@@ -134,7 +134,7 @@ def test_given_names_what_the_user_set_here_or_in_the_file(tmp_path):
         (["--beta"], "--beta: expected one argument"),
         (["--beta", "high"], "--beta: expected a number, got 'high'"),
         (["--beta", "0"], "--beta: has to be above 0, got 0"),
-        (["--beta", "nan"], "--beta: has to be above 0, got nan"),
+        (["--beta", "nan"], "--beta: has to be finite, got nan"),
         (["--batch-size", "1.5"], "--batch-size: expected a whole number, got '1.5'"),
         (["--batch-size", "0"], "--batch-size: has to be at least 1, got 0"),
         (["--label-smoothing", "0.5"], "--label-smoothing: has to be below 0.5, got 0.5"),
@@ -248,7 +248,7 @@ def config(tmp_path):
         ("gradient_checkpointing: 'off'\n", dict(gradient_checkpointing="off")),
         (
             "gradient_checkpointing: off\n",
-            dict(gradient_checkpointing="off", given=["config", "gradient_checkpointing"]),
+            dict(gradient_checkpointing="off", given={"config", "gradient_checkpointing"}),
         ),
         ("output_dir: --a b_c\n", dict(output_dir="--a b_c")),
         ("seed: 7  # why not\neval_dataset: null\n", dict(seed=7, eval_dataset=None)),
@@ -288,7 +288,7 @@ def test_a_later_file_wins_over_an_earlier_one(tmp_path):
         ("- beta\n", "is not a list of `flag: value` lines"),
         ("just words\n", "is not a list of `flag: value` lines"),
         ("a: [1\n", "cannot be read"),
-        ("overwrite: maybe\n", "--overwrite"),
+        ("overwrite: maybe\n", "overwrite is true or false"),
     ],
 )
 def test_a_mistake_in_the_file_names_the_file(capsys, config, tmp_path, text, sentence):
@@ -790,7 +790,8 @@ def test_args_json_of_a_run_is_a_config_for_the_same_run(run, plain, changes):
     result = run(**changes)
     written = json.loads((result.folder / "args.json").read_text())
     args = parse("--config", result.folder / "args.json")
-    again = {name: value for name, value in vars(args).items() if name not in ("config", "given", "local_rank")}
+    others = ("config", "given", "typed", "local_rank")
+    again = {name: value for name, value in vars(args).items() if name not in others}
     assert again == written
     again = run(**dict.fromkeys(BASE), model=None, dataset=None, config=result.folder / "args.json")
     assert again.losses == result.losses

@@ -429,7 +429,7 @@ def test_a_scaled_head_is_refused_in_every_type(dtype, scale):
 
 def test_a_hybrid_model_is_refused_with_the_number_of_its_other_layers():
     model = double_model("lfm2")
-    reason = "2 of its 3 layers take another attention function"
+    reason = "2 of its 3 layers do not take our attention function"
     assert_off_and_right(model, copy.deepcopy(model), reason)
 
 

@@ -95,12 +95,12 @@ SHAPES = {
     ),
     "ultrafeedback": (  # `prompt` repeats what the message lists begin with; it must not come twice
         {"prompt": "p", "chosen": [user("p"), assistant("c")], "rejected": [user("p"), assistant("r")], "score": 3},
-        "chosen/rejected messages",
+        "prompt string, messages",
         ([user("p")], [assistant("c")], [assistant("r")]),
     ),
     "prompt string and answers as messages": (
         {"prompt": "p", "chosen": [assistant("c")], "rejected": [assistant("r")]},
-        "chosen/rejected messages",
+        "prompt string, messages",
         ([user("p")], [assistant("c")], [assistant("r")]),
     ),
     "stack exchange": (  # j is the better answer
