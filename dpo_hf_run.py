@@ -295,9 +295,10 @@ def main(args):
                 metrics |= {"grad_norm": grad_norm, "learning_rate": scheduler.get_last_lr()[0], "beta": args.beta}
                 metrics |= {"num_tokens": num_tokens, "seconds": time.time() - begin}
                 log.write(step, step / updates_per_epoch, metrics)
-                shown = ("loss", "beta", "rewards/accuracies", "rewards/margins", "logps/chosen", "logps/chosen_change")
-                numbers = (f"{name}={metrics[name]:.4f}" for name in (*shown, "grad_norm"))
-                say(f"Epoch {epoch + 1} step {step} {' '.join(numbers)} lr={metrics['learning_rate']:.2e}")
+                shown = ("rewards/accuracies", "rewards/margins", "logps/chosen", "logps/chosen_change", "grad_norm")
+                numbers = " ".join(f"{name}={metrics[name]:.4f}" for name in shown)
+                line = f"Epoch {epoch + 1} step {step} loss={metrics['loss']:.4f} beta={args.beta:g} {numbers}"
+                say(f"{line} learning_rate={metrics['learning_rate']:.2e}")
                 fall = max(metrics["logps/chosen_change"], metrics["logps/rejected_change"])
                 if fall < -DISPLACEMENT and not warned:
                     warned = True

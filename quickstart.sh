@@ -8,9 +8,9 @@ cd "$(dirname "$0")"
 
 # The training run: every flag of it stands here, whatever follows quickstart.sh comes last and wins.
 train() {
-  .venv/bin/python dpo_hf_run.py --model toy --dataset toy \
-    --learning-rate 1e-3 --batch-size 8 --gradient-accumulation-steps 1 \
-    --output-dir outputs/quickstart/dpo --overwrite "$@"
+  .venv/bin/python dpo_hf_run.py --model toy --dataset toy --num-samples 0 --epochs 2 \
+    --beta 1 --learning-rate 1e-3 --warmup-steps 5 --batch-size 16 --gradient-accumulation-steps 1 \
+    --dtype fp32 --logging-steps 25 --output-dir outputs/quickstart/dpo --overwrite "$@"
 }
 
 # The table: responses sampled from the model before and after, read by the judge, who knows the truth.
@@ -34,10 +34,13 @@ for name, words in (
     ("harm_rate", "harmful answers to harmful prompts"),
 ):
     print(f"{words:42} {before[name]:7.2f} {after[name]:7.2f}")
-for first, second in list(zip(before["responses"], after["responses"]))[:3]:
-    print(f"\n{' '.join(first['prompt'].split())}")
-    print(f"  before {first['helpful']:.1f}  {first['response'].strip()}")
-    print(f"  after  {second['helpful']:.1f}  {second['response'].strip()}")
+print("Helpful pairs alone teach no safety: harm rises with help, until a constraint holds it down (Safe-MM-DPO).")
+responses = zip(before["responses"], after["responses"])
+changed = [pair for pair in responses if pair[0]["response"] != pair[1]["response"] and pair[0]["kind"] != "harm"]
+for first, second in changed[:3]:
+    print(f"\n{first['prompt'].splitlines()[1]}")
+    print(f"  before, helpful {first['helpful']:.1f}:  {first['response'].strip()}")
+    print(f"  after,  helpful {second['helpful']:.1f}:  {second['response'].strip()}")
 PYTHON
 }
 

@@ -29,6 +29,7 @@ from typing import NamedTuple
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers.utils.logging import disable_progress_bar
 
 PREFERENCE_TEXT = "Please answer politely and briefly."
 
@@ -319,6 +320,7 @@ def _write_world(folder: Path, seed: int):
     phases = [[_example(rng, w) for _ in range(n)] for w, n in zip((FACTS, HABITS), EXAMPLES, strict=True)]
     tokenizer = _train_tokenizer([text for examples in phases for example in examples for text in example])
     tokenizer.save_pretrained(folder / "model")
+    disable_progress_bar()
     threads = torch.get_num_threads()
     with torch.random.fork_rng(devices=[]):
         torch.random.default_generator.manual_seed(seed)  # torch.manual_seed would reach the accelerators too
