@@ -8,7 +8,7 @@ their prompt.  The first loss is ln 2 = 0.6931; a loss that stays there means to
 
 Deviations from the paper: AdamW instead of RMSprop; label smoothing, robust, hinge and IPO losses as options.
 
-    python dpo_hf_run.py --model toy --dataset toy --learning-rate 1e-3                        # laptop, offline
+    python dpo_hf_run.py --model toy --dataset toy --beta 1 --learning-rate 1e-3               # laptop, offline
     python dpo_hf_run.py --model Qwen/Qwen3-0.6B --dataset pairs.jsonl --learning-rate 1e-4    # one GPU
     torchrun --nproc_per_node=4 dpo_hf_run.py --dataset pairs.jsonl --learning-rate 1e-4       # four GPUs
 
@@ -58,12 +58,9 @@ def get_args(argv=None):
         help="strength of the pull to the reference",
     )
     add("--loss", choices=DPO_LOSSES, default="sigmoid", help="losses.py has the equations")
+    below_half = flags.number(float, least=0, below=0.5)
     add(
-        "--label-smoothing",
-        type=flags.number(float, least=0, below=0.5),
-        default=0.0,
-        metavar="E",
-        help="share of wrong labels; sigmoid and robust",
+        "--label-smoothing", type=below_half, default=0.0, metavar="E", help="share of wrong labels; sigmoid and robust"
     )
     flags.add_common_flags(parser, output_dir="outputs/dpo_qwen_trl")
     parser.set_defaults(num_samples=1000)

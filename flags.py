@@ -12,10 +12,6 @@ import sys
 import yaml
 
 
-class UserError(ValueError):
-    """Something the user has to change, in one sentence."""
-
-
 class NonFinite(ArithmeticError):
     """The run went non-finite, in one sentence."""
 
@@ -103,7 +99,10 @@ class Parser(argparse.ArgumentParser):
 
 
 class _Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
-    """The script's docstring as it stands, and the default behind every flag's help."""
+    """The script's docstring as it stands, and behind every flag's help its default where there is one."""
+
+    def _get_help_string(self, action):
+        return action.help if action.default in (None, False) else super()._get_help_string(action)
 
 
 def _hyphens(word):
@@ -150,76 +149,48 @@ def add_common_flags(
     output_dir="outputs",
 ):
     """The flags that every training script has, with that script's documented defaults."""
-    add, count, rate = parser.add_argument, number(int, least=0), number(float, least=0.0)
+    add, count, natural = parser.add_argument, number(int, least=0), number(int, least=1)
+    rate, positive, share = number(float, least=0), number(float, above=0), number(float, least=0, below=1)
     # data
     add("--num-samples", type=count, default=0, metavar="N", help="rows to read; 0: all")
     add("--eval-samples", type=count, metavar="N", help="pairs held out; 0: none (default: 10 %%, at most 100)")
     add("--max-length", type=number(int, least=2), default=max_length, metavar="N", help="tokens of prompt + response")
-    add("--max-prompt-length", type=number(int, least=1), default=max_prompt_length, metavar="N", help="prompt tokens")
+    add("--max-prompt-length", type=natural, default=max_prompt_length, metavar="N", help="tokens of the prompt")
     add("--chat-template-strings", action="store_true", help="put plain strings through the chat template")
     add("--skip-invalid", action="store_true", help="leave malformed rows out instead of stopping at the first")
     # LoRA
     add("--lora-r", type=count, default=16, metavar="R", help="rank; 0: train all weights")
-    add("--lora-alpha", type=number(float, above=0), default=32, metavar="A", help="the adapter counts alpha / r")
-    add("--lora-dropout", type=number(float, least=0, below=1), default=lora_dropout, metavar="P", help="on its input")
-    add(
-        "--lora-target-modules", nargs="+", metavar="NAME", help="layers to adapt (default: every linear of the blocks)"
-    )
+    add("--lora-alpha", type=positive, default=32, metavar="A", help="the adapter is scaled by A / R")
+    add("--lora-dropout", type=share, default=lora_dropout, metavar="P", help="on the adapter's input")
+    add("--lora-target-modules", nargs="+", metavar="NAME", help="layers to adapt (default: all linears of the blocks)")
     # optimisation
-    add(
-        "--epochs",
-        "--num-epochs",
-        "--num-train-epochs",
-        type=number(int, least=1),
-        default=epochs,
-        metavar="N",
-        help="passes over the data",
-    )
+    names = "--epochs", "--num-epochs", "--num-train-epochs"
+    add(*names, type=natural, default=epochs, metavar="N", help="passes over the data")
     add("--max-steps", type=count, default=0, metavar="N", help="updates at most; 0: all of the epochs")
-    add("--batch-size", type=number(int, least=1), default=batch_size, metavar="B", help="pairs per device and pass")
-    add(
-        "--gradient-accumulation-steps",
-        type=number(int, least=1),
-        default=gradient_accumulation_steps,
-        metavar="N",
-        help="passes per update",
-    )
-    add(
-        "--learning-rate",
-        type=number(float, above=0),
-        default=learning_rate,
-        metavar="LR",
-        help="AdamW's rate at its highest",
-    )
+    add("--batch-size", type=natural, default=batch_size, metavar="B", help="pairs per device and pass")
+    accumulation = gradient_accumulation_steps
+    add("--gradient-accumulation-steps", type=natural, default=accumulation, metavar="N", help="passes per update")
+    add("--learning-rate", type=positive, default=learning_rate, metavar="LR", help="AdamW's rate at its highest")
     add("--warmup-steps", type=count, default=0, metavar="N", help="updates over which the rate rises from 0")
     add("--lr-scheduler", choices=("linear", "cosine", "constant"), default="linear", help="how the rate falls")
-    add("--weight-decay", type=rate, default=0.0, metavar="W", help="AdamW's decay")
+    add("--weight-decay", type=rate, default=0.0, metavar="W", help="of AdamW")
     add("--max-grad-norm", type=rate, default=1.0, metavar="G", help="clip the gradient's norm; 0: no clipping")
     add("--nll-coeff", type=rate, default=0.0, metavar="C", help="weight of the NLL of chosen responses in the loss")
     # machine
     add(
-        "--seed",
-        type=number(int, least=0, below=2**63),
-        default=42,
-        metavar="N",
-        help="of the shuffle, the held-out split and A of LoRA",
+        "--seed", type=number(int, least=0, below=2**63), default=42, metavar="N", help="of shuffle, split and LoRA's A"
     )
     add("--dtype", choices=("auto", "bf16", "fp16", "fp32"), default="auto", help="of the base model's weights")
     add("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto", help="where to train")
-    add(
-        "--gradient-checkpointing",
-        choices=("auto", "on", "off"),
-        default="auto",
-        help="less memory, a third more time; auto: off with LoRA",
-    )
+    modes = "auto", "on", "off"
+    add("--gradient-checkpointing", choices=modes, default="auto", help="slower, less memory; auto: on without LoRA")
     add("--trust-remote-code", action="store_true", help="run model code that comes with the weights")
     # what the run leaves
     add("--output-dir", default=output_dir, metavar="DIR", help="where the run goes")
     add("--logging-dir", metavar="DIR", help="TensorBoard events (default: in the output folder)")
-    add(
-        "--report-to", choices=("auto", "tensorboard", "none"), default="auto", help="auto: TensorBoard where installed"
-    )
-    add("--logging-steps", type=number(int, least=1), default=10, metavar="N", help="updates between two log lines")
+    reporters = "auto", "tensorboard", "none"
+    add("--report-to", choices=reporters, default="auto", help="auto: TensorBoard where it is installed")
+    add("--logging-steps", type=natural, default=10, metavar="N", help="updates between two log lines")
     add("--eval-steps", type=count, default=0, metavar="N", help="updates between evaluations; 0: first and last only")
     add("--overwrite", action="store_true", help="replace the run that the output folder holds")
     add("--save-merged", action="store_true", help="also write a whole model, adapter merged, to OUTPUT_DIR/merged")
@@ -250,11 +221,11 @@ def say(sentence):
 
 
 def run(main, args, *user_errors):
-    """main(args); a UserError or one of `user_errors` becomes its sentence and exit code 2, NonFinite exit code 3."""
+    """main(args); one of `user_errors` becomes its sentence and exit code 2, NonFinite exit code 3."""
     prog = os.path.basename(sys.argv[0])
     try:
         main(args)
-    except (UserError, *user_errors) as error:
+    except user_errors as error:
         say(f"{prog}: {error}")
         sys.exit(2)
     except NonFinite as error:
