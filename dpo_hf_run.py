@@ -185,15 +185,10 @@ def main(args):
         report += eval_report
     elif args.eval_samples != 0:
         wanted = min(100, len(train_pairs) // 10) if args.eval_samples is None else args.eval_samples
-        rest, eval_pairs = hold_out(train_pairs, wanted, args.seed)
-        if not rest and args.eval_samples:
-            raise DataError(
-                f"holding out {wanted} pairs by whole prompts leaves none to train on: try --eval-samples 0"
-            )
-        train_pairs, eval_pairs = (rest, eval_pairs) if rest else (train_pairs, [])  # one prompt only: nothing held out
-        report.append(
-            f"  held out {len(eval_pairs):,} pairs, no prompt on both sides; {len(train_pairs):,} to train on"
-        )
+        train_pairs, eval_pairs = hold_out(train_pairs, wanted, args.seed)
+        if len(eval_pairs) < (args.eval_samples or 0):
+            raise DataError(f"--eval-samples {args.eval_samples} leaves nothing to train on: make it smaller")
+        report.append(f"  held out {len(eval_pairs):,} pairs by whole prompts, {len(train_pairs):,} to train on")
     say(*report, sep="\n")
 
     # 3 models

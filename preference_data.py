@@ -338,17 +338,16 @@ def fingerprint(pairs):
 
 
 def hold_out(pairs, num_samples, seed):
-    """Split off about `num_samples` pairs for evaluation, by whole prompts: (train, held out).
+    """Split off at least `num_samples` pairs for evaluation, where there are so many: (train, held out).
 
-    No prompt stands on both sides.  The draw depends on the seed alone.
+    By whole prompts: none stands on both sides, and one always stays to train on.  The draw depends on the seed alone.
     """
     by_prompt = {}
     for index, pair in enumerate(pairs):
         by_prompt.setdefault(tuple(pair.prompt_ids), []).append(index)
     groups, held = list(by_prompt.values()), set()
-    for group in torch.randperm(len(groups), generator=torch.Generator().manual_seed(seed)).tolist():
-        if len(held) >= num_samples:
-            break
-        held.update(groups[group])
+    for group in torch.randperm(len(groups), generator=torch.Generator().manual_seed(seed)).tolist()[1:]:
+        if len(held) < num_samples:
+            held.update(groups[group])
     train = [pair for index, pair in enumerate(pairs) if index not in held]
     return train, [pairs[index] for index in sorted(held)]

@@ -526,9 +526,9 @@ def test_eval_samples(run, capsys):
     assert run(eval_samples=0).evals == []
     assert "held out" not in capsys.readouterr().out
     run(eval_samples=6)
-    assert "held out 6 pairs, no prompt on both sides; 18 to train on" in capsys.readouterr().out
+    assert "held out 6 pairs by whole prompts, 18 to train on" in capsys.readouterr().out
     run(eval_samples=None)
-    assert "held out 2 pairs, no prompt on both sides; 22 to train on" in capsys.readouterr().out  # a tenth
+    assert "held out 2 pairs by whole prompts, 22 to train on" in capsys.readouterr().out  # a tenth
 
 
 def test_eval_dataset_is_evaluated_and_nothing_is_held_out(run, tmp_path, capsys):
