@@ -216,7 +216,7 @@ def full_texts(prompt, chosen, rejected, tokenizer):
             render = partial(tokenizer.apply_chat_template, tokenize=False)
             texts = [render(texts[0], add_generation_prompt=True), render(texts[1]), render(texts[2])]
         "".join(texts).encode()  # a tokenizer takes no lone surrogates, and names no line
-    except TemplateError as error:
+    except (TemplateError, TypeError) as error:  # TypeError: content that is null
         raise Malformed(f"the chat template refuses its messages ({error})") from None
     except UnicodeEncodeError as error:
         raise Malformed(f"text that is no Unicode ({error.reason})") from None
