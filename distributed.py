@@ -65,6 +65,11 @@ def main_first(world, work):
     return result
 
 
+def shows_bars(world):
+    """Whether to show progress bars: on rank 0, where someone may be watching."""
+    return world.is_main and sys.stderr.isatty()
+
+
 def print0(world, *text, sep=" "):
     """Print on rank 0, above a progress bar if one is shown."""
     if world.is_main:

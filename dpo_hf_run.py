@@ -13,7 +13,7 @@ Deviations from the paper: AdamW instead of RMSprop; label smoothing, robust, hi
     torchrun --nproc_per_node=4 dpo_hf_run.py --dataset pairs.jsonl --learning-rate 1e-4       # four GPUs
 
 Copy with: distributed.py flags.py lora.py losses.py packed_model.py packing.py preference_data.py run_files.py
-    toy_world.py
+    score_cache.py toy_world.py
 """
 
 import math
@@ -29,6 +29,7 @@ import distributed
 import flags
 import lora
 import run_files
+import score_cache
 import toy_world
 from losses import DPO_LOSSES, dpo_loss, nll_loss
 from packed_model import ModelError, enable_checkpointing, load_model, load_skeleton, load_tokenizer, prepare_model
@@ -89,10 +90,12 @@ METRICS = (  # what is logged, in the order of pair_losses
 )
 
 
-def pair_losses(policy, reference_logps, batch, args):
-    """DPO losses of a packed batch (B,), and the METRICS of each pair (len(METRICS), B), without gradient."""
-    with torch.no_grad():
-        ref_chosen_logps, ref_rejected_logps = reference_logps(batch)
+def pair_losses(policy, batch, ref_logps, args):
+    """DPO losses of a packed batch (B,), and the METRICS of each pair (len(METRICS), B), without gradient.
+
+    ref_logps (B, 2): what the reference gives to chosen and rejected.
+    """
+    ref_chosen_logps, ref_rejected_logps = ref_logps.unbind(1)
     policy_chosen_logps, policy_rejected_logps = policy.packed_logps(batch)
     chosen_lengths, rejected_lengths = torch.tensor(batch.lengths, device=policy_chosen_logps.device).chunk(2)
     losses, chosen_rewards, rejected_rewards = dpo_loss(
@@ -126,18 +129,53 @@ def pair_losses(policy, reference_logps, batch, args):
 
 
 @torch.no_grad()
-def evaluate(policy, reference_logps, pairs, args, world):
+def evaluate(policy, pairs, ref_logps, held_out, args, world):
     """Means over held-out pairs of all ranks {eval_name: mean} and half their 95 % intervals {eval_name_ci95: ...}."""
-    mine, sums = pairs[world.rank :: world.size], torch.zeros(2, len(METRICS), dtype=torch.float64)
-    for start in range(0, len(mine), args.batch_size):
-        batch = pack(mine[start : start + args.batch_size], world.device)
-        metrics = pair_losses(policy, reference_logps, batch, args)[1].cpu().double()
+    sums = torch.zeros(2, len(METRICS), dtype=torch.float64)
+    for indices in share(held_out, args, world):
+        batch = pack([pairs[i] for i in indices], world.device)
+        metrics = pair_losses(policy, batch, ref_logps[indices], args)[1].cpu().double()
         sums += torch.stack((metrics.sum(1), (metrics**2).sum(1)))
-    means, squares = (distributed.all_reduce_sum(sums, world) / len(pairs)).tolist()
+    means, squares = (distributed.all_reduce_sum(sums, world) / len(held_out)).tolist()
     result = {f"eval_{name}": mean for name, mean in zip(METRICS, means, strict=True)}
     for name, mean, square in zip(METRICS, means, squares, strict=True):
-        result[f"eval_{name}_ci95"] = 1.96 * (max(square - mean**2, 0) / len(pairs)) ** 0.5
+        result[f"eval_{name}_ci95"] = 1.96 * (max(square - mean**2, 0) / len(held_out)) ** 0.5
     return result
+
+
+def share(indices, args, world):
+    """This rank's part of a list, in lists of at most --batch-size."""
+    mine = indices[world.rank :: world.size]
+    return [list(mine[start : start + args.batch_size]) for start in range(0, len(mine), args.batch_size)]
+
+
+@torch.no_grad()
+def reference_scores(reference, weights, pairs, dtype, args, world):
+    """Log-probs of chosen and rejected under the frozen reference, (len(pairs), 2), from the cache if it has them.
+
+    They depend on the `weights` of the reference (name, tensor), the tokens and the number type, and on nothing else.
+    """
+    path, scores, how = None, None, ""
+    if world.is_main:
+        sha256, folder = score_cache.weights_sha256(weights), args.cache_dir or f"{args.output_dir}/cache"
+        path = score_cache.cache_path(folder, "reference", weights=sha256, pairs=fingerprint(pairs), dtype=str(dtype))
+        scores, how = score_cache.load_scores(path, (len(pairs), 2))
+    distributed.print0(world, f"reference log-probs of {len(pairs):,} pairs: {how}")
+    found = distributed.all_reduce_sum(torch.tensor(float(scores is not None)), world)
+    if scores is None:
+        scores = torch.zeros(len(pairs), 2)
+    scores = scores.to(world.device)
+    if not found:
+        mine = share(range(len(pairs)), args, world)
+        for indices in tqdm(mine, desc="reference", disable=not distributed.shows_bars(world)):
+            logps = reference.packed_logps(pack([pairs[i] for i in indices], world.device))
+            scores[indices] = torch.stack(logps, dim=1)
+    scores = distributed.all_reduce_sum(scores, world)  # each rank has its share, or rank 0 all that was cached
+    if not scores.isfinite().all():
+        raise flags.NonFinite(f"the reference gives log-probs that are not finite: {ADVICE}")
+    if world.is_main and not found:
+        score_cache.save_scores(path, scores)
+    return scores
 
 
 def add_adapters(policy, args):
@@ -178,17 +216,18 @@ def main(args):
         skip_invalid=args.skip_invalid,
         chat_template_strings=args.chat_template_strings,
     )
-    train_pairs, report = read(args.dataset, limit=args.num_samples)
-    eval_pairs = []
+    pairs, report = read(args.dataset, limit=args.num_samples)
+    train, held_out = list(range(len(pairs))), []  # places in pairs
     if args.eval_dataset and args.eval_samples != 0:
         eval_pairs, eval_report = read(args.eval_dataset, limit=args.eval_samples or 0)
-        report += eval_report
+        held_out = list(range(len(pairs), len(pairs) + len(eval_pairs)))
+        pairs, report = pairs + eval_pairs, report + eval_report
     elif args.eval_samples != 0:
-        wanted = min(100, len(train_pairs) // 10) if args.eval_samples is None else args.eval_samples
-        train_pairs, eval_pairs = hold_out(train_pairs, wanted, args.seed)
-        if len(eval_pairs) < (args.eval_samples or 0):
+        wanted = min(100, len(pairs) // 10) if args.eval_samples is None else args.eval_samples
+        train, held_out = hold_out(pairs, wanted, args.seed)
+        if len(held_out) < (args.eval_samples or 0):
             raise DataError(f"--eval-samples {args.eval_samples} leaves nothing to train on: make it smaller")
-        report.append(f"  held out {len(eval_pairs):,} pairs by whole prompts, {len(train_pairs):,} to train on")
+        report.append(f"  held out {len(held_out):,} pairs by whole prompts, {len(train):,} to train on")
     say(*report, sep="\n")
 
     # 3 models
@@ -200,16 +239,17 @@ def main(args):
     say(f"{prepare_model(policy)} ({world.device}, {str(dtype).removeprefix('torch.')})")
     if args.gradient_checkpointing == "on" or (args.gradient_checkpointing == "auto" and not args.lora_r):
         enable_checkpointing(policy)
+    reference = policy
     if args.ref_model_path or not args.lora_r:
-        ref = load_model(args.ref_model_path or args.model, weights_dtype, world.device, args.trust_remote_code)
-        prepare_model(ref)
-        reference_logps = ref.requires_grad_(False).packed_logps
-    else:
-
-        def reference_logps(batch):
-            with lora.use_adapter(policy, "ref" if args.adapter else None):
-                return policy.packed_logps(batch)
-
+        reference = load_model(args.ref_model_path or args.model, weights_dtype, world.device, args.trust_remote_code)
+        prepare_model(reference)
+    weights = [(name, tensor) for name, tensor in reference.state_dict().items() if ".lora_" not in name]
+    if args.adapter and reference is policy:
+        weights += lora.adapter_state(policy, "ref").items()
+    autocast = torch.autocast(world.device.type, dtype, enabled=weights_dtype != dtype)
+    with lora.use_adapter(policy, "ref" if args.adapter else None), autocast:
+        ref_logps = reference_scores(reference, weights, pairs, dtype, args, world)
+    del reference, weights  # frozen, and nothing more to say
     trainable, total = sum(p.numel() for p in parameters), sum(p.numel() for p in policy.parameters())
     what = "LoRA enabled for policy model" if args.lora_r else "Full fine-tuning of policy model"
     say(f"{what}: {trainable:,} trainable / {total:,} total parameters ({100 * trainable / total:.2f}%)")
@@ -221,7 +261,7 @@ def main(args):
     # 4 optimiser
     plan_epoch = partial(
         epoch_plan,
-        len(train_pairs),
+        len(train),
         seed=args.seed,
         batch_size=args.batch_size,
         accumulation=args.gradient_accumulation_steps,
@@ -232,7 +272,6 @@ def main(args):
     optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, weight_decay=args.weight_decay)
     scheduler = get_scheduler(args.lr_scheduler, optimizer, args.warmup_steps, num_updates)
     scaler = torch.amp.GradScaler(world.device.type, enabled=dtype == torch.float16)
-    autocast = torch.autocast(world.device.type, dtype, enabled=weights_dtype != dtype)
     distributed.assert_same_on_all_ranks(parameters, world)
     distributed.seed_everything(args.seed + world.rank)  # from here on chance (dropout) differs between ranks
 
@@ -240,12 +279,12 @@ def main(args):
     log = run_files.MetricsLog(args, world.is_main)
     step, num_tokens, window_pairs, warned, begin = 0, 0, 0, False, time.time()
     window = torch.zeros(len(METRICS) + 1, device=world.device)  # sums of METRICS, and tokens, since the last log line
-    bar = tqdm(total=num_updates, desc="updates", disable=not (world.is_main and sys.stderr.isatty()))
+    bar = tqdm(total=num_updates, desc="updates", disable=not distributed.shows_bars(world))
 
     def evaluate_and_log():
         policy.eval()
         with autocast:
-            metrics = evaluate(policy, reference_logps, eval_pairs, args, world)
+            metrics = evaluate(policy, pairs, ref_logps, held_out, args, world)
         policy.train()
         if not math.isfinite(metrics["eval_loss"]):
             raise flags.NonFinite(f"the held-out loss is {metrics['eval_loss']} at step {step}: {ADVICE}")
@@ -254,15 +293,16 @@ def main(args):
         numbers = (f"{name}={metrics['eval_' + name]:.4f}±{metrics[f'eval_{name}_ci95']:.4f}" for name in shown)
         say(f"Held out, step {step}: {' '.join(numbers)}")
 
-    if eval_pairs:
+    if held_out:
         evaluate_and_log()
     policy.train()
     for epoch in range(math.ceil(num_updates / updates_per_epoch)):
         for num_pairs, micro_batches in plan_epoch(epoch=epoch)[: num_updates - step]:
-            for indices in micro_batches[world.rank]:
-                batch = pack([train_pairs[i] for i in indices], world.device)
+            for places in micro_batches[world.rank]:
+                indices = [train[place] for place in places]
+                batch = pack([pairs[i] for i in indices], world.device)
                 with autocast:
-                    losses, metrics = pair_losses(policy, reference_logps, batch, args)
+                    losses, metrics = pair_losses(policy, batch, ref_logps[indices], args)
                 # Divided by the pairs of the whole update: any split into passes and ranks is the same gradient.
                 scaler.scale(losses.sum() / num_pairs).backward()
                 window[:-1] += metrics.sum(1)
@@ -298,7 +338,7 @@ def main(args):
                     say("If the text gets worse: a larger --beta, --nll-coeff 0.1 or a smaller --learning-rate.")
                 window.zero_()
                 window_pairs = 0
-            if eval_pairs and (step == num_updates or (args.eval_steps and step % args.eval_steps == 0)):
+            if held_out and (step == num_updates or (args.eval_steps and step % args.eval_steps == 0)):
                 evaluate_and_log()
     bar.close()
     seconds = time.time() - begin
@@ -316,7 +356,9 @@ def main(args):
             else:
                 policy.to(dtype).save_pretrained(folder)
             tokenizer.save_pretrained(folder)
-            card = run_files.model_card(args, __file__, "DPO", log.history, fingerprint(train_pairs), bool(args.lora_r))
+            card = run_files.model_card(
+                args, __file__, "DPO", log.history, fingerprint([pairs[i] for i in train]), bool(args.lora_r)
+            )
             run_files.save_run_record(folder, log, args, __file__, card)
             if args.save_merged:
                 lora.merge_adapter(policy, "policy")

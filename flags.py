@@ -187,6 +187,11 @@ def add_common_flags(
     add("--trust-remote-code", action="store_true", help="run model code that comes with the weights")
     # what the run leaves
     add("--output-dir", default=output_dir, metavar="DIR", help="where the run goes")
+    add(
+        "--cache-dir",
+        metavar="DIR",
+        help="numbers of frozen models, kept for later runs (default: in the output folder)",
+    )
     add("--logging-dir", metavar="DIR", help="TensorBoard events (default: in the output folder)")
     reporters = "auto", "tensorboard", "none"
     add("--report-to", choices=reporters, default="auto", help="auto: TensorBoard where it is installed")

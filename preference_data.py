@@ -338,7 +338,7 @@ def fingerprint(pairs):
 
 
 def hold_out(pairs, num_samples, seed):
-    """Split off at least `num_samples` pairs for evaluation, where there are so many: (train, held out).
+    """Split off at least `num_samples` pairs for evaluation, where there are so many: indices (train, held out).
 
     By whole prompts: none stands on both sides, and one always stays to train on.  The draw depends on the seed alone.
     """
@@ -349,5 +349,4 @@ def hold_out(pairs, num_samples, seed):
     for group in torch.randperm(len(groups), generator=torch.Generator().manual_seed(seed)).tolist()[1:]:
         if len(held) < num_samples:
             held.update(groups[group])
-    train = [pair for index, pair in enumerate(pairs) if index not in held]
-    return train, [pairs[index] for index in sorted(held)]
+    return [index for index in range(len(pairs)) if index not in held], sorted(held)

@@ -74,6 +74,7 @@ DEFAULTS = dict(
     eval_steps=0,
     report_to="auto",
     output_dir="outputs/dpo_qwen_trl",
+    cache_dir=None,
     logging_dir=None,
     overwrite=False,
     save_merged=False,

@@ -118,14 +118,13 @@ def test_gradient_of_every_tensor(toy, adapter, rows, trl_run):
     lora.load_adapter(model, adapter, "policy", trainable=True)
     assert prepare_model(model).startswith("packed pairs: on")
 
-    def reference_logps(batch):
-        with lora.use_adapter(model, "ref"):
-            return model.packed_logps(batch)
-
     args = get_args(["--beta", str(BETA)])
     num_pairs, ranks = epoch_plan(len(rows[1]), 0, 42, BATCH, ACCUMULATION, 1)[0]
     for indices in ranks[0]:
-        losses, _ = pair_losses(model, reference_logps, pack([rows[1][i] for i in indices]), args)
+        batch = pack([rows[1][i] for i in indices])
+        with torch.no_grad(), lora.use_adapter(model, "ref"):
+            ref_logps = torch.stack(model.packed_logps(batch), dim=1)
+        losses, _ = pair_losses(model, batch, ref_logps, args)
         (losses.sum() / num_pairs).backward()
     theirs = {name: gradient.norm().item() for name, gradient in trl_run[1].items()}
     ours = {}
