@@ -144,6 +144,21 @@ def all_reduce_sum(values, world):
     return values
 
 
+def gather(values, world):
+    """The tensors of all ranks, stacked: (ranks, ...)."""
+    if world.size == 1:
+        return values[None].cpu()
+    mine = values.to(world.device)
+    rows = [torch.empty_like(mine) for _ in range(world.size)]
+    dist.all_gather(rows, mine)
+    return torch.stack(rows).cpu()
+
+
+def on_any_rank(asked, world):
+    """Whether `asked` is true on some rank; all ranks get the same answer."""
+    return bool(all_reduce_sum(torch.tensor(float(asked)), world)) if world.size > 1 else asked
+
+
 def assert_same_on_all_ranks(parameters, world):
     """Replicas that drifted apart train different models and save one of them: stop instead."""
     if world.size == 1:

@@ -12,19 +12,22 @@ Deviations from the paper: AdamW instead of RMSprop; label smoothing, robust, hi
     python dpo_hf_run.py --model Qwen/Qwen3-0.6B --dataset pairs.jsonl --learning-rate 1e-4    # one GPU
     torchrun --nproc_per_node=4 dpo_hf_run.py --dataset pairs.jsonl --learning-rate 1e-4       # four GPUs
 
-Copy with: distributed.py flags.py lora.py losses.py packed_model.py packing.py preference_data.py run_files.py
-    score_cache.py toy_world.py
+Copy with: checkpoints.py distributed.py flags.py lora.py losses.py packed_model.py packing.py preference_data.py
+    run_files.py score_cache.py toy_world.py
 """
 
+import itertools
 import math
 import sys
 import time
 from functools import partial
 
 import torch
+from safetensors import SafetensorError
 from tqdm import tqdm
 from transformers.optimization import get_scheduler
 
+import checkpoints
 import distributed
 import flags
 import lora
@@ -43,23 +46,19 @@ ADVICE = "nothing is saved; try a smaller --learning-rate, --dtype fp32, or look
 
 def get_args(argv=None):
     parser = flags.Parser(__doc__)
-    add = parser.add_argument
-    add(
-        "--model", "--base-model-path", "--policy-model-path", default="Qwen/Qwen3-0.6B", help="folder, hub id or `toy`"
+    add, positive, below_half = (
+        parser.add_argument,
+        flags.number(float, above=0),
+        flags.number(float, least=0, below=0.5),
     )
+    names = "--model", "--base-model-path", "--policy-model-path"
+    add(*names, default="Qwen/Qwen3-0.6B", help="folder, hub id or `toy`")
     add("--ref-model-path", "--reference-model-path", metavar="MODEL", help="the reference, where it is another model")
     add("--adapter", metavar="DIR", help="start from this LoRA adapter (PEFT files); the reference has it too, frozen")
     add("--dataset", default="lvwerra/stack-exchange-paired", help="pairs: .jsonl or .json file, hub id or `toy`")
     add("--eval-dataset", metavar="DATASET", help="evaluate on these pairs instead of holding some out")
-    add(
-        "--beta",
-        "--β-ori",
-        type=flags.number(float, above=0),
-        default=0.1,
-        help="strength of the pull to the reference",
-    )
+    add("--beta", "--β-ori", type=positive, default=0.1, help="strength of the pull to the reference")
     add("--loss", choices=DPO_LOSSES, default="sigmoid", help="losses.py has the equations")
-    below_half = flags.number(float, least=0, below=0.5)
     add(
         "--label-smoothing", type=below_half, default=0.0, metavar="E", help="share of wrong labels; sigmoid and robust"
     )
@@ -75,19 +74,8 @@ def get_args(argv=None):
     return args
 
 
-METRICS = (  # what is logged, in the order of pair_losses
-    "loss",
-    "rewards/chosen",
-    "rewards/rejected",
-    "rewards/accuracies",
-    "rewards/margins",
-    "logps/chosen",
-    "logps/rejected",
-    "logps/accuracies",
-    "logps/chosen_change",
-    "logps/rejected_change",
-    "nll_loss",
-)
+METRICS = """loss rewards/chosen rewards/rejected rewards/accuracies rewards/margins logps/chosen logps/rejected
+    logps/accuracies logps/chosen_change logps/rejected_change nll_loss""".split()  # in the order of pair_losses
 
 
 def pair_losses(policy, batch, ref_logps, args):
@@ -95,21 +83,14 @@ def pair_losses(policy, batch, ref_logps, args):
 
     ref_logps (B, 2): what the reference gives to chosen and rejected.
     """
-    ref_chosen_logps, ref_rejected_logps = ref_logps.unbind(1)
     policy_chosen_logps, policy_rejected_logps = policy.packed_logps(batch)
-    chosen_lengths, rejected_lengths = torch.tensor(batch.lengths, device=policy_chosen_logps.device).chunk(2)
+    ref_chosen_logps, ref_rejected_logps = ref_logps.unbind(1)
+    policy_and_ref = policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps
+    lengths = torch.tensor(batch.lengths, device=policy_chosen_logps.device).chunk(2)  # of chosen, of rejected
     losses, chosen_rewards, rejected_rewards = dpo_loss(
-        policy_chosen_logps,
-        policy_rejected_logps,
-        ref_chosen_logps,
-        ref_rejected_logps,
-        args.beta,
-        args.loss,
-        args.label_smoothing,
-        chosen_lengths,
-        rejected_lengths,
+        *policy_and_ref, args.beta, args.loss, args.label_smoothing, *lengths
     )
-    nll_losses = nll_loss(policy_chosen_logps, chosen_lengths)
+    nll_losses = nll_loss(policy_chosen_logps, lengths[0])
     if args.nll_coeff:
         losses = losses + args.nll_coeff * nll_losses
     metrics = (
@@ -150,14 +131,14 @@ def share(indices, args, world):
 
 
 @torch.no_grad()
-def reference_scores(reference, weights, pairs, dtype, args, world):
+def reference_scores(reference, sha256, pairs, dtype, args, world):
     """Log-probs of chosen and rejected under the frozen reference, (len(pairs), 2), from the cache if it has them.
 
-    They depend on the `weights` of the reference (name, tensor), the tokens and the number type, and on nothing else.
+    They depend on the reference's weights (their sha256), the tokens and the number type, and on nothing else.
     """
     path, scores, how = None, None, ""
     if world.is_main:
-        sha256, folder = score_cache.weights_sha256(weights), args.cache_dir or f"{args.output_dir}/cache"
+        folder = args.cache_dir or f"{args.output_dir}/cache"
         path = score_cache.cache_path(folder, "reference", weights=sha256, pairs=fingerprint(pairs), dtype=str(dtype))
         scores, how = score_cache.load_scores(path, (len(pairs), 2))
     distributed.print0(world, f"reference log-probs of {len(pairs):,} pairs: {how}")
@@ -188,11 +169,19 @@ def add_adapters(policy, args):
     return lora.add_adapter(policy, "policy", args.lora_r, args.lora_alpha, args.lora_dropout, args.lora_target_modules)
 
 
+def frozen_sha256(model, adapter=None):
+    """sha256 of a model's weights without its adapters, but for a frozen one."""
+    weights = [(name, tensor) for name, tensor in model.state_dict().items() if ".lora_" not in name]
+    return score_cache.weights_sha256(weights + list(lora.adapter_state(model, adapter).items()))
+
+
 def main(args):
     # 1 setup
-    run_files.check_output(args)
     world = distributed.start(args.device)
     say = partial(distributed.print0, world)
+    checkpoint = checkpoints.find(args.output_dir, args.resume, say)
+    if not checkpoint:
+        run_files.check_output(args)
     if world.size > 1:
         say(f"Distributed training initialized: world_size={world.size}")
     if "toy" in (args.model, args.dataset, args.eval_dataset):
@@ -243,13 +232,13 @@ def main(args):
     if args.ref_model_path or not args.lora_r:
         reference = load_model(args.ref_model_path or args.model, weights_dtype, world.device, args.trust_remote_code)
         prepare_model(reference)
-    weights = [(name, tensor) for name, tensor in reference.state_dict().items() if ".lora_" not in name]
-    if args.adapter and reference is policy:
-        weights += lora.adapter_state(policy, "ref").items()
+    base_sha256 = ref_sha256 = frozen_sha256(policy, "ref" if args.adapter else None) if world.is_main else ""
+    if reference is not policy and world.is_main:
+        ref_sha256 = frozen_sha256(reference)
     autocast = torch.autocast(world.device.type, dtype, enabled=weights_dtype != dtype)
     with lora.use_adapter(policy, "ref" if args.adapter else None), autocast:
-        ref_logps = reference_scores(reference, weights, pairs, dtype, args, world)
-    del reference, weights  # frozen, and nothing more to say
+        ref_logps = reference_scores(reference, ref_sha256, pairs, dtype, args, world)
+    del reference  # frozen: it has said all it has to say
     trainable, total = sum(p.numel() for p in parameters), sum(p.numel() for p in policy.parameters())
     what = "LoRA enabled for policy model" if args.lora_r else "Full fine-tuning of policy model"
     say(f"{what}: {trainable:,} trainable / {total:,} total parameters ({100 * trainable / total:.2f}%)")
@@ -276,10 +265,21 @@ def main(args):
     distributed.seed_everything(args.seed + world.rank)  # from here on chance (dropout) differs between ranks
 
     # 5 train
-    log = run_files.MetricsLog(args, world.is_main)
-    step, num_tokens, window_pairs, warned, begin = 0, 0, 0, False, time.time()
+    identity = {"script": "dpo_hf_run.py", "dtype": str(dtype), "processes": world.size}
+    identity |= run_files.flags_that_matter(args)
+    identity |= {"base model": base_sha256, "reference": ref_sha256, "data": fingerprint([pairs[i] for i in train])}
     window = torch.zeros(len(METRICS) + 1, device=world.device)  # sums of METRICS, and tokens, since the last log line
-    bar = tqdm(total=num_updates, desc="updates", disable=not distributed.shows_bars(world))
+    at = {"step": 0, "tokens": 0, "pairs": 0, "warned": False, "history": None}  # pairs: since the last log line
+    if checkpoint:
+        tensors, at = checkpoints.load_state(checkpoint, parameters, optimizer, identity, world.is_main)
+        scheduler.load_state_dict(at["scheduler"])
+        scaler.load_state_dict(at["scaler"])
+        checkpoints.set_chance(tensors["chance"][world.rank], world.device)
+        window += tensors["window"][world.rank].to(world.device)
+        say(f"resumed from {checkpoint}")
+    log = run_files.MetricsLog(args, world.is_main, at["history"])
+    termination, begin = checkpoints.Termination(), time.time()
+    bar = tqdm(total=num_updates, initial=at["step"], desc="updates", disable=not distributed.shows_bars(world))
 
     def evaluate_and_log():
         policy.eval()
@@ -287,62 +287,87 @@ def main(args):
             metrics = evaluate(policy, pairs, ref_logps, held_out, args, world)
         policy.train()
         if not math.isfinite(metrics["eval_loss"]):
-            raise flags.NonFinite(f"the held-out loss is {metrics['eval_loss']} at step {step}: {ADVICE}")
-        log.write(step, step / updates_per_epoch, metrics)
+            raise flags.NonFinite(f"the held-out loss is {metrics['eval_loss']} at step {at['step']}: {ADVICE}")
+        log.write(at["step"], at["step"] / updates_per_epoch, metrics)
         shown = ("loss", "rewards/accuracies", "rewards/margins", "logps/accuracies", "logps/chosen")
         numbers = (f"{name}={metrics['eval_' + name]:.4f}±{metrics[f'eval_{name}_ci95']:.4f}" for name in shown)
-        say(f"Held out, step {step}: {' '.join(numbers)}")
+        say(f"Held out, step {at['step']}: {' '.join(numbers)}")
 
-    if held_out:
+    def save_checkpoint():
+        tensors = {"chance": distributed.gather(checkpoints.chance(world.device), world)}
+        tensors["window"] = distributed.gather(window, world)
+        if world.is_main:
+            at.update(identity=identity, history=log.history)
+            at.update(scheduler=scheduler.state_dict(), scaler=scaler.state_dict())
+            try:
+                with checkpoints.new_checkpoint(args.output_dir, at["step"], args.save_total_limit) as folder:
+                    checkpoints.save_state(folder, parameters, optimizer, tensors, at)
+                    if args.lora_r:
+                        lora.save_adapter(policy, "policy", folder, args.model)
+            except (OSError, SafetensorError) as error:
+                say(
+                    f"checkpoint-{at['step']} could not be written ({error}): the older ones stay, and training goes on"
+                )
+
+    if held_out and not checkpoint:
         evaluate_and_log()
     policy.train()
-    for epoch in range(math.ceil(num_updates / updates_per_epoch)):
-        for num_pairs, micro_batches in plan_epoch(epoch=epoch)[: num_updates - step]:
-            for places in micro_batches[world.rank]:
-                indices = [train[place] for place in places]
-                batch = pack([pairs[i] for i in indices], world.device)
-                with autocast:
-                    losses, metrics = pair_losses(policy, batch, ref_logps[indices], args)
-                # Divided by the pairs of the whole update: any split into passes and ranks is the same gradient.
-                scaler.scale(losses.sum() / num_pairs).backward()
-                window[:-1] += metrics.sum(1)
-                window[-1] += batch.input_ids.numel()
-            distributed.all_reduce_gradients(parameters, world)
-            scaler.unscale_(optimizer)
-            grad_norm = torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm or math.inf).item()
-            if not math.isfinite(grad_norm) and scaler.get_scale() <= 1:  # 1: no scaler, or it has nothing left to give
-                raise flags.NonFinite(f"the gradient is {grad_norm} at step {step + 1}: {ADVICE}")
-            scaler.step(optimizer)
-            scaler.update()
-            if math.isfinite(grad_norm):  # else the scaler has skipped the update, on all ranks alike
-                scheduler.step()
-            optimizer.zero_grad()
-            step, window_pairs = step + 1, window_pairs + num_pairs
-            bar.update()
+    updates = itertools.chain.from_iterable(plan_epoch(epoch=epoch) for epoch in itertools.count())
+    for num_pairs, micro_batches in itertools.islice(updates, at["step"], num_updates):
+        for places in micro_batches[world.rank]:
+            indices = [train[place] for place in places]
+            batch = pack([pairs[i] for i in indices], world.device)
+            with autocast:
+                losses, metrics = pair_losses(policy, batch, ref_logps[indices], args)
+            # Divided by the pairs of the whole update: any split into passes and ranks is the same gradient.
+            scaler.scale(losses.sum() / num_pairs).backward()
+            window[:-1] += metrics.sum(1)
+            window[-1] += batch.input_ids.numel()
+        distributed.all_reduce_gradients(parameters, world)
+        scaler.unscale_(optimizer)
+        grad_norm = torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm or math.inf).item()
+        if not math.isfinite(grad_norm) and scaler.get_scale() <= 1:  # 1: no scaler, or it has nothing left to give
+            raise flags.NonFinite(f"the gradient is {grad_norm} at step {at['step'] + 1}: {ADVICE}")
+        scaler.step(optimizer)
+        scaler.update()
+        if math.isfinite(grad_norm):  # else the scaler has skipped the update, on all ranks alike
+            scheduler.step()
+        optimizer.zero_grad()
+        at["step"] += 1
+        at["pairs"] += num_pairs
+        bar.update()
 
-            if step % args.logging_steps == 0 or step == num_updates:
-                *sums, tokens = distributed.all_reduce_sum(window, world).tolist()
-                num_tokens += round(tokens)
-                metrics = {name: total / window_pairs for name, total in zip(METRICS, sums, strict=True)}
-                metrics |= {"grad_norm": grad_norm, "learning_rate": scheduler.get_last_lr()[0], "beta": args.beta}
-                metrics |= {"num_tokens": num_tokens, "seconds": time.time() - begin}
-                log.write(step, step / updates_per_epoch, metrics)
-                shown = ("rewards/accuracies", "rewards/margins", "logps/chosen", "logps/chosen_change", "grad_norm")
-                numbers = " ".join(f"{name}={metrics[name]:.4f}" for name in shown)
-                line = f"Epoch {epoch + 1} step {step} loss={metrics['loss']:.4f} beta={args.beta:g} {numbers}"
-                say(f"{line} learning_rate={metrics['learning_rate']:.2e}")
-                fall = max(metrics["logps/chosen_change"], metrics["logps/rejected_change"])
-                if fall < -DISPLACEMENT and not warned:
-                    warned = True
-                    say(f"Both log-probs have fallen by {-fall:.1f} nats or more, away from chosen and rejected alike.")
-                    say("If the text gets worse: a larger --beta, --nll-coeff 0.1 or a smaller --learning-rate.")
-                window.zero_()
-                window_pairs = 0
-            if held_out and (step == num_updates or (args.eval_steps and step % args.eval_steps == 0)):
-                evaluate_and_log()
+        step, epoch = at["step"], (at["step"] - 1) // updates_per_epoch + 1
+        if step % args.logging_steps == 0 or step == num_updates:
+            *sums, tokens = distributed.all_reduce_sum(window, world).tolist()
+            at["tokens"] += round(tokens)
+            metrics = {name: total / at["pairs"] for name, total in zip(METRICS, sums, strict=True)}
+            metrics |= {"grad_norm": grad_norm, "learning_rate": scheduler.get_last_lr()[0]}
+            metrics |= {"beta": args.beta, "num_tokens": at["tokens"]}
+            log.write(step, step / updates_per_epoch, metrics)
+            shown = ("rewards/accuracies", "rewards/margins", "logps/chosen", "logps/chosen_change", "grad_norm")
+            numbers = " ".join(f"{name}={metrics[name]:.4f}" for name in shown)
+            line = f"Epoch {epoch} step {step} loss={metrics['loss']:.4f} beta={args.beta:g} {numbers}"
+            say(f"{line} learning_rate={metrics['learning_rate']:.2e}")
+            fall = max(metrics["logps/chosen_change"], metrics["logps/rejected_change"])
+            if fall < -DISPLACEMENT and not at["warned"]:
+                at["warned"] = True
+                say(f"Both log-probs have fallen by {-fall:.1f} nats or more, away from chosen and rejected alike.")
+                say("If the text gets worse: a larger --beta, --nll-coeff 0.1 or a smaller --learning-rate.")
+            window.zero_()
+            at["pairs"] = 0
+        if held_out and (step == num_updates or (args.eval_steps and step % args.eval_steps == 0)):
+            evaluate_and_log()
+        asked_to_end = distributed.on_any_rank(termination.asked, world)
+        if asked_to_end or (args.save_steps and step % args.save_steps == 0):
+            save_checkpoint()
+        if asked_to_end:
+            say(f"SIGTERM: ended after step {step}, --resume auto goes on from there")
+            distributed.stop()
+            sys.exit(143)
     bar.close()
-    seconds = time.time() - begin
-    say(f"{step} updates in {seconds:.1f} s", *distributed.memory_lines(world), sep=", ")
+    termination.close()
+    say(f"step {at['step']} after {time.time() - begin:.1f} s", *distributed.memory_lines(world), sep=", ")
 
     # 6 save
     if not all(parameter.isfinite().all() for parameter in parameters):
@@ -369,6 +394,7 @@ def main(args):
 
 
 USER_ERRORS = (DataError, ModelError, lora.AdapterError, distributed.DeviceError, run_files.RunFolderError)
+USER_ERRORS += (checkpoints.CheckpointError,)
 
 if __name__ == "__main__":
     flags.run(main, get_args(), *USER_ERRORS)

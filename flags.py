@@ -197,6 +197,9 @@ def add_common_flags(
     add("--report-to", choices=reporters, default="auto", help="auto: TensorBoard where it is installed")
     add("--logging-steps", type=natural, default=10, metavar="N", help="updates between two log lines")
     add("--eval-steps", type=count, default=0, metavar="N", help="updates between evaluations; 0: first and last only")
+    add("--save-steps", type=count, default=0, metavar="N", help="updates between checkpoints; 0: none")
+    add("--save-total-limit", type=count, default=0, metavar="N", help="checkpoints to keep, the newest; 0: all")
+    add("--resume", default="none", metavar="none|auto|DIR", help="go on from the newest whole checkpoint, or from DIR")
     add("--overwrite", action="store_true", help="replace the run that the output folder holds")
     add("--save-merged", action="store_true", help="also write a whole model, adapter merged, to OUTPUT_DIR/merged")
 

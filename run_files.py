@@ -19,12 +19,21 @@ import transformers
 from transformers.trainer_callback import TrainerState
 
 RUN_FILES = ("metrics.jsonl", "args.json", "trainer_state.json", "adapter_config.json", "config.json")
+# What may differ between a run and its continuation: the data and the models count by their content instead.
+HARMLESS = """model dataset eval_dataset ref_model_path adapter num_samples eval_samples max_length max_prompt_length
+    chat_template_strings skip_invalid dtype device gradient_checkpointing trust_remote_code output_dir logging_dir
+    cache_dir report_to overwrite resume save_steps save_total_limit save_merged logging_steps eval_steps""".split()
 NOT_FLAGS = ("config", "given", "typed", "local_rank")  # of a parsed command line, not to be repeated
 WITH_THEM = ("generation_config.json", "model.safetensors.index.json")
 
 
 class RunFolderError(ValueError):
     """An output folder that cannot be used: one sentence for the user."""
+
+
+def flags_that_matter(args):
+    """The flags that change what is computed, {name: value}."""
+    return {name: value for name, value in vars(args).items() if name not in (*HARMLESS, *NOT_FLAGS)}
 
 
 def check_output(args):
@@ -46,27 +55,32 @@ class MetricsLog:
     """metrics.jsonl, TensorBoard events and the history of trainer_state.json; does nothing but on rank 0.
 
     Making one starts the run's folder: what an earlier run left there (--overwrite) goes now, and not before.
+    A resumed run brings its `history` and keeps the folder; metrics.jsonl goes back to where the checkpoint was.
     """
 
-    def __init__(self, args, is_main):
-        self.is_main, self.history, self.board = is_main, [], None
+    def __init__(self, args, is_main, history=None):
+        self.is_main, self.history, self.board = is_main, list(history or []), None
         if not is_main:
             return
         folder = Path(args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        for path in folder.iterdir():
+        for path in folder.iterdir() if history is None else ():
             if path.name in RUN_FILES + WITH_THEM or path.suffix == ".safetensors":
                 path.unlink()
-            elif path.name in ("logs", "merged"):
+            elif path.name in ("logs", "merged") or path.name.startswith(("checkpoint-", ".checkpoint-", ".saving-")):
                 shutil.rmtree(path)
         flags = {key: value for key, value in sorted(vars(args).items()) if key not in NOT_FLAGS}
         (folder / "args.json").write_text(json.dumps(flags, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         self.path = folder / "metrics.jsonl"
+        self.path.write_text("".join(json.dumps(entry) + "\n" for entry in self.history), encoding="utf-8")
         if args.report_to != "none":
             if find_spec("tensorboard"):
                 from torch.utils.tensorboard import SummaryWriter
 
-                self.board = SummaryWriter(args.logging_dir or str(folder / "logs"))
+                steps = [entry["step"] + 1 for entry in self.history[-1:]]
+                self.board = SummaryWriter(
+                    args.logging_dir or str(folder / "logs"), purge_step=max(steps, default=None)
+                )
             else:
                 print("TensorBoard is not installed: no event files, metrics.jsonl has the same numbers")
 

@@ -503,7 +503,7 @@ def test_a_full_run_leaves_exactly_these_files(world, tmp_path):
 def test_metrics_at_step_0_and_the_keys_of_every_line(finished):
     first, *rest = finished.lines
     evaluation = {f"eval_{name}{end}" for name in METRICS for end in ("", "_ci95")}
-    update = METRICS | {"grad_norm", "learning_rate", "beta", "num_tokens", "seconds"}
+    update = METRICS | {"grad_norm", "learning_rate", "beta", "num_tokens"}
     assert first.keys() == {"step", "epoch"} | evaluation
     assert [line.keys() - {"step", "epoch"} for line in rest] == [update, update, evaluation]
     assert (first["step"], first["epoch"]) == (0, 0)

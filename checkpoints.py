@@ -1,0 +1,190 @@
+"""Checkpoints that are whole or not there, and a resumed run that is the uninterrupted one.
+
+A checkpoint is written to a temporary folder beside its place, a manifest with the size and sha256 of every file last,
+and renamed once; older ones go after that.  What is not renamed does not count, and what does not match its manifest
+is passed over with its reason.  Only safetensors and JSON: nothing that is read can run.
+
+    training.safetensors   trained weights and the optimiser's moments, the state of chance of every rank, sums to log
+    state.json             where the run stands, the schedule, the scaler, and what the run is (`identity`)
+    manifest.json          size and sha256 of the others
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import signal
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be used: one sentence for the user."""
+
+
+# -- files ---------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def new_checkpoint(output_dir, step, total_limit):
+    """A folder to fill, which becomes `output_dir`/checkpoint-`step`; keeps the newest `total_limit` (0: all).
+
+    An error in the block or a full disk leaves the older checkpoints as they are.
+    """
+    output_dir = Path(output_dir)
+    unfinished, final = output_dir / f".checkpoint-{step}.unfinished", output_dir / f"checkpoint-{step}"
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    try:
+        yield unfinished
+        files = {path.name: {"size": path.stat().st_size, "sha256": _sha256(path)} for path in unfinished.iterdir()}
+        (unfinished / "manifest.json").write_text(json.dumps(files, indent=2) + "\n", encoding="utf-8")
+        for path in unfinished.iterdir():
+            _sync(path)
+        shutil.rmtree(final, ignore_errors=True)
+        os.replace(unfinished, final)
+        _sync(output_dir)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    for old in checkpoints(output_dir)[total_limit:] if total_limit else ():
+        shutil.rmtree(old)
+
+
+def checkpoints(output_dir):
+    """The checkpoint folders of a run, newest first."""
+    found = [path for path in Path(output_dir).glob("checkpoint-*") if path.name.split("-")[1].isdecimal()]
+    return sorted(found, key=lambda path: int(path.name.split("-")[1]), reverse=True)
+
+
+def verify(folder):
+    """Raise CheckpointError unless every file is there as its manifest says."""
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        for name, expected in manifest.items():
+            path = folder / Path(name).name
+            if path.stat().st_size != expected["size"] or _sha256(path) != expected["sha256"]:
+                raise CheckpointError(f"{folder} is damaged: {name} is not what was written")
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"{folder} is no whole checkpoint ({error})") from None
+    if not {"training.safetensors", "state.json"} <= manifest.keys():
+        raise CheckpointError(f"{folder} is no checkpoint of a training run")
+
+
+def find(output_dir, resume, say):
+    """The folder to resume from for --resume none|auto|PATH, or None; `say` gets the reason for each passed over.
+
+    auto takes the newest that is whole, and None when there is none.  Raises CheckpointError for a PATH that is not.
+    """
+    if resume == "none":
+        return None
+    if resume != "auto":
+        verify(Path(resume))
+        return Path(resume)
+    for folder in checkpoints(output_dir):
+        try:
+            verify(folder)
+            return folder
+        except CheckpointError as reason:
+            say(f"passed over: {reason}")
+    say(f"--resume auto: no whole checkpoint in {output_dir}, starting anew")
+    return None
+
+
+def _sha256(path):
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def _sync(path):
+    """Flush a file or folder to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+# -- state ---------------------------------------------------------------------------------------------------------
+
+
+def save_state(folder, parameters, optimizer, tensors, state):
+    """Write trained weights, moments and further named `tensors`, and `state`, which is JSON."""
+    everything = dict(tensors)
+    for index, parameter in enumerate(parameters):
+        everything[f"parameter.{index}"] = parameter.detach()
+        for name, value in optimizer.state[parameter].items():
+            everything[f"optimizer.{index}.{name}"] = value
+    save_file({name: value.contiguous().cpu() for name, value in everything.items()}, folder / "training.safetensors")
+    state = state | {"rates": [group["lr"] for group in optimizer.param_groups]}
+    (folder / "state.json").write_text(json.dumps(state) + "\n", encoding="utf-8")
+
+
+def load_state(folder, parameters, optimizer, identity, check=True):
+    """Restore weights and moments; returns (the further tensors, state).
+
+    Raises CheckpointError, before anything changes, when the checkpoint is another run's: `identity`, a dict, has to
+    be the one that was saved under state["identity"], and the first difference is named (`check`: on rank 0).
+    """
+    try:
+        state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        tensors = load_file(folder / "training.safetensors")
+    except (OSError, ValueError, SafetensorError) as error:
+        raise CheckpointError(f"{folder} cannot be read ({error})") from None
+    for name in (identity | state["identity"]) if check else ():
+        here, there = identity.get(name), state["identity"].get(name)
+        if here != there:
+            raise CheckpointError(
+                f"{folder} is of another run: {name} was {there} and is {here}; start it the same way"
+            )
+    moments = {}
+    for name in [name for name in tensors if name.startswith("optimizer.")]:
+        _, index, moment = name.split(".")
+        moments.setdefault(int(index), {})[moment] = tensors.pop(name)
+    with torch.no_grad():
+        for index, parameter in enumerate(parameters):
+            parameter.copy_(tensors.pop(f"parameter.{index}"))
+    optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
+    for group, rate in zip(optimizer.param_groups, state["rates"], strict=True):
+        group["lr"] = rate
+    return tensors, state
+
+
+def chance(world_device):
+    """The state of torch's generators of this process, (bytes,) uint8: of the CPU, then of the device."""
+    states = [torch.get_rng_state()]
+    if world_device.type == "cuda":
+        states.append(torch.cuda.get_rng_state(world_device))
+    return torch.cat(states)
+
+
+def set_chance(state, world_device):
+    size = len(torch.get_rng_state())
+    torch.set_rng_state(state[:size].clone())  # it reads from the start of the storage, whatever the offset
+    if world_device.type == "cuda":
+        torch.cuda.set_rng_state(state[size:].clone(), world_device)
+
+
+# -- an end that was asked for -------------------------------------------------------------------------------------
+
+
+class Termination:
+    """SIGTERM asks the run to save and end: `asked` turns True, and the loop looks at it after each update."""
+
+    def __init__(self):
+        self.asked = False
+        self.before = signal.signal(signal.SIGTERM, self._ask)
+
+    def _ask(self, *_):
+        self.asked = True
+
+    def close(self):
+        signal.signal(signal.SIGTERM, self.before)

@@ -1,0 +1,307 @@
+"""A run that is killed and resumed is the uninterrupted run, bit for bit, wherever it was killed; a checkpoint that is
+damaged, half-written or another run's is never used.
+"""
+
+import errno
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import run_script
+from test_flags import write_world
+
+import lora
+from checkpoints import CheckpointError, checkpoints, find, new_checkpoint, verify
+from packed_model import load_model
+
+ROOT = Path(__file__).parent.parent
+# 9 updates of 2 pairs.  LoRA dropout makes every update depend on the state of chance.
+FLAGS = """--dtype fp32 --device cpu --eval-samples 4 --eval-steps 5 --num-samples 22 --learning-rate 1e-3
+    --batch-size 1 --gradient-accumulation-steps 2 --lora-dropout 0.2 --logging-steps 2 --report-to none
+    --save-steps 3""".split()
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    return write_world(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture(scope="module")
+def words(world, tmp_path_factory):
+    """Flags of the run but for its folder."""
+    cache = tmp_path_factory.mktemp("cache")
+    return ["--model", world / "model", "--dataset", world / "pairs.jsonl", "--cache-dir", cache, *FLAGS]
+
+
+def results(folder):
+    return [(folder / name).read_bytes() for name in ("metrics.jsonl", "adapter_model.safetensors")]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(words, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole") / "out"
+    run_script([*words, "--output-dir", folder])
+    assert [path.name for path in checkpoints(folder)] == ["checkpoint-9", "checkpoint-6", "checkpoint-3"]
+    return results(folder)
+
+
+KILLER = """
+import os, signal, sys
+call, number = sys.argv.pop(1), int(sys.argv.pop(1))
+import torch, conftest
+module = torch.optim.AdamW if call == "step" else os
+plain, calls = getattr(module, call), []
+def killer(*given, **named):
+    calls.append(1)
+    if len(calls) == number:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return plain(*given, **named)
+setattr(module, call, killer)
+conftest.run_script(sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize(
+    ("call", "number", "goes_on_from"),
+    [
+        ("step", 2, None),  # before the first checkpoint
+        ("step", 6, "checkpoint-3"),  # in an update
+        ("fsync", 4, None),  # in the first save, its manifest written and its folder not renamed
+        ("replace", 2, "checkpoint-3"),  # in the second save, at the rename
+        ("step", 9, "checkpoint-6"),  # in the last update
+    ],
+)
+def test_killed_and_resumed_is_uninterrupted(words, uninterrupted, tmp_path, capsys, call, number, goes_on_from):
+    out = tmp_path / "out"
+    program = [sys.executable, "-c", KILLER, call, number, *words, "--output-dir", out]
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    killed = subprocess.run([str(word) for word in program], env=environment, capture_output=True, text=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert not (out / "adapter_model.safetensors").exists()
+    capsys.readouterr()
+    # A kill before the first checkpoint leaves a run that cannot go on: to start anew over it takes --overwrite.
+    run_script([*words, "--output-dir", out, "--resume", "auto", *([] if goes_on_from else ["--overwrite"])])
+    log = capsys.readouterr().out
+    assert (f"resumed from {out / goes_on_from}" if goes_on_from else "starting anew") in log
+    assert results(out) == uninterrupted
+    assert not list(out.glob(".*")), "what the killed run left half-written is gone"
+
+
+def ask_to_end(monkeypatch, number):
+    plain, calls = torch.optim.AdamW.step, []
+
+    def step(*given, **named):
+        calls.append(1)
+        if len(calls) == number:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return plain(*given, **named)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", step)
+
+
+def test_sigterm_saves_at_the_next_update_and_exits_143(words, uninterrupted, tmp_path, monkeypatch, capsys):
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as ended:
+        ask_to_end(patch, 5)
+        run_script([*words, "--output-dir", tmp_path / "out"])
+    assert ended.value.code == 143
+    assert checkpoints(tmp_path / "out")[0].name == "checkpoint-5"
+    assert "ended after step 5" in capsys.readouterr().out
+    run_script([*words, "--output-dir", tmp_path / "out", "--resume", "auto"])
+    assert results(tmp_path / "out") == uninterrupted
+
+
+def test_resume_from_a_named_checkpoint_into_another_folder(words, uninterrupted, tmp_path):
+    run_script([*words, "--output-dir", tmp_path / "one", "--max-steps", "9"])
+    # 9 is all there is, but a limit that was not there is another schedule as far as a checkpoint can tell.
+    with pytest.raises(SystemExit) as refused:
+        run_script([*words, "--output-dir", tmp_path / "two", "--resume", tmp_path / "one/checkpoint-3"])
+    assert refused.value.code == 2
+    run_script([*words, "--output-dir", tmp_path / "three"])
+    run_script([*words, "--output-dir", tmp_path / "four", "--resume", tmp_path / "three/checkpoint-3"])
+    assert results(tmp_path / "four") == uninterrupted
+
+
+def test_all_weights_resume_too(world, tmp_path):
+    words = ["--model", world / "model", "--dataset", world / "pairs.jsonl", *FLAGS, "--lora-r", "0"]
+    words = [word for word in words if word not in ("--lora-dropout", "0.2")]
+    run_script([*words, "--output-dir", tmp_path / "one"])
+    run_script([*words, "--output-dir", tmp_path / "two", "--resume", tmp_path / "one/checkpoint-6"])
+    for name in ("metrics.jsonl", "model.safetensors"):
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+
+
+def test_two_ranks_resume_with_a_state_of_chance_each(words, tmp_path):
+    def train(name, *more):
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+        command = [*launcher, ROOT / "dpo_hf_run.py", *words, "--output-dir", tmp_path / name, *more]
+        done = subprocess.run([str(word) for word in command], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return results(tmp_path / name)
+
+    assert train("one") == train("two", "--resume", tmp_path / "one/checkpoint-3")
+
+
+def test_save_total_limit_keeps_the_newest(words, tmp_path):
+    run_script([*words, "--output-dir", tmp_path / "out", "--save-total-limit", "2"])
+    assert [path.name for path in checkpoints(tmp_path / "out")] == ["checkpoint-9", "checkpoint-6"]
+
+
+def test_a_checkpoint_is_safetensors_and_json_and_an_adapter_that_loads(words, world, tmp_path):
+    run_script([*words, "--output-dir", tmp_path / "out"])
+    last = checkpoints(tmp_path / "out")[0]
+    assert {path.suffix for path in last.iterdir()} == {".safetensors", ".json"}
+    model = load_model(world / "model", torch.float32, "cpu")
+    assert len(lora.load_adapter(model, last, "policy")) == 28
+    assert (last / "adapter_model.safetensors").read_bytes() == (
+        tmp_path / "out/adapter_model.safetensors"
+    ).read_bytes()
+
+
+# -- checkpoints that must not be used --------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def finished(words, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("finished") / "out"
+    run_script([*words, "--output-dir", folder])
+    return folder
+
+
+@pytest.fixture
+def copy(finished, tmp_path):
+    """The finished run with its checkpoints, to be damaged."""
+    return Path(shutil.copytree(finished, tmp_path / "out"))
+
+
+DAMAGE = {
+    "torn": lambda last: os.truncate(last / "training.safetensors", 100),
+    "one bit": lambda last: flip(last / "training.safetensors"),
+    "state": lambda last: (last / "state.json").write_text("{}"),
+    "a file is missing": lambda last: (last / "adapter_model.safetensors").unlink(),
+    "no manifest": lambda last: (last / "manifest.json").unlink(),
+    "a manifest of nothing": lambda last: (last / "manifest.json").write_text("{}"),
+    "no JSON": lambda last: (last / "manifest.json").write_text("[1"),
+}
+
+
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(copy, words, uninterrupted, capsys, damage):
+    last = checkpoints(copy)[0]
+    DAMAGE[damage](last)
+    run_script([*words, "--output-dir", copy, "--resume", "auto"])
+    log = capsys.readouterr().out
+    assert f"passed over: {last}" in log
+    assert f"resumed from {copy / 'checkpoint-6'}" in log
+    assert results(copy) == uninterrupted
+
+
+@pytest.fixture
+def refused(words, capsys):
+    """refused(folder, flags ...) -> the sentence of a resume that ends with exit code 2 and changes nothing."""
+
+    def run(folder, *more, resume="auto"):
+        before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as error:
+            run_script([*words, "--output-dir", folder, "--resume", resume, *more])
+        assert error.value.code == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+        return line
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("flags", "difference"),
+    [
+        (["--beta", "0.3"], "beta was 0.1 and is 0.3"),
+        (["--learning-rate", "2e-3"], "learning_rate was 0.001 and is 0.002"),
+        (["--seed", "1"], "seed was 42 and is 1"),
+        (["--epochs", "2"], "epochs was 1 and is 2"),
+        (["--lora-r", "8"], "lora_r was 16 and is 8"),
+        (["--num-samples", "20"], "data was"),
+        (["--dtype", "bf16"], "dtype was torch.float32 and is torch.bfloat16"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_a_checkpoint_of_another_run_is_refused_with_the_difference(copy, refused, flags, difference):
+    sentence = refused(copy, *flags)
+    assert f"{copy / 'checkpoint-9'} is of another run: {difference}" in sentence
+
+
+def test_a_checkpoint_of_another_base_or_script_is_refused(copy, refused, world, tmp_path):
+    other = write_world(tmp_path / "other")
+    flip(other / "model/model.safetensors")
+    assert "is of another run: base model was" in refused(copy, "--model", other / "model")
+    last = checkpoints(copy)[0]
+    state = json.loads((last / "state.json").read_text())
+    state["identity"]["script"] = "train_rm.py"
+    (last / "state.json").write_text(json.dumps(state))
+    manifest = json.loads((last / "manifest.json").read_text())
+    shutil.rmtree(last)
+    with new_checkpoint(copy, 9, 0) as folder:
+        shutil.copytree(copy / "checkpoint-6", folder, dirs_exist_ok=True)
+        (folder / "manifest.json").unlink()
+        (folder / "state.json").write_text(json.dumps(state))
+    assert manifest.keys() == json.loads((copy / "checkpoint-9/manifest.json").read_text()).keys()
+    assert "script was train_rm.py and is dpo_hf_run.py" in refused(copy)
+
+
+def test_a_named_checkpoint_that_is_damaged_is_an_error(copy, refused):
+    os.truncate(copy / "checkpoint-3/training.safetensors", 10)
+    assert "checkpoint-3 is damaged: training.safetensors" in refused(copy, resume=copy / "checkpoint-3")
+    assert "is no whole checkpoint" in refused(copy, resume=copy / "checkpoint-4")
+
+
+def test_resume_auto_does_not_start_anew_over_a_run_without_checkpoints(copy, refused):
+    for folder in checkpoints(copy):
+        shutil.rmtree(folder)
+    assert "holds a run" in refused(copy)
+
+
+def test_a_full_disk_keeps_the_old_checkpoint_and_the_run(words, uninterrupted, tmp_path, monkeypatch, capsys):
+    plain, calls = os.fsync, []
+
+    def full(handle):
+        calls.append(1)
+        if len(calls) == 7:  # the second save: the first has synced five files and their folder
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return plain(handle)
+
+    monkeypatch.setattr(os, "fsync", full)
+    run_script([*words, "--output-dir", tmp_path / "out"])
+    log = capsys.readouterr().out
+    assert "checkpoint-6 could not be written" in log and "No space left on device" in log
+    assert [path.name for path in checkpoints(tmp_path / "out")] == ["checkpoint-9", "checkpoint-3"]
+    assert results(tmp_path / "out") == uninterrupted
+
+
+def test_a_save_that_breaks_off_leaves_nothing(tmp_path):
+    with pytest.raises(ZeroDivisionError), new_checkpoint(tmp_path, 3, 0) as folder:
+        (folder / "state.json").write_text("{}")
+        raise ZeroDivisionError
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_manifest_cannot_name_files_elsewhere(tmp_path):
+    (tmp_path / "secret").write_text("x")
+    folder = tmp_path / "checkpoint-1"
+    folder.mkdir()
+    (folder / "manifest.json").write_text(json.dumps({"../secret": {"size": 1, "sha256": ""}}))
+    with pytest.raises(CheckpointError):
+        verify(folder)
+    assert find(tmp_path, "auto", lambda text: None) is None
