@@ -41,7 +41,9 @@ def check_output(args):
     folder = Path(args.output_dir)
     found = [name for name in RUN_FILES if (folder / name).exists()]
     if found and not args.overwrite:
-        raise RunFolderError(f"--output-dir {folder} holds a run ({found[0]}): choose another or pass --overwrite")
+        raise RunFolderError(
+            f"--output-dir {folder} holds a run ({found[0]}): choose another, or pass --resume auto or --overwrite"
+        )
     parent = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise RunFolderError(f"--output-dir {folder} cannot be written: {parent} is not a folder you can write to")

@@ -49,7 +49,7 @@ def test_any_split_is_one_run(toy, one_process, tmp_path, ranks, batch, accumula
     assert max((adapter[key] - expected[key]).abs().max().item() for key in expected) < 1e-5
     for ours, theirs in zip(metrics, expected_metrics, strict=True):
         assert ours["step"] == theirs["step"]
-        for key in theirs.keys():
+        for key in theirs:
             assert ours[key] == pytest.approx(theirs[key], abs=1e-4), key
     assert ("world_size=2" in log) == (ranks == 2)
     assert "Effective batch size: 8 " in log
