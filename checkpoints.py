@@ -18,7 +18,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 
@@ -128,23 +127,24 @@ def save_state(folder, parameters, optimizer, tensors, state):
     (folder / "state.json").write_text(json.dumps(state) + "\n", encoding="utf-8")
 
 
-def load_state(folder, parameters, optimizer, identity, check=True):
-    """Restore weights and moments; returns (the further tensors, state).
-
-    Raises CheckpointError, before anything changes, when the checkpoint is another run's: `identity`, a dict, has to
-    be the one that was saved under state["identity"], and the first difference is named (`check`: on rank 0).
-    """
-    try:
-        state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-        tensors = load_file(folder / "training.safetensors")
-    except (OSError, ValueError, SafetensorError) as error:
-        raise CheckpointError(f"{folder} cannot be read ({error})") from None
-    for name in (identity | state["identity"]) if check else ():
-        here, there = identity.get(name), state["identity"].get(name)
+def check_identity(folder, identity):
+    """Raise CheckpointError, naming the first difference, unless state["identity"] was this very dict."""
+    saved = _read_state(folder)["identity"]
+    for name in identity | saved:
+        there, here = saved.get(name), identity.get(name)
         if here != there:
             raise CheckpointError(
                 f"{folder} is of another run: {name} was {there} and is {here}; start it the same way"
             )
+
+
+def _read_state(folder):
+    return json.loads((folder / "state.json").read_text(encoding="utf-8"))
+
+
+def load_state(folder, parameters, optimizer):
+    """Restore weights, moments and learning rates of a verified checkpoint; returns (the further tensors, state)."""
+    state, tensors = _read_state(folder), load_file(folder / "training.safetensors")
     moments = {}
     for name in [name for name in tensors if name.startswith("optimizer.")]:
         _, index, moment = name.split(".")

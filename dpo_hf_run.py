@@ -232,12 +232,17 @@ def main(args):
     if args.ref_model_path or not args.lora_r:
         reference = load_model(args.ref_model_path or args.model, weights_dtype, world.device, args.trust_remote_code)
         prepare_model(reference)
-    base_sha256 = ref_sha256 = frozen_sha256(policy, "ref" if args.adapter else None) if world.is_main else ""
-    if reference is not policy and world.is_main:
-        ref_sha256 = frozen_sha256(reference)
+    identity = {"script": "dpo_hf_run.py", "dtype": str(dtype), "processes": world.size}
+    identity |= run_files.flags_that_matter(args) | {"data": fingerprint([pairs[i] for i in train])}
+    if world.is_main:
+        identity["base model"] = identity["reference"] = frozen_sha256(policy, "ref" if args.adapter else None)
+        if reference is not policy:
+            identity["reference"] = frozen_sha256(reference)
+        if checkpoint:
+            checkpoints.check_identity(checkpoint, identity)
     autocast = torch.autocast(world.device.type, dtype, enabled=weights_dtype != dtype)
     with lora.use_adapter(policy, "ref" if args.adapter else None), autocast:
-        ref_logps = reference_scores(reference, ref_sha256, pairs, dtype, args, world)
+        ref_logps = reference_scores(reference, identity.get("reference"), pairs, dtype, args, world)
     del reference  # frozen: it has said all it has to say
     trainable, total = sum(p.numel() for p in parameters), sum(p.numel() for p in policy.parameters())
     what = "LoRA enabled for policy model" if args.lora_r else "Full fine-tuning of policy model"
@@ -265,13 +270,10 @@ def main(args):
     distributed.seed_everything(args.seed + world.rank)  # from here on chance (dropout) differs between ranks
 
     # 5 train
-    identity = {"script": "dpo_hf_run.py", "dtype": str(dtype), "processes": world.size}
-    identity |= run_files.flags_that_matter(args)
-    identity |= {"base model": base_sha256, "reference": ref_sha256, "data": fingerprint([pairs[i] for i in train])}
     window = torch.zeros(len(METRICS) + 1, device=world.device)  # sums of METRICS, and tokens, since the last log line
     at = {"step": 0, "tokens": 0, "pairs": 0, "warned": False, "history": None}  # pairs: since the last log line
     if checkpoint:
-        tensors, at = checkpoints.load_state(checkpoint, parameters, optimizer, identity, world.is_main)
+        tensors, at = checkpoints.load_state(checkpoint, parameters, optimizer)
         scheduler.load_state_dict(at["scheduler"])
         scaler.load_state_dict(at["scaler"])
         checkpoints.set_chance(tensors["chance"][world.rank], world.device)
@@ -305,9 +307,7 @@ def main(args):
                     if args.lora_r:
                         lora.save_adapter(policy, "policy", folder, args.model)
             except (OSError, SafetensorError) as error:
-                say(
-                    f"checkpoint-{at['step']} could not be written ({error}): the older ones stay, and training goes on"
-                )
+                say(f"checkpoint-{at['step']} could not be written ({error}): older ones stay, training goes on")
 
     if held_out and not checkpoint:
         evaluate_and_log()

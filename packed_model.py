@@ -13,7 +13,7 @@ Legend: B pairs, T tokens of a packed row, N response tokens, V vocabulary, H hi
 
 import sys
 from pathlib import Path
-from types import MethodType, SimpleNamespace
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
@@ -317,7 +317,8 @@ def prepare_model(model):
     Cohere's scale), or when the log-probs differ.
     """
     disable_dropout(model)
-    model.packed_logps, model.packs_pairs = MethodType(packed_logps, model), False
+    # On the class: a method in the object's own dict would be a cycle, and keep its gigabytes alive after `del model`.
+    type(model).packed_logps, model.packs_pairs = packed_logps, False
     own_attention, verbosity = model.config._attn_implementation, transformers_logging.get_verbosity()
     batch, tolerance = _probe_batch(model.device), 1e-3 if model.dtype in (torch.float32, torch.float64) else 0.02
     try:

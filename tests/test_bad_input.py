@@ -321,7 +321,8 @@ def test_mps_on_a_machine_without_it(fails):
 
 def test_a_folder_that_holds_another_run_stays_as_it_is(fails, finished):
     line = fails(output_dir=finished.folder)
-    assert line == (f"--output-dir {finished.folder} holds a run (metrics.jsonl): choose another or pass --overwrite")
+    advice = "choose another, or pass --resume auto or --overwrite"
+    assert line == f"--output-dir {finished.folder} holds a run (metrics.jsonl): {advice}"
 
 
 @pytest.mark.parametrize("name", run_files.RUN_FILES)
