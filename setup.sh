@@ -51,12 +51,12 @@ fi
 
 # uv is faster, but it knows neither pip's settings (a mirror, a proxy) nor borrowed packages.
 install() {
-  local advice="packages could not be installed: check the network, the disk and pip's index (pip config list), run it again"
   if command -v uv >/dev/null && [ -z "$("$py" -m pip config list)" ] && [ ! -e .venv/borrowed.pth ]; then
-    uv pip install --python "$py" "$@" || fail "$advice"
-  else
-    "$py" -m pip install --quiet --no-input --disable-pip-version-check "$@" || fail "$advice"
+    uv pip install --python "$py" "$@" && return
+    echo "setup.sh: uv did not manage it, now with pip"
   fi
+  "$py" -m pip install --quiet --no-input --disable-pip-version-check "$@" ||
+    fail "packages could not be installed: check the network, the disk and pip's index (pip config list), run it again"
 }
 
 if ! has core; then
