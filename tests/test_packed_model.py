@@ -511,3 +511,14 @@ def test_the_packed_path_runs_the_head_on_response_tokens_only():
         model.packed_logps(batch)
     assert (sum(batch.lengths), 32) in kept  # the hidden states that predict a response token
     assert not [shape for shape in kept if shape[-1] == 97]
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+def test_a_rotary_embedding_that_follows_the_longest_sequence_is_scored_alone(kind):
+    # Beyond the original length its angles depend on the longest position of the row: pairs would see each other.
+    rope = {"rope_type": kind, "rope_theta": 10000.0, "factor": 2.0}
+    if kind == "longrope":
+        rope |= {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4, "original_max_position_embeddings": 16}
+    model = tiny_model("llama", rope_parameters=rope)
+    assert "depends on the longest sequence of the row" in prepare_model(model)
+    assert not model.packs_pairs
