@@ -49,14 +49,20 @@ def new_checkpoint(output_dir, step, total_limit):
         _sync(output_dir)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
-    for old in checkpoints(output_dir)[total_limit:] if total_limit else ():
-        shutil.rmtree(old)
+    if total_limit:  # of those before this one: a newer one is a damaged one that was passed over
+        older = [path for path in checkpoints(output_dir) if _step(path) < step]
+        for path in older[total_limit - 1 :]:
+            shutil.rmtree(path)
 
 
 def checkpoints(output_dir):
     """The checkpoint folders of a run, newest first."""
-    found = [path for path in Path(output_dir).glob("checkpoint-*") if path.name.split("-")[1].isdecimal()]
-    return sorted(found, key=lambda path: int(path.name.split("-")[1]), reverse=True)
+    found = [path for path in Path(output_dir).glob("checkpoint-*") if path.name[len("checkpoint-") :].isdecimal()]
+    return sorted(found, key=_step, reverse=True)
+
+
+def _step(folder):
+    return int(folder.name[len("checkpoint-") :])
 
 
 def verify(folder):

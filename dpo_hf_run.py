@@ -180,8 +180,7 @@ def main(args):
     world = distributed.start(args.device)
     say = partial(distributed.print0, world)
     checkpoint = checkpoints.find(args.output_dir, args.resume, say)
-    if not checkpoint:
-        run_files.check_output(args)
+    run_files.check_output(args, checkpoint)
     if world.size > 1:
         say(f"Distributed training initialized: world_size={world.size}")
     if "toy" in (args.model, args.dataset, args.eval_dataset):
@@ -279,7 +278,7 @@ def main(args):
         checkpoints.set_chance(tensors["chance"][world.rank], world.device)
         window += tensors["window"][world.rank].to(world.device)
         say(f"resumed from {checkpoint}")
-    log = run_files.MetricsLog(args, world.is_main, at["history"])
+    log = run_files.MetricsLog(args, world.is_main, checkpoint, at["history"])
     termination, begin = checkpoints.Termination(), time.time()
     bar = tqdm(total=num_updates, initial=at["step"], desc="updates", disable=not distributed.shows_bars(world))
 

@@ -18,13 +18,15 @@ import torch
 import transformers
 from transformers.trainer_callback import TrainerState
 
-RUN_FILES = ("metrics.jsonl", "args.json", "trainer_state.json", "adapter_config.json", "config.json")
+# What marks a folder as a run's and would be replaced, and what goes with it under --overwrite; nothing else is touched.
+RUN_FILES = "metrics.jsonl args.json trainer_state.json adapter_config.json config.json README.md merged".split()
+WITH_THEM = """adapter_model.safetensors model.safetensors model-*-of-*.safetensors model.safetensors.index.json
+    generation_config.json logs/events.out.tfevents.* .checkpoint-*.unfinished .saving-*""".split()
 # What may differ between a run and its continuation: the data and the models count by their content instead.
 HARMLESS = """model dataset eval_dataset ref_model_path adapter num_samples eval_samples max_length max_prompt_length
     chat_template_strings skip_invalid dtype device gradient_checkpointing trust_remote_code output_dir logging_dir
     cache_dir report_to overwrite resume save_steps save_total_limit save_merged logging_steps eval_steps""".split()
 NOT_FLAGS = ("config", "given", "typed", "local_rank")  # of a parsed command line, not to be repeated
-WITH_THEM = ("generation_config.json", "model.safetensors.index.json")
 
 
 class RunFolderError(ValueError):
@@ -36,11 +38,16 @@ def flags_that_matter(args):
     return {name: value for name, value in vars(args).items() if name not in (*HARMLESS, *NOT_FLAGS)}
 
 
-def check_output(args):
-    """Raise RunFolderError when --output-dir holds a run already or cannot be written.  Changes nothing."""
+def goes_on(args, checkpoint):
+    """Whether the run continues the one in its output folder: `checkpoint` (a folder or None) lies there."""
+    return checkpoint is not None and Path(checkpoint).resolve().parent == Path(args.output_dir).resolve()
+
+
+def check_output(args, checkpoint=None):
+    """Raise RunFolderError when --output-dir holds another run or cannot be written.  Changes nothing."""
     folder = Path(args.output_dir)
     found = [name for name in RUN_FILES if (folder / name).exists()]
-    if found and not args.overwrite:
+    if found and not args.overwrite and not goes_on(args, checkpoint):
         raise RunFolderError(
             f"--output-dir {folder} holds a run ({found[0]}): choose another, or pass --resume auto or --overwrite"
         )
@@ -57,20 +64,20 @@ class MetricsLog:
     """metrics.jsonl, TensorBoard events and the history of trainer_state.json; does nothing but on rank 0.
 
     Making one starts the run's folder: what an earlier run left there (--overwrite) goes now, and not before.
-    A resumed run brings its `history` and keeps the folder; metrics.jsonl goes back to where the checkpoint was.
+    A resumed run brings its `history`: metrics.jsonl goes back to where the checkpoint was.
     """
 
-    def __init__(self, args, is_main, history=None):
+    def __init__(self, args, is_main, checkpoint=None, history=None):
         self.is_main, self.history, self.board = is_main, list(history or []), None
         if not is_main:
             return
         folder = Path(args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        for path in folder.iterdir() if history is None else ():
-            if path.name in RUN_FILES + WITH_THEM or path.suffix == ".safetensors":
-                path.unlink()
-            elif path.name in ("logs", "merged") or path.name.startswith(("checkpoint-", ".checkpoint-", ".saving-")):
-                shutil.rmtree(path)
+        if args.overwrite and not goes_on(args, checkpoint):
+            old = [path for pattern in RUN_FILES + WITH_THEM for path in folder.glob(pattern)]
+            old += [path for path in folder.glob("checkpoint-*") if path.name.partition("-")[2].isdecimal()]
+            for path in old:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
         flags = {key: value for key, value in sorted(vars(args).items()) if key not in NOT_FLAGS}
         (folder / "args.json").write_text(json.dumps(flags, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         self.path = folder / "metrics.jsonl"

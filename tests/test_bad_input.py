@@ -548,3 +548,24 @@ def test_a_save_that_breaks_off_leaves_the_folder_as_it_was(tmp_path):
         (folder / "kept.txt").write_text("half")
         raise KeyboardInterrupt
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"kept.txt": "old"}
+
+
+def test_a_run_deletes_nothing_but_runs(world, tmp_path):
+    """Files of the user's own beside a run, with names near to ours, with and without --overwrite."""
+    folder = tmp_path / "run"
+    mine = ["weights.safetensors", "my_model.safetensors", "logs/yesterday.txt", "checkpoint-notes/a.txt"]
+    mine += ["checkpoint-7-mine.txt", "checkpoint-3-best/manifest.json"]
+    for name in mine:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("mine")
+    Run(world, folder)
+    Run(world, folder, overwrite=True)
+    assert [(folder / name).read_text() for name in mine] == ["mine"] * len(mine)
+
+
+@pytest.mark.parametrize("name", ["README.md", "merged/model.safetensors"])
+def test_a_folder_with_files_that_a_run_would_replace_is_refused(fails, tmp_path, name):
+    (tmp_path / "out" / name).parent.mkdir(parents=True)
+    (tmp_path / "out" / name).write_text("mine")
+    assert f"holds a run ({name.split('/')[0]})" in fails()
+    assert (tmp_path / "out" / name).read_text() == "mine"

@@ -306,3 +306,17 @@ def test_a_manifest_cannot_name_files_elsewhere(tmp_path):
     with pytest.raises(CheckpointError):
         verify(folder)
     assert find(tmp_path, "auto", lambda text: None) is None
+
+
+def test_resume_into_a_folder_that_holds_another_run_is_refused(copy, refused, words, tmp_path):
+    run_script([*words, "--output-dir", tmp_path / "other", "--max-steps", "2"])
+    assert "holds a run" in refused(tmp_path / "other", resume=copy / "checkpoint-3")
+
+
+def test_the_limit_never_removes_the_checkpoint_just_written_nor_a_copy_with_another_name(copy, words):
+    flip(copy / "checkpoint-9/training.safetensors")
+    shutil.copytree(copy / "checkpoint-3", copy / "checkpoint-3-best")
+    run_script([*words, "--output-dir", copy, "--resume", "auto", "--save-steps", "2", "--save-total-limit", "1"])
+    assert [path.name for path in checkpoints(copy)] == ["checkpoint-9", "checkpoint-8"]
+    verify(copy / "checkpoint-8")
+    verify(copy / "checkpoint-3-best")
