@@ -18,7 +18,7 @@ import torch
 import transformers
 from transformers.trainer_callback import TrainerState
 
-# What marks a folder as a run's and would be replaced, and what goes with it under --overwrite; nothing else is touched.
+# What marks a folder as a run's and would be replaced, and what goes with it under --overwrite; nothing else goes.
 RUN_FILES = "metrics.jsonl args.json trainer_state.json adapter_config.json config.json README.md merged".split()
 WITH_THEM = """adapter_model.safetensors model.safetensors model-*-of-*.safetensors model.safetensors.index.json
     generation_config.json logs/events.out.tfevents.* .checkpoint-*.unfinished .saving-*""".split()
