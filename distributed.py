@@ -46,7 +46,8 @@ def start(device="auto"):
         torch.cuda.set_device(local_rank)
         device = f"cuda:{local_rank}"
     if size > 1:
-        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+        # On GPUs both: flags and counts go between hosts by gloo, without waiting for a device.
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo")
     return World(rank, size, torch.device(device))
 
 
@@ -137,20 +138,19 @@ def all_reduce_gradients(parameters, world):
 
 
 def all_reduce_sum(values, world):
-    """Element-wise sum of a tensor over the ranks."""
+    """Element-wise sum of a tensor over the ranks, in place."""
     if world.size > 1:
-        values = values.to(world.device)  # NCCL sums on GPUs only
         dist.all_reduce(values)
     return values
 
 
 def gather(values, world):
     """The tensors of all ranks, stacked: (ranks, ...)."""
-    if world.size == 1:
-        return values[None].cpu()
-    mine = values.to(world.device)
-    rows = [torch.empty_like(mine) for _ in range(world.size)]
-    dist.all_gather(rows, mine)
+    rows = [torch.empty_like(values) for _ in range(world.size)]
+    if world.size > 1:
+        dist.all_gather(rows, values)
+    else:
+        rows = [values]
     return torch.stack(rows).cpu()
 
 

@@ -13,13 +13,12 @@ Deviations from the paper: AdamW instead of RMSprop; label smoothing, robust, hi
     torchrun --nproc_per_node=4 dpo_hf_run.py --dataset pairs.jsonl --learning-rate 1e-4       # four GPUs
 
 Copy with: checkpoints.py distributed.py flags.py lora.py losses.py packed_model.py packing.py preference_data.py
-    run_files.py score_cache.py toy_world.py
+    run_files.py score_cache.py speed.py toy_world.py
 """
 
 import itertools
 import math
 import sys
-import time
 from functools import partial
 
 import torch
@@ -33,10 +32,11 @@ import flags
 import lora
 import run_files
 import score_cache
+import speed
 import toy_world
 from losses import DPO_LOSSES, dpo_loss, nll_loss
 from packed_model import ModelError, enable_checkpointing, load_model, load_skeleton, load_tokenizer, prepare_model
-from packing import epoch_plan, pack
+from packing import epoch_plan, pack, passes, send
 from preference_data import DataError, fingerprint, hold_out, load_pairs
 
 TOY_FOLDER = "outputs/toy_world"
@@ -46,22 +46,17 @@ ADVICE = "nothing is saved; try a smaller --learning-rate, --dtype fp32, or look
 
 def get_args(argv=None):
     parser = flags.Parser(__doc__)
-    add, positive, below_half = (
-        parser.add_argument,
-        flags.number(float, above=0),
-        flags.number(float, least=0, below=0.5),
-    )
+    add, positive = parser.add_argument, flags.number(float, above=0)
+    below_half = flags.number(float, least=0, below=0.5)
     names = "--model", "--base-model-path", "--policy-model-path"
     add(*names, default="Qwen/Qwen3-0.6B", help="folder, hub id or `toy`")
     add("--ref-model-path", "--reference-model-path", metavar="MODEL", help="the reference, where it is another model")
     add("--adapter", metavar="DIR", help="start from this LoRA adapter (PEFT files); the reference has it too, frozen")
-    add("--dataset", default="lvwerra/stack-exchange-paired", help="pairs: .jsonl or .json file, hub id or `toy`")
+    add("--dataset", default="lvwerra/stack-exchange-paired", help="pairs: file, folder, hub id or `toy`")
     add("--eval-dataset", metavar="DATASET", help="evaluate on these pairs instead of holding some out")
     add("--beta", "--β-ori", type=positive, default=0.1, help="strength of the pull to the reference")
     add("--loss", choices=DPO_LOSSES, default="sigmoid", help="losses.py has the equations")
-    add(
-        "--label-smoothing", type=below_half, default=0.0, metavar="E", help="share of wrong labels; sigmoid and robust"
-    )
+    add("--label-smoothing", type=below_half, default=0.0, metavar="E", help="share of wrong labels: sigmoid, robust")
     flags.add_common_flags(parser, output_dir="outputs/dpo_qwen_trl")
     parser.set_defaults(num_samples=1000)
     args = parser.parse_args(argv)
@@ -86,7 +81,7 @@ def pair_losses(policy, batch, ref_logps, args):
     policy_chosen_logps, policy_rejected_logps = policy.packed_logps(batch)
     ref_chosen_logps, ref_rejected_logps = ref_logps.unbind(1)
     policy_and_ref = policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps
-    lengths = torch.tensor(batch.lengths, device=policy_chosen_logps.device).chunk(2)  # of chosen, of rejected
+    lengths = batch.response_lengths.chunk(2)  # of chosen, of rejected
     losses, chosen_rewards, rejected_rewards = dpo_loss(
         *policy_and_ref, args.beta, args.loss, args.label_smoothing, *lengths
     )
@@ -110,52 +105,36 @@ def pair_losses(policy, batch, ref_logps, args):
 
 
 @torch.no_grad()
-def evaluate(policy, pairs, ref_logps, held_out, args, world):
+def evaluate(policy, pairs, ref_logps, held_out, split, args, world):
     """Means over held-out pairs of all ranks {eval_name: mean} and half their 95 % intervals {eval_name_ci95: ...}."""
     sums = torch.zeros(2, len(METRICS), dtype=torch.float64)
-    for indices in share(held_out, args, world):
-        batch = pack([pairs[i] for i in indices], world.device)
-        metrics = pair_losses(policy, batch, ref_logps[indices], args)[1].cpu().double()
+    for indices in split(held_out[world.rank :: world.size]):
+        batch, ref = pack([pairs[i] for i in indices], world.device), send(ref_logps[indices], world.device)
+        metrics = pair_losses(policy, batch, ref, args)[1].cpu().double()
         sums += torch.stack((metrics.sum(1), (metrics**2).sum(1)))
     means, squares = (distributed.all_reduce_sum(sums, world) / len(held_out)).tolist()
-    result = {f"eval_{name}": mean for name, mean in zip(METRICS, means, strict=True)}
-    for name, mean, square in zip(METRICS, means, squares, strict=True):
-        result[f"eval_{name}_ci95"] = 1.96 * (max(square - mean**2, 0) / len(held_out)) ** 0.5
-    return result
+    half = [1.96 * (max(square - mean**2, 0) / len(held_out)) ** 0.5 for mean, square in zip(means, squares)]
+    result = {f"eval_{name}": mean for name, mean in zip(METRICS, means)}
+    return result | {f"eval_{name}_ci95": width for name, width in zip(METRICS, half)}
 
 
-def share(indices, args, world):
-    """This rank's part of a list, in lists of at most --batch-size."""
-    mine = indices[world.rank :: world.size]
-    return [list(mine[start : start + args.batch_size]) for start in range(0, len(mine), args.batch_size)]
-
-
-@torch.no_grad()
-def reference_scores(reference, sha256, pairs, dtype, args, world):
+def reference_scores(reference, sha256, pairs, dtype, split, args, world):
     """Log-probs of chosen and rejected under the frozen reference, (len(pairs), 2), from the cache if it has them.
 
     They depend on the reference's weights (their sha256), the tokens and the number type, and on nothing else.
     """
-    path, scores, how = None, None, ""
-    if world.is_main:
-        folder = args.cache_dir or f"{args.output_dir}/cache"
-        path = score_cache.cache_path(folder, "reference", weights=sha256, pairs=fingerprint(pairs), dtype=str(dtype))
-        scores, how = score_cache.load_scores(path, (len(pairs), 2))
-    distributed.print0(world, f"reference log-probs of {len(pairs):,} pairs: {how}")
-    found = distributed.all_reduce_sum(torch.tensor(float(scores is not None)), world)
-    if scores is None:
-        scores = torch.zeros(len(pairs), 2)
-    scores = scores.to(world.device)
-    if not found:
-        mine = share(range(len(pairs)), args, world)
-        for indices in tqdm(mine, desc="reference", disable=not distributed.shows_bars(world)):
-            logps = reference.packed_logps(pack([pairs[i] for i in indices], world.device))
-            scores[indices] = torch.stack(logps, dim=1)
-    scores = distributed.all_reduce_sum(scores, world)  # each rank has its share, or rank 0 all that was cached
+    folder = args.cache_dir or f"{args.output_dir}/cache"
+    path = score_cache.cache_path(folder, "reference", weights=sha256, pairs=fingerprint(pairs), dtype=str(dtype))
+    scores = score_cache.pair_scores(
+        path,
+        len(pairs),
+        split(range(world.rank, len(pairs), world.size)),
+        lambda indices: reference.packed_logps(pack([pairs[i] for i in indices], world.device)),
+        world.device,
+        lambda how: distributed.print0(world, f"reference log-probs of {len(pairs):,} pairs: {how}"),
+    )
     if not scores.isfinite().all():
         raise flags.NonFinite(f"the reference gives log-probs that are not finite: {ADVICE}")
-    if world.is_main and not found:
-        score_cache.save_scores(path, scores)
     return scores
 
 
@@ -178,6 +157,7 @@ def frozen_sha256(model, adapter=None):
 def main(args):
     # 1 setup
     world = distributed.start(args.device)
+    watch = speed.Stopwatch(world.device, "start")
     say = partial(distributed.print0, world)
     checkpoint = checkpoints.find(args.output_dir, args.resume, say)
     run_files.check_output(args, checkpoint)
@@ -204,6 +184,7 @@ def main(args):
         skip_invalid=args.skip_invalid,
         chat_template_strings=args.chat_template_strings,
     )
+    watch.phase("tokenise")
     pairs, report = read(args.dataset, limit=args.num_samples)
     train, held_out = list(range(len(pairs))), []  # places in pairs
     if args.eval_dataset and args.eval_samples != 0:
@@ -217,8 +198,14 @@ def main(args):
             raise DataError(f"--eval-samples {args.eval_samples} leaves nothing to train on: make it smaller")
         report.append(f"  held out {len(held_out):,} pairs by whole prompts, {len(train):,} to train on")
     say(*report, sep="\n")
+    lengths = [sum(map(len, pair)) for pair in pairs]
+    in_passes = {"batch_size": args.batch_size, "lengths": lengths, "budget": args.tokens_per_microbatch}
+    if 0 < args.tokens_per_microbatch < max(lengths):
+        say(f"Pairs of more than {args.tokens_per_microbatch} tokens take a pass each; the longest has {max(lengths)}")
+    split, accumulation = partial(passes, **in_passes), args.gradient_accumulation_steps
 
     # 3 models
+    watch.phase("load")
     dtype = distributed.pick_dtype(args.dtype, world)
     weights_dtype = dtype if args.lora_r else torch.float32  # weights that are trained are fp32, computed with in dtype
     policy = load_model(args.model, weights_dtype, world.device, args.trust_remote_code)
@@ -240,8 +227,10 @@ def main(args):
         if checkpoint:
             checkpoints.check_identity(checkpoint, identity)
     autocast = torch.autocast(world.device.type, dtype, enabled=weights_dtype != dtype)
+    watch.phase("cache")
     with lora.use_adapter(policy, "ref" if args.adapter else None), autocast:
-        ref_logps = reference_scores(reference, identity.get("reference"), pairs, dtype, args, world)
+        ref_logps = reference_scores(reference, identity.get("reference"), pairs, dtype, split, args, world)
+    watch.phase("other")
     del reference  # frozen: it has said all it has to say
     trainable, total = sum(p.numel() for p in parameters), sum(p.numel() for p in policy.parameters())
     what = "LoRA enabled for policy model" if args.lora_r else "Full fine-tuning of policy model"
@@ -249,16 +238,11 @@ def main(args):
     if args.lora_r and "learning_rate" not in args.given and args.learning_rate < 2e-5:
         say(f"--learning-rate {args.learning_rate:g} is a rate for training all weights: with LoRA try 1e-4")
     say(*distributed.memory_lines(world), sep="\n")
-    say(distributed.effective_batch_line(args.batch_size, args.gradient_accumulation_steps, world))
+    say(distributed.effective_batch_line(args.batch_size, accumulation, world))
 
     # 4 optimiser
     plan_epoch = partial(
-        epoch_plan,
-        len(train),
-        seed=args.seed,
-        batch_size=args.batch_size,
-        accumulation=args.gradient_accumulation_steps,
-        world_size=world.size,
+        epoch_plan, train, seed=args.seed, accumulation=accumulation, world_size=world.size, **in_passes
     )
     updates_per_epoch = len(plan_epoch(epoch=0))
     num_updates = min(args.epochs * updates_per_epoch, args.max_steps or sys.maxsize)
@@ -269,7 +253,9 @@ def main(args):
     distributed.seed_everything(args.seed + world.rank)  # from here on chance (dropout) differs between ranks
 
     # 5 train
-    window = torch.zeros(len(METRICS) + 1, device=world.device)  # sums of METRICS, and tokens, since the last log line
+    window = torch.zeros(len(METRICS), device=world.device)  # sums of METRICS since the last log line
+    pair_flops = speed.useful_flops(policy, pairs)
+    grad_norms = []  # since the last log line, on the device: to look at each at once would wait for it
     at = {"step": 0, "tokens": 0, "pairs": 0, "warned": False, "history": None}  # pairs: since the last log line
     if checkpoint:
         tensors, at = checkpoints.load_state(checkpoint, parameters, optimizer)
@@ -279,13 +265,13 @@ def main(args):
         window += tensors["window"][world.rank].to(world.device)
         say(f"resumed from {checkpoint}")
     log = run_files.MetricsLog(args, world.is_main, checkpoint, at["history"])
-    termination, begin = checkpoints.Termination(), time.time()
+    termination = checkpoints.Termination()
     bar = tqdm(total=num_updates, initial=at["step"], desc="updates", disable=not distributed.shows_bars(world))
 
     def evaluate_and_log():
         policy.eval()
         with autocast:
-            metrics = evaluate(policy, pairs, ref_logps, held_out, args, world)
+            metrics = evaluate(policy, pairs, ref_logps, held_out, split, args, world)
         policy.train()
         if not math.isfinite(metrics["eval_loss"]):
             raise flags.NonFinite(f"the held-out loss is {metrics['eval_loss']} at step {at['step']}: {ADVICE}")
@@ -294,7 +280,12 @@ def main(args):
         numbers = (f"{name}={metrics['eval_' + name]:.4f}±{metrics[f'eval_{name}_ci95']:.4f}" for name in shown)
         say(f"Held out, step {at['step']}: {' '.join(numbers)}")
 
+    def check_weights():
+        if not all(parameter.isfinite().all() for parameter in parameters):
+            raise flags.NonFinite(f"step {at['step']} left weights that are not finite: {ADVICE}")
+
     def save_checkpoint():
+        check_weights()
         tensors = {"chance": distributed.gather(checkpoints.chance(world.device), world)}
         tensors["window"] = distributed.gather(window, world)
         if world.is_main:
@@ -313,47 +304,55 @@ def main(args):
     policy.train()
     updates = itertools.chain.from_iterable(plan_epoch(epoch=epoch) for epoch in itertools.count())
     for num_pairs, micro_batches in itertools.islice(updates, at["step"], num_updates):
-        for places in micro_batches[world.rank]:
-            indices = [train[place] for place in places]
-            batch = pack([pairs[i] for i in indices], world.device)
+        for indices in micro_batches[world.rank]:
+            watch.phase("forward")
+            batch, ref = pack([pairs[i] for i in indices], world.device), send(ref_logps[indices], world.device)
             with autocast:
-                losses, metrics = pair_losses(policy, batch, ref_logps[indices], args)
+                losses, metrics = pair_losses(policy, batch, ref, args)
+            watch.phase("backward")
             # Divided by the pairs of the whole update: any split into passes and ranks is the same gradient.
             scaler.scale(losses.sum() / num_pairs).backward()
-            window[:-1] += metrics.sum(1)
-            window[-1] += batch.input_ids.numel()
+            window += metrics.sum(1)
+        watch.phase("communicate")
         distributed.all_reduce_gradients(parameters, world)
+        watch.phase("step")
         scaler.unscale_(optimizer)
-        grad_norm = torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm or math.inf).item()
-        if not math.isfinite(grad_norm) and scaler.get_scale() <= 1:  # 1: no scaler, or it has nothing left to give
-            raise flags.NonFinite(f"the gradient is {grad_norm} at step {at['step'] + 1}: {ADVICE}")
+        grad_norms.append(torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm or math.inf))
+        scale = scaler.get_scale()
         scaler.step(optimizer)
         scaler.update()
-        if math.isfinite(grad_norm):  # else the scaler has skipped the update, on all ranks alike
+        if scaler.get_scale() >= scale:  # else the scaler has skipped the update, on all ranks alike
             scheduler.step()
         optimizer.zero_grad()
+        watch.phase("other")
+        in_update = [i for share in micro_batches for indices in share for i in indices]
         at["step"] += 1
         at["pairs"] += num_pairs
+        at["tokens"] += sum(lengths[i] for i in in_update)
+        watch.work(num_pairs, sum(pair_flops[i] for i in in_update))
         bar.update()
 
         step, epoch = at["step"], (at["step"] - 1) // updates_per_epoch + 1
         if step % args.logging_steps == 0 or step == num_updates:
-            *sums, tokens = distributed.all_reduce_sum(window, world).tolist()
-            at["tokens"] += round(tokens)
+            sums, norms = distributed.all_reduce_sum(window, world).tolist(), torch.stack(grad_norms).tolist()
+            for at_step, norm in enumerate(norms, step - len(norms) + 1):
+                if not math.isfinite(norm) and scaler.get_scale() <= 1:  # 1: no scaler, or it has nothing left to give
+                    raise flags.NonFinite(f"the gradient is {norm} at step {at_step}: {ADVICE}")
             metrics = {name: total / at["pairs"] for name, total in zip(METRICS, sums, strict=True)}
-            metrics |= {"grad_norm": grad_norm, "learning_rate": scheduler.get_last_lr()[0]}
+            metrics |= {"grad_norm": norms[-1], "learning_rate": scheduler.get_last_lr()[0]}
             metrics |= {"beta": args.beta, "num_tokens": at["tokens"]}
             log.write(step, step / updates_per_epoch, metrics)
             shown = ("rewards/accuracies", "rewards/margins", "logps/chosen", "logps/chosen_change", "grad_norm")
             numbers = " ".join(f"{name}={metrics[name]:.4f}" for name in shown)
             line = f"Epoch {epoch} step {step} loss={metrics['loss']:.4f} beta={args.beta:g} {numbers}"
-            say(f"{line} learning_rate={metrics['learning_rate']:.2e}")
+            say(f"{line} learning_rate={metrics['learning_rate']:.2e} {watch.rate()}")
             fall = max(metrics["logps/chosen_change"], metrics["logps/rejected_change"])
             if fall < -DISPLACEMENT and not at["warned"]:
                 at["warned"] = True
                 say(f"Both log-probs have fallen by {-fall:.1f} nats or more, away from chosen and rejected alike.")
                 say("If the text gets worse: a larger --beta, --nll-coeff 0.1 or a smaller --learning-rate.")
             window.zero_()
+            grad_norms.clear()
             at["pairs"] = 0
         if held_out and (step == num_updates or (args.eval_steps and step % args.eval_steps == 0)):
             evaluate_and_log()
@@ -366,11 +365,11 @@ def main(args):
             sys.exit(143)
     bar.close()
     termination.close()
-    say(f"step {at['step']} after {time.time() - begin:.1f} s", *distributed.memory_lines(world), sep=", ")
+    say("Seconds: " + ", ".join(f"{phase} {seconds:.1f}" for phase, seconds in watch.read().items()))
+    say(*distributed.memory_lines(world), sep="\n")
 
     # 6 save
-    if not all(parameter.isfinite().all() for parameter in parameters):
-        raise flags.NonFinite(f"the last update left weights that are not finite: {ADVICE}")
+    check_weights()
     distributed.assert_same_on_all_ranks(parameters, world)
     log.close()
     if world.is_main:

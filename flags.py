@@ -170,6 +170,13 @@ def add_common_flags(
     add("--batch-size", type=natural, default=batch_size, metavar="B", help="pairs per device and pass")
     accumulation = gradient_accumulation_steps
     add("--gradient-accumulation-steps", type=natural, default=accumulation, metavar="N", help="passes per update")
+    add(
+        "--tokens-per-microbatch",
+        type=count,
+        default=0,
+        metavar="T",
+        help="passes of at most T tokens instead of B pairs; an update has the same pairs (0: off)",
+    )
     add("--learning-rate", type=positive, default=learning_rate, metavar="LR", help="AdamW's rate at its highest")
     add("--warmup-steps", type=count, default=0, metavar="N", help="updates over which the rate rises from 0")
     add("--lr-scheduler", choices=("linear", "cosine", "constant"), default="linear", help="how the rate falls")

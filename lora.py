@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.autograd.function import once_differentiable
 from transformers.pytorch_utils import Conv1D
 
 KEY_PREFIX = "base_model.model."  # PEFT wraps a model twice; its keys say so
@@ -32,12 +33,53 @@ class AdapterError(ValueError):
     """An adapter that does not fit: one sentence for the user."""
 
 
+def lora_linear(x, weight, bias, a, b, scale, dropout=0.0):
+    """The equation above: x (..., in), weight (out, in), bias (out,) or None, a (r, in), b (out, r) -> (..., out).
+
+    a and b are cast to the type of x, not x to theirs: an fp32 copy of every activation makes LoRA slow and large.
+    """
+    a, b = a.to(x.dtype), b.to(x.dtype)
+    return F.linear(x, weight, bias) + F.linear(F.linear(F.dropout(x, dropout), a), b) * scale
+
+
+class FusedLoRA(torch.autograd.Function):
+    """lora_linear without dropout as one node of the graph: the adapter's part is added into the base's output, and
+    its gradient into the base's, so no further tensor of the size of x or y is made or kept.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, a, b, scale):
+        rows = x.reshape(-1, x.shape[-1])  # (N, in)
+        low = rows @ a.to(x.dtype).t()  # (N, r)
+        y = F.linear(rows, weight, bias).addmm_(low, b.to(x.dtype).t(), alpha=scale)
+        ctx.save_for_backward(rows, weight, a, b, low)
+        ctx.scale = scale
+        return y.view(*x.shape[:-1], y.shape[-1])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):  # (..., out)
+        rows, weight, a, b, low = ctx.saved_tensors
+        grad_rows = grad.reshape(-1, grad.shape[-1])
+        grad_low = (grad_rows @ b.to(grad.dtype)).mul_(ctx.scale)  # (N, r)
+        grad_x = grad_weight = grad_bias = None
+        if ctx.needs_input_grad[0]:
+            grad_x = (grad_rows @ weight).addmm_(grad_low, a.to(grad.dtype))
+            grad_x = grad_x.view(*grad.shape[:-1], grad_x.shape[-1])
+        if ctx.needs_input_grad[1]:  # not in a model: add_adapter freezes the base
+            grad_weight = grad_rows.t() @ rows
+        if ctx.needs_input_grad[2]:
+            grad_bias = grad_rows.sum(0)
+        grad_a = (grad_low.t() @ rows).to(a.dtype)
+        grad_b = (grad_rows.t() @ low).to(b.dtype).mul_(ctx.scale)
+        return grad_x, grad_weight, grad_bias, grad_a, grad_b, None
+
+
 class LoRALinear(nn.Module):
     """An nn.Linear (or GPT-2's Conv1D, whose weight is transposed) with named adapters beside its frozen weight.
 
     The weight and bias keep their names, so the state dict of the base is unchanged but for lora_A.* and lora_B.*.
-    A and B are fp32 whatever the base is; they are cast to the input's type for the product, not the input to theirs:
-    an fp32 copy of every activation is what makes LoRA slow and large.
+    A and B are fp32 whatever the base is.
     """
 
     def __init__(self, base):
@@ -51,13 +93,12 @@ class LoRALinear(nn.Module):
         self.train(base.training)
 
     def forward(self, x):
-        y = F.linear(x, self.weight.t() if self.transposed else self.weight, self.bias)
+        weight = self.weight.t() if self.transposed else self.weight
         if self.active not in self.settings:
-            return y
+            return F.linear(x, weight, self.bias)
         scale, dropout = self.settings[self.active]
-        dropped = F.dropout(x, dropout, self.training)
-        a, b = self.lora_A[self.active].to(x.dtype), self.lora_B[self.active].to(x.dtype)
-        return y + F.linear(F.linear(dropped, a), b) * scale
+        inputs = x, weight, self.bias, self.lora_A[self.active], self.lora_B[self.active], scale
+        return lora_linear(*inputs, dropout) if dropout and self.training else FusedLoRA.apply(*inputs)
 
     def extra_repr(self):
         return f"in={self.in_features}, out={self.out_features}, adapters={list(self.settings)}, on={self.active}"

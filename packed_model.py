@@ -11,6 +11,7 @@ equal those of sequences scored one by one to 1e-12 (tests/test_packed_model.py)
 Legend: B pairs, T tokens of a packed row, N response tokens, V vocabulary, H hidden size.
 """
 
+import math
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,6 +25,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 from transformers.utils import logging as transformers_logging
 
+BY_HAND = 512  # keys up to which attention in bf16 on a CPU is faster by hand than torch's (docs/results.md)
 HEAD_CHUNK = 1024  # tokens per piece of the language-model head: 1024 x 151,936 fp32 logits are 0.6 GB
 
 
@@ -52,14 +54,18 @@ class PairLayout:
         self.masks = {}  # the same in every layer, so built once: (queries, keys, window) -> mask
         self.calls = 0
 
-    def mask(self, num_queries, num_keys, window, device):
-        """(queries, keys) bool, True where seen: causal, the last query at the last key, at most `window` keys."""
+    def mask(self, num_queries, num_keys, window, like, copies=1):
+        """(copies * queries, keys), 0 where seen, else -inf: causal, the last query at the last key, at most `window`
+        keys; of the type and on the device of `like`."""
         key = num_queries, num_keys, window
         if key not in self.masks:
-            keys = torch.arange(num_keys, device=device)
+            keys = torch.arange(num_keys, device=like.device)
             queries = keys[num_keys - num_queries :, None]
-            seen = keys <= queries
-            self.masks[key] = seen if window is None else seen & (keys > queries - window)
+            unseen = keys > queries
+            if window is not None:
+                unseen |= keys <= queries - window
+            mask = torch.zeros(unseen.shape, dtype=like.dtype, device=like.device).masked_fill_(unseen, -math.inf)
+            self.masks[key] = mask.repeat(copies, 1)
         return self.masks[key]
 
 
@@ -80,11 +86,14 @@ def packed_attention(module, query, key, value, attention_mask, pair_layout=None
 
     def attend(q, k, v):  # (1, heads, tokens, D)
         whole = window is None or k.shape[2] <= window  # the window cuts nothing off
+        if q.dtype == torch.bfloat16 and q.device.type == "cpu" and k.shape[2] <= BY_HAND:
+            mask = pair_layout.mask(q.shape[2], k.shape[2], None if whole else window, q, copies=groups)
+            return attention_by_hand(q, k, v, mask, scaling)
         if whole and q.shape[2] == k.shape[2]:
             return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=groups > 1)
         if groups > 1:  # with a mask, CUDA's fast kernels do not take grouped heads
             k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
-        mask = pair_layout.mask(q.shape[2], k.shape[2], None if whole else window, q.device)
+        mask = pair_layout.mask(q.shape[2], k.shape[2], None if whole else window, q)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scaling)
 
     outputs = []
@@ -93,6 +102,19 @@ def packed_attention(module, query, key, value, attention_mask, pair_layout=None
         prompt_and_rejected = (torch.cat((x[:, :, start:split], x[:, :, again:end]), 2) for x in (key, value))
         outputs.append(attend(query[:, :, again:end], *prompt_and_rejected))
     return torch.cat(outputs, dim=2).transpose(1, 2).contiguous(), None
+
+
+def attention_by_hand(query, key, value, mask, scaling=None):
+    """softmax(scaling * query key^T + mask) value, as in packed_attention; mask (heads / kv heads * queries, keys).
+
+    The query heads that share a key head are rows of one product.  On a CPU in bf16 this takes half to a third of the
+    time of torch's attention, which is slow in backward, and holds the probabilities, heads x queries x keys.
+    """
+    shape, (kv_heads, _, head_dim) = query.shape, key[0].shape
+    scaling = head_dim**-0.5 if scaling is None else scaling
+    rows = query.reshape(kv_heads, -1, head_dim)  # (kv heads, heads / kv heads * queries, D)
+    scores = torch.baddbmm(mask[None], rows, key[0].transpose(1, 2), alpha=scaling)
+    return torch.bmm(scores.softmax(-1), value[0]).view(shape)
 
 
 AttentionInterface.register("packed_pairs", packed_attention)
@@ -115,11 +137,9 @@ class TokenLogps(torch.autograd.Function):
         ctx.frozen_head = not ctx.needs_input_grad[1]
         direction = torch.empty_like(hidden) if ctx.needs_input_grad[0] and ctx.frozen_head else None
         for rows in _pieces(len(hidden), chunk):
-            logits, slope = _capped_logits(hidden[rows], weight, softcap)
-            log_norm = logits.logsumexp(-1)
-            logps[rows] = logits.gather(-1, targets[rows, None]).squeeze(-1) - log_norm
+            logps[rows], gradient = _logps(hidden[rows], weight, targets[rows], softcap, direction is not None)
             if direction is not None:
-                direction[rows] = _logits_gradient(logits, log_norm, targets[rows], slope).to(weight.dtype) @ weight
+                direction[rows] = gradient.to(weight.dtype) @ weight
         ctx.softcap, ctx.chunk = softcap, chunk
         ctx.save_for_backward(*((direction,) if ctx.frozen_head else (hidden, weight, targets)))
         return logps
@@ -133,9 +153,8 @@ class TokenLogps(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden)
         grad_weight = torch.zeros_like(weight, dtype=grad.dtype)
         for rows in _pieces(len(hidden), ctx.chunk):
-            logits, slope = _capped_logits(hidden[rows], weight, ctx.softcap)
-            gradient = _logits_gradient(logits, logits.logsumexp(-1), targets[rows], slope) * grad[rows, None]
-            gradient = gradient.to(weight.dtype)  # (n, V)
+            gradient = _logps(hidden[rows], weight, targets[rows], ctx.softcap, with_gradient=True)[1]
+            gradient = gradient.mul_(grad[rows, None]).to(weight.dtype)  # (n, V)
             grad_hidden[rows] = gradient @ weight
             grad_weight += gradient.t() @ hidden[rows]
         return grad_hidden, grad_weight.to(weight.dtype), None, None, None
@@ -155,11 +174,20 @@ def _capped_logits(hidden, weight, softcap):
     return bounded * softcap, 1 - bounded**2
 
 
-def _logits_gradient(logits, log_norm, targets, slope):
-    """d logp[target] / d raw logits, (n, V): onehot - softmax, times the slope of the cap."""
-    gradient = -torch.exp(logits - log_norm[:, None])
-    gradient[torch.arange(len(targets), device=targets.device), targets] += 1
-    return gradient if slope is None else gradient * slope
+def _logps(hidden, weight, targets, softcap, with_gradient):
+    """log softmax(logits)[target] (n,), and its derivative by the raw logits or None, onehot - softmax (times the slope
+    of the cap), (n, V); in place, as memory traffic over V is what the head costs beside its products.
+    """
+    logits, slope = _capped_logits(hidden, weight, softcap)
+    top = logits.amax(-1, keepdim=True)
+    at_target = logits.gather(-1, targets[:, None]) - top
+    exponentials = logits.sub_(top).exp_()
+    total = exponentials.sum(-1, keepdim=True)
+    logps = (at_target - total.log()).squeeze(-1)
+    if not with_gradient:
+        return logps, None
+    gradient = exponentials.div_(-total).scatter_add_(-1, targets[:, None], torch.ones_like(total))
+    return logps, gradient if slope is None else gradient.mul_(slope)
 
 
 def token_logps(hidden, weight, targets, softcap=None, chunk=HEAD_CHUNK):

@@ -12,23 +12,42 @@ from dataclasses import dataclass
 import torch
 
 
-def epoch_plan(num_pairs, epoch, seed, batch_size, accumulation, world_size):
-    """The updates of one epoch: a list of (pairs in the update, micro-batches of each rank).
+def epoch_plan(indices, epoch, seed, batch_size, accumulation, world_size, lengths=None, budget=0):
+    """The updates of one epoch over pairs `indices`: a list of (pairs in the update, passes of each rank).
 
     One shuffle that every rank computes alike.  An update is batch_size * accumulation * world_size pairs, the last
-    one what is left; rank r takes every world_size-th pair from r, in micro-batches of batch_size, the last short or
-    none at all.  Dividing each loss by the pairs of the whole update makes the gradient independent of the split.
+    one what is left; rank r takes every world_size-th pair from r, in passes of batch_size pairs or, with a budget, of
+    so many tokens at most.  Dividing each loss by the pairs of the whole update makes the gradient independent of the
+    split, so that pairs may change places within their update: with a budget they go by length, longest first.
     """
     generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
-    order = torch.randperm(num_pairs, generator=generator).tolist()
+    order = [indices[place] for place in torch.randperm(len(indices), generator=generator).tolist()]
     updates = []
-    for update in _chunks(order, batch_size * accumulation * world_size):
-        updates.append((len(update), [_chunks(update[rank::world_size], batch_size) for rank in range(world_size)]))
+    for start in range(0, len(order), batch_size * accumulation * world_size):
+        update = order[start : start + batch_size * accumulation * world_size]
+        if budget:
+            update.sort(key=lambda index: -lengths[index])  # so that every rank gets as many tokens
+        split = [passes(update[rank::world_size], batch_size, lengths, budget) for rank in range(world_size)]
+        updates.append((len(update), split))
     return updates
 
 
-def _chunks(items, size):
-    return [items[start : start + size] for start in range(0, len(items), size)]
+def passes(indices, batch_size, lengths=None, budget=0):
+    """Split pairs into lists of batch_size; or, with a budget, of at most `budget` tokens, lengths[index] each: the
+    longest first, each into the first list with room for it.  A pair beyond the budget gets a list of its own.
+    """
+    if not budget:
+        return [list(indices[start : start + batch_size]) for start in range(0, len(indices), batch_size)]
+    rows, room = [], []
+    for index in sorted(indices, key=lambda index: -lengths[index]):
+        fits = next((row for row, left in enumerate(room) if lengths[index] <= left), None)
+        if fits is None:
+            fits = len(rows)
+            rows.append([])
+            room.append(budget)
+        rows[fits].append(index)
+        room[fits] -= lengths[index]
+    return rows
 
 
 @dataclass(frozen=True)
@@ -40,7 +59,8 @@ class PackedPairs:
     segments: tuple  # per pair (prompt start, chosen start, rejected start, end) in T
     predictors: torch.Tensor  # (N,)  where in T the hidden state is that predicts each response token
     targets: torch.Tensor  # (N,)  the response tokens
-    lengths: tuple  # response tokens of each chosen, then of each rejected response: 2B numbers, N in sum
+    response_lengths: torch.Tensor  # (2B,)  tokens of each chosen, then of each rejected response
+    lengths: tuple  # the same numbers for Python
 
 
 def pack(pairs, device="cpu"):
@@ -59,14 +79,17 @@ def pack(pairs, device="cpu"):
         targets[0].extend(chosen)
         targets[1].extend(rejected)
 
-    def tensor(values):
-        return torch.tensor(values, dtype=torch.long, device=device)
-
+    lengths = [len(response) for side in (1, 2) for response in (pair[side] for pair in pairs)]
+    fields = input_ids, position_ids, predictors[0] + predictors[1], targets[0] + targets[1], lengths
+    numbers = send(torch.tensor([number for field in fields for number in field]), device)  # one copy for all
+    input_ids, position_ids, predictors, targets, response_lengths = numbers.split([len(field) for field in fields])
     return PackedPairs(
-        input_ids=tensor([input_ids]),
-        position_ids=tensor([position_ids]),
-        segments=tuple(segments),
-        predictors=tensor(predictors[0] + predictors[1]),
-        targets=tensor(targets[0] + targets[1]),
-        lengths=tuple(len(response) for side in (1, 2) for response in (pair[side] for pair in pairs)),
+        input_ids[None], position_ids[None], tuple(segments), predictors, targets, response_lengths, tuple(lengths)
     )
+
+
+def send(tensor, device):
+    """A CPU tensor to `device`; to a GPU from pinned memory, so that the host need not wait for the copy."""
+    if torch.device(device).type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)

@@ -1,6 +1,6 @@
 """Preference rows of a known shape -> texts -> token ids.
 
-rows   a .jsonl or .json file (gzip too), or a dataset id on the hub (needs the optional package `datasets`)
+rows   a .jsonl or .json file (gzip too), or a dataset: an id on a hub or a folder (needs the extra `hub`)
 texts  (prompt, chosen, rejected): strings as they stand, or messages through the tokenizer's chat template
 pairs  prompt_ids, chosen_ids, rejected_ids: a response ends in exactly one end-of-sequence and carries the loss
 """
@@ -10,6 +10,7 @@ import hashlib
 import itertools
 import json
 import re
+import textwrap
 import zlib
 from collections import Counter
 from collections.abc import Callable
@@ -43,13 +44,13 @@ class Pair(NamedTuple):
 
 
 def read_rows(source):
-    """Yield (where, row) of a file or a hub dataset; where is file:line, and a line of JSON is not parsed yet."""
+    """Yield (where, row) of a file or a dataset; where is file:line, and a line of JSON is not parsed yet."""
     path = Path(source)
-    if not path.exists():
-        yield from _hub_rows(source)
+    if not path.exists() and (source.startswith((".", "/", "~")) or source.endswith((".json", ".jsonl", ".gz"))):
+        raise DataError(f"there is no file {source}: check the path")
+    if path.is_dir() or not path.exists():
+        yield from _dataset_rows(source)
         return
-    if path.is_dir():
-        raise DataError(f"{path} is a folder: name the .jsonl or .json file inside it")
     try:
         with open(path, "rb") as file:
             opener = gzip.open if file.read(2) == b"\x1f\x8b" else open
@@ -66,22 +67,31 @@ def read_rows(source):
         raise DataError(f"{path} cannot be read ({error}): is it UTF-8 text, or gzip of it, and whole?") from None
 
 
-def _hub_rows(name):
-    if name.startswith((".", "/", "~")) or name.endswith((".json", ".jsonl", ".gz")):
-        raise DataError(f"there is no file {name}: check the path")
+HUB_FOLDERS = {"lvwerra/stack-exchange-paired": "data/finetune"}  # its folder `evaluation` hides its train split
+
+
+def _dataset_rows(name):
+    """The train split, streamed, of a dataset on a hub or of a folder with the files of one."""
+    folder = Path(name).absolute()  # "json" alone would be a format to `datasets`, and no folder
+    if folder.is_dir():
+        what, advice = f"{name} is a folder", "name a .jsonl file (docs/data.md shows how to make one)"
+    else:
+        what, advice = f"there is no file {name}", "name a .jsonl file or a folder, or a mirror in HF_ENDPOINT"
     try:
-        from datasets import load_dataset
+        from datasets import load_dataset, logging
     except ImportError:
         raise DataError(
-            f"there is no file {name}, and to read it from a hub the optional package is missing: "
-            "name a .jsonl file, or pip install datasets"
+            f"{what}, and what reads a dataset is missing: name a .jsonl file, or install the extra hub "
+            "(bash setup.sh hub, or pip install -U datasets)"
         ) from None
+    logging.set_verbosity(logging.CRITICAL)  # it logs what it raises, and a mistake is told once
     try:
-        dataset = load_dataset(name, split="train", streaming=True)
+        path, part = str(folder) if folder.is_dir() else name, HUB_FOLDERS.get(name)
+        dataset = load_dataset(path, data_dir=part, split="train", streaming=True)
         yield from ((f"{name}: row {n}", row) for n, row in enumerate(dataset))
-    except (OSError, ValueError, RuntimeError) as error:
-        reason = str(error).strip().split("\n")[0][:160]
-        raise DataError(f"there is no file {name}, and no hub gives it ({reason}): name a .jsonl file") from None
+    except Exception as error:  # a network and a dozen formats have no class in common
+        reason = textwrap.shorten(f"{type(error).__name__}: {error}", 200, placeholder=" ...")
+        raise DataError(f"{what}, and `datasets` reads no train split under that name ({reason}): {advice}") from None
 
 
 # -- shapes: a row -> (prompt, chosen, rejected), all strings or all lists of messages -----------------------------

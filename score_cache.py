@@ -5,11 +5,14 @@ later epochs and runs.  The file is found by what the numbers depend on, so it c
 import hashlib
 import json
 import os
+import sys
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from tqdm import tqdm
 
 
 def weights_sha256(named_tensors):
@@ -51,3 +54,29 @@ def save_scores(path, scores):
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     save_file({"scores": scores}, unfinished, metadata={"sha256": weights_sha256([("scores", scores)])})
     os.replace(unfinished, path)
+
+
+@torch.no_grad()
+def pair_scores(path, num_pairs, passes, score, device, say):
+    """Two numbers for each pair by a frozen model, (num_pairs, 2) on the CPU: from the file `path`, or kept there now.
+
+    passes: this rank's share of the pairs, in lists of indices.  score(indices) -> (chosen (B,), rejected (B,)) on
+    `device`.  say(sentence) tells where the numbers are from.  Numbers that are not finite are not kept.
+    """
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    scores, sentence = load_scores(path, (num_pairs, 2)) if rank == 0 else (None, "")
+    say(sentence)
+    found = torch.tensor(scores is not None, dtype=torch.float32)
+    scores = torch.zeros(num_pairs, 2) if scores is None else scores
+    if dist.is_initialized():
+        dist.broadcast(found, src=0)
+    if not found:
+        scores = scores.to(device)
+        for indices in tqdm(passes, desc=path.name.partition("-")[0], disable=rank > 0 or not sys.stderr.isatty()):
+            scores[indices] = torch.stack(score(indices), dim=1).float()
+    if dist.is_initialized():  # each rank has its share, or rank 0 all that was cached
+        dist.all_reduce(scores)
+    scores = scores.cpu()
+    if rank == 0 and not found and scores.isfinite().all():
+        save_scores(path, scores)
+    return scores

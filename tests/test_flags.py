@@ -51,6 +51,7 @@ DEFAULTS = dict(
     max_steps=0,
     batch_size=2,
     gradient_accumulation_steps=4,
+    tokens_per_microbatch=0,
     learning_rate=5e-6,
     warmup_steps=0,
     lr_scheduler="linear",
@@ -140,6 +141,7 @@ def test_given_names_what_the_user_set_here_or_in_the_file(tmp_path):
         (["--beta", "0"], "--beta: has to be above 0, got 0"),
         (["--beta", "nan"], "--beta: has to be finite, got nan"),
         (["--batch-size", "1.5"], "--batch-size: expected a whole number, got '1.5'"),
+        (["--tokens-per-microbatch", "-1"], "--tokens-per-microbatch: has to be at least 0, got -1"),
         (["--batch-size", "0"], "--batch-size: has to be at least 1, got 0"),
         (["--label-smoothing", "0.5"], "--label-smoothing: has to be below 0.5, got 0.5"),
         (["--lora-dropout", "1"], "--lora-dropout: has to be below 1, got 1"),
@@ -524,6 +526,31 @@ def test_batch_size_times_accumulation_is_one_update_however_it_is_split(run, nu
     whole, split = run(**same), run(**same, batch_size=2, gradient_accumulation_steps=2)
     assert split.train[0]["grad_norm"] == pytest.approx(whole.train[0]["grad_norm"], rel=1e-4)
     assert split.train[0]["logps/chosen"] == pytest.approx(whole.train[0]["logps/chosen"], rel=1e-5)
+
+
+def test_passes_of_a_budget_of_tokens_are_the_same_update(run, monkeypatch, capsys):
+    shapes, original = [], dpo_hf_run.pack
+
+    def noted(pairs, device):
+        shapes.append([sum(map(len, pair)) for pair in pairs])
+        return original(pairs, device)
+
+    monkeypatch.setattr(dpo_hf_run, "pack", noted)
+    same = dict(eval_samples=4, max_steps=1, max_grad_norm=0, num_samples=0, batch_size=8)
+    whole = run(**same)
+    by_pairs, longest = list(shapes), max(map(max, shapes))
+    shapes.clear()
+    packed = run(**same, tokens_per_microbatch=3 * longest)
+    assert packed.train[0]["grad_norm"] == pytest.approx(whole.train[0]["grad_norm"], rel=1e-4)
+    assert packed.train[0]["num_tokens"] == whole.train[0]["num_tokens"] == sum(by_pairs[-2])  # then the evaluation
+    assert packed.evals[0]["eval_logps/chosen"] == pytest.approx(whole.evals[0]["eval_logps/chosen"], rel=1e-5)
+    assert all(sum(lengths) <= 3 * longest for lengths in shapes), "reference, evaluation and training alike"
+    assert len(shapes) > len(by_pairs)
+    assert "take a pass each" not in capsys.readouterr().out
+    run(**same, tokens_per_microbatch=longest - 1)
+    assert f"Pairs of more than {longest - 1} tokens take a pass each; the longest has {longest}" in (
+        capsys.readouterr().out
+    )
 
 
 def test_eval_samples(run, capsys):

@@ -14,16 +14,19 @@ import transformers
 from conftest import tiny_model
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.testing import assert_close
 from transformers.pytorch_utils import Conv1D
 
 import lora
 from lora import (
     AdapterError,
+    FusedLoRA,
     LoRALinear,
     adapter_state,
     add_adapter,
     load_adapter,
     lora_layers,
+    lora_linear,
     merge_adapter,
     save_adapter,
     select_targets,
@@ -121,6 +124,56 @@ def test_the_layer_is_its_equation(base):
     assert torch.equal(layer(x), F.linear(x, base.weight.t() if isinstance(base, Conv1D) else base.weight, base.bias))
     layer.active = "x"
     torch.testing.assert_close(layer(x), base(x) + 1.5 * (x @ a.t() @ b.t()), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(7, 5), (2, 3, 5), (0, 5)])
+def test_the_fused_function_has_the_values_and_every_gradient_of_its_definition(shape, bias):
+    draw = torch.Generator().manual_seed(0)
+
+    def tensor(*size):
+        return torch.randn(size, generator=draw, dtype=torch.float64).requires_grad_()
+
+    inputs = tensor(*shape), tensor(3, 5), tensor(3) if bias else None, tensor(2, 5), tensor(3, 2)
+    fused, plain = FusedLoRA.apply(*inputs, 1.5), lora_linear(*inputs, 1.5)
+    assert_close(fused, plain, rtol=1e-13, atol=1e-13)
+    wanted = [tensor for tensor in inputs if tensor is not None]
+    grad = torch.randn(plain.shape, generator=draw, dtype=torch.float64)
+    for ours, theirs in zip(torch.autograd.grad(fused, wanted, grad), torch.autograd.grad(plain, wanted, grad)):
+        assert_close(ours, theirs, rtol=1e-13, atol=1e-13)
+    assert torch.autograd.gradcheck(lambda *tensors: FusedLoRA.apply(*tensors, 1.5), inputs)
+
+
+@pytest.mark.parametrize("name", ["qwen3", "gpt2"])  # gpt2: Conv1D, whose weight is used transposed
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_model_with_the_fused_function_has_the_gradients_of_the_plain_one(name, dtype, monkeypatch):
+    gradients = {}
+    for path in ("fused", "plain"):
+        if path == "plain":
+            monkeypatch.setattr(FusedLoRA, "apply", lora_linear)
+        model = adapted(name)
+        model = model.to(dtype)
+        for layer in lora_layers(model).values():
+            layer.lora_A.float(), layer.lora_B.float()
+        model(input_ids=IDS, labels=IDS).loss.backward()
+        gradients[path] = torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])
+    assert gradients["fused"].dtype == torch.float32
+    assert gradients["plain"].norm() > 0.1
+    difference = (gradients["fused"] - gradients["plain"]).norm() / gradients["plain"].norm()
+    assert difference < (1e-6 if dtype == torch.float32 else 0.03)
+
+
+def test_the_fused_function_keeps_the_input_once_and_nothing_else_of_its_size():
+    """What a layer holds until backward, in bytes: no fp32 copy of the input, no second output."""
+    kept, x = [], torch.randn(64, 40, dtype=torch.bfloat16, requires_grad=True)
+    layer = LoRALinear(nn.Linear(40, 48, dtype=torch.bfloat16).requires_grad_(False))
+    a, b = nn.Parameter(torch.randn(4, 40)), nn.Parameter(torch.randn(48, 4))
+    layer.lora_A["x"], layer.lora_B["x"], layer.settings["x"], layer.active = a, b, (1.5, 0.0), "x"
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        layer(x)
+    by_storage = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in kept}
+    weights = sum(tensor.numel() * tensor.element_size() for tensor in (layer.weight, a, b))
+    assert sum(by_storage.values()) == weights + 64 * 40 * 2 + 64 * 4 * 2  # x, and x A^T
 
 
 # -- against PEFT --------------------------------------------------------------------------------------------------

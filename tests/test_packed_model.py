@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+import torch.nn.functional as F
 import transformers
 from conftest import CONFIGS, SIZES, random_batch, random_pairs, tiny_model
 from torch import nn
@@ -450,6 +451,62 @@ def test_bf16_models_pack_too_and_stay_near_their_fp64_numbers(name):
     packed = scores(model, pairs)
     assert packed.dtype == torch.float32
     assert (packed.double() - exact).norm() <= 1.5 * (plain - exact).norm()
+
+
+@pytest.mark.parametrize("window", [None, 1, 4])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 2), (6, 1), (3, 3)])
+@pytest.mark.parametrize(("queries", "keys"), [(5, 5), (3, 9), (1, 1), (1, 7)])
+def test_attention_by_hand_is_torchs_attention(queries, keys, heads, kv_heads, window):
+    """In fp64, with gradients: causal, the last query at the last key, query heads grouped on key heads."""
+    draw = torch.Generator().manual_seed(0)
+    shapes = (1, heads, queries, 8), (1, kv_heads, keys, 8), (1, kv_heads, keys, 8)
+    q, k, v = (torch.randn(shape, generator=draw, dtype=torch.float64).requires_grad_() for shape in shapes)
+    seen = [
+        [key <= query and (window is None or key > query - window) for key in range(keys)]
+        for query in range(keys - queries, keys)
+    ]
+    expected = F.scaled_dot_product_attention(
+        q, k, v, attn_mask=torch.tensor(seen), scale=0.3, enable_gqa=heads > kv_heads
+    )
+    mask = PairLayout(()).mask(queries, keys, window, q, copies=heads // kv_heads)
+    got = packed_model.attention_by_hand(q, k, v, mask, 0.3)
+    assert_same(got, expected)
+    grad = torch.randn(expected.shape, generator=draw, dtype=torch.float64)
+    for ours, theirs in zip(torch.autograd.grad(got, (q, k, v), grad), torch.autograd.grad(expected, (q, k, v), grad)):
+        assert_same(ours, theirs)
+
+
+def test_attention_by_hand_takes_over_in_bf16_up_to_its_limit(monkeypatch):
+    """It and torch's attention round differently: with the limit moved, the numbers change in bf16 and only there."""
+    for dtype in (torch.bfloat16, torch.float32):
+        model, results = model_of("llama", dtype), []
+        prepare_model(model)
+        for limit in (0, 9, 10, packed_model.BY_HAND):  # the longest branch below has 10 keys
+            monkeypatch.setattr(packed_model, "BY_HAND", limit)
+            with torch.no_grad():
+                results.append(scores(model, random_pairs([(6, 4, 4)])))
+        equal = [torch.equal(results[0], result) for result in results]
+        assert equal == [True, True, dtype == torch.float32, dtype == torch.float32]
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "qwen3"])
+def test_gradients_in_bf16_are_as_near_to_fp64_as_those_of_torchs_attention(name, monkeypatch):
+    """Long enough for the probabilities to be many and small; over all weights, which rounding hits at random."""
+    pairs = random_pairs([(40, 30, 20), (10, 25, 35)])
+
+    def gradient(model):
+        model.packed_logps(pack(pairs))[0].sum().backward()
+        return torch.cat([parameter.grad.double().flatten() for parameter in model.parameters()])
+
+    models = [model_of(name, torch.bfloat16) for _ in range(3)]
+    exact = models[0].double()
+    for model in models:
+        prepare_model(model)
+    expected, by_hand = gradient(exact), gradient(models[1])
+    monkeypatch.setattr(packed_model, "BY_HAND", 0)
+    torchs = gradient(models[2])
+    assert not torch.equal(by_hand, torchs)
+    assert (by_hand - expected).norm() <= 1.5 * (torchs - expected).norm()
 
 
 # -- dropout, generation -----------------------------------------------------------------------------------------

@@ -540,11 +540,6 @@ def test_a_file_that_is_not_whole_text_is_an_error(tmp_path, content, where):
         load(tmp_path / "rows.jsonl")
 
 
-def test_a_folder_is_an_error(tmp_path):
-    with pytest.raises(DataError, match=rf"^{tmp_path} is a folder: name the .jsonl or .json file inside it$"):
-        load(tmp_path)
-
-
 @pytest.mark.parametrize("name", ["./rows", "/no/rows", "rows.jsonl", "data/rows.json", "rows.jsonl.gz", "~/rows"])
 def test_a_missing_file_is_not_looked_for_on_a_hub(name):
     with pytest.raises(DataError, match=rf"^there is no file {name}: check the path$"):

@@ -40,7 +40,7 @@ def rows(toy):
     tokenizer = AutoTokenizer.from_pretrained(toy / "model")
     pairs, _ = load_pairs(toy / "train/helpful_pairs.jsonl", tokenizer, 512, 256, limit=count)
     assert len(pairs) == count
-    plan = epoch_plan(count, 0, 42, BATCH, ACCUMULATION, 1)
+    plan = epoch_plan(range(count), 0, 42, BATCH, ACCUMULATION, 1)
     order = [index for _, ranks in plan for micro_batch in ranks[0] for index in micro_batch]
     return [json.loads(lines[index]) for index in order], pairs
 
@@ -119,7 +119,7 @@ def test_gradient_of_every_tensor(toy, adapter, rows, trl_run):
     assert prepare_model(model).startswith("packed pairs: on")
 
     args = get_args(["--beta", str(BETA)])
-    num_pairs, ranks = epoch_plan(len(rows[1]), 0, 42, BATCH, ACCUMULATION, 1)[0]
+    num_pairs, ranks = epoch_plan(range(len(rows[1])), 0, 42, BATCH, ACCUMULATION, 1)[0]
     for indices in ranks[0]:
         batch = pack([rows[1][i] for i in indices])
         with torch.no_grad(), lora.use_adapter(model, "ref"):

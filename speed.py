@@ -1,0 +1,72 @@
+"""Where the time of a run goes, and how much of it is useful work.
+
+Useful floating-point operations of a preference pair, for one forward and one backward:
+
+    4 * weights of the blocks * tokens (the prompt counted once)  +  4 * weights of the head * response tokens
+
+2 each for the forward and for the gradient of the inputs; 6 in place of 4 where the weights are trained too.  Padding,
+recomputed activations, the reference and LoRA's own matrices are not counted: they are the price, not the work.
+"""
+
+import re
+import time
+from itertools import pairwise
+
+import torch
+
+TRAINING = "forward", "backward", "communicate", "step"  # the phases that rate() divides by
+
+
+class Stopwatch:
+    """Seconds per phase; each phase lasts until the next one begins.
+
+    On a GPU, where the host runs ahead of the device, phases end at CUDA events that are read only when asked for.
+    """
+
+    def __init__(self, device, phase):
+        self.cuda = device.type == "cuda"
+        self.seconds, self.marks = {}, []
+        self.done = self.reported = (0, 0, 0.0)  # pairs, operations, seconds: so far, and at the last rate()
+        self.phase(phase)
+
+    def phase(self, name):
+        """Begin a phase."""
+        mark = torch.cuda.Event(enable_timing=True) if self.cuda else time.perf_counter()
+        if self.cuda:
+            mark.record()
+        self.marks.append((name, mark))
+
+    def read(self):
+        """{phase: seconds until now}, in the order of their first beginning."""
+        self.phase(self.marks[-1][0])
+        if self.cuda:
+            torch.cuda.synchronize()
+        for (name, begin), (_, end) in pairwise(self.marks):
+            took = begin.elapsed_time(end) / 1000 if self.cuda else end - begin
+            self.seconds[name] = self.seconds.get(name, 0.0) + took
+        self.marks = self.marks[-1:]
+        return dict(self.seconds)
+
+    def work(self, pairs, flops):
+        """Count what an update did."""
+        self.done = self.done[0] + pairs, self.done[1] + flops, 0.0
+
+    def rate(self):
+        """Pairs and useful operations per second of training since the last call, as text."""
+        seconds = self.read()
+        self.done = *self.done[:2], sum(seconds.get(phase, 0.0) for phase in TRAINING)
+        pairs, flops, took = (now - before for now, before in zip(self.done, self.reported, strict=True))
+        self.reported = self.done
+        return f"pairs/s={pairs / took:.2f} TFLOP/s={flops / took / 1e12:.3g}"
+
+
+def useful_flops(model, pairs):
+    """Useful floating-point operations of each (prompt, chosen, rejected) under a causal language model; see above."""
+    blocks = [
+        weight
+        for name, weight in model.named_parameters()
+        if weight.ndim == 2 and re.search(r"\.\d+\.", name) and ".lora_" not in name
+    ]
+    per_weight = 6 if any(weight.requires_grad for weight in blocks) else 4
+    in_blocks, in_head = sum(weight.numel() for weight in blocks), model.get_output_embeddings().weight.numel()
+    return [per_weight * (in_blocks * sum(map(len, pair)) + in_head * (len(pair[1]) + len(pair[2]))) for pair in pairs]
