@@ -45,6 +45,8 @@ def start(device="auto"):
             raise DeviceError(f"rank {rank} wants GPU {local_rank} and only {torch.cuda.device_count()} are visible")
         torch.cuda.set_device(local_rank)
         device = f"cuda:{local_rank}"
+    if device == "cpu":  # oneDNN keeps 1,024 compiled products, a third of a gigabyte where every length is new
+        os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")
     if size > 1:
         # On GPUs both: flags and counts go between hosts by gloo, without waiting for a device.
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo")

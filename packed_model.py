@@ -96,11 +96,20 @@ def packed_attention(module, query, key, value, attention_mask, pair_layout=None
         mask = pair_layout.mask(q.shape[2], k.shape[2], None if whole else window, q)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scaling)
 
+    # By split, whose backward is one cat; that of a slice is a tensor of zeros as large as the whole, for each slice.
+    bounds = [(split - start, again - split, end - again) for start, split, again, end in pair_layout.segments]
+    branches = [size for prompt, chosen, rejected in bounds for size in (prompt + chosen, rejected)]
+    prompts = [size for prompt, chosen, rejected in bounds for size in (prompt, chosen + rejected)]
+    queries, keys, values = (x.split(branches, 2) for x in (query, key, value))
+    prompt_keys, prompt_values = (x.split(prompts, 2) for x in (key, value))
     outputs = []
-    for start, split, again, end in pair_layout.segments:
-        outputs.append(attend(*(x[:, :, start:again] for x in (query, key, value))))  # prompt + chosen
-        prompt_and_rejected = (torch.cat((x[:, :, start:split], x[:, :, again:end]), 2) for x in (key, value))
-        outputs.append(attend(query[:, :, again:end], *prompt_and_rejected))
+    for chosen in range(0, len(branches), 2):  # the branch behind it is the rejected one
+        outputs.append(attend(queries[chosen], keys[chosen], values[chosen]))  # prompt + chosen
+        k, v = (
+            torch.cat((prompt_keys[chosen], keys[chosen + 1]), 2),
+            torch.cat((prompt_values[chosen], values[chosen + 1]), 2),
+        )
+        outputs.append(attend(queries[chosen + 1], k, v))
     return torch.cat(outputs, dim=2).transpose(1, 2).contiguous(), None
 
 
