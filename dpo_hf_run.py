@@ -12,8 +12,8 @@ Deviations from the paper: AdamW instead of RMSprop; label smoothing, robust, hi
     python dpo_hf_run.py --model Qwen/Qwen3-0.6B --dataset pairs.jsonl --learning-rate 1e-4    # one GPU
     torchrun --nproc_per_node=4 dpo_hf_run.py --dataset pairs.jsonl --learning-rate 1e-4       # four GPUs
 
-Copy with: checkpoints.py distributed.py flags.py lora.py losses.py packed_model.py packing.py preference_data.py
-    run_files.py score_cache.py speed.py toy_world.py
+Copy with: checkpoints.py distributed.py flags.py lora.py losses.py model_files.py packed_model.py packing.py
+    preference_data.py run_files.py score_cache.py speed.py toy_world.py
 """
 
 import itertools
@@ -35,7 +35,8 @@ import score_cache
 import speed
 import toy_world
 from losses import DPO_LOSSES, dpo_loss, nll_loss
-from packed_model import ModelError, enable_checkpointing, load_model, load_skeleton, load_tokenizer, prepare_model
+from model_files import ModelError, enable_checkpointing, load_model, load_skeleton, load_tokenizer
+from packed_model import prepare_model
 from packing import epoch_plan, pack, passes, send
 from preference_data import DataError, fingerprint, hold_out, load_pairs
 
@@ -46,7 +47,7 @@ ADVICE = "nothing is saved; try a smaller --learning-rate, --dtype fp32, or look
 
 def get_args(argv=None):
     parser = flags.Parser(__doc__)
-    add, positive = parser.add_argument, flags.number(float, above=0)
+    add, positive, rate = parser.add_argument, flags.number(float, above=0), flags.number(float, least=0)
     below_half = flags.number(float, least=0, below=0.5)
     names = "--model", "--base-model-path", "--policy-model-path"
     add(*names, default="Qwen/Qwen3-0.6B", help="folder, hub id or `toy`")
@@ -57,6 +58,7 @@ def get_args(argv=None):
     add("--beta", "--β-ori", type=positive, default=0.1, help="strength of the pull to the reference")
     add("--loss", choices=DPO_LOSSES, default="sigmoid", help="losses.py has the equations")
     add("--label-smoothing", type=below_half, default=0.0, metavar="E", help="share of wrong labels: sigmoid, robust")
+    add("--nll-coeff", type=rate, default=0.0, metavar="C", help="weight of chosen's NLL in the loss")
     flags.add_common_flags(parser, output_dir="outputs/dpo_qwen_trl")
     parser.set_defaults(num_samples=1000)
     args = parser.parse_args(argv)
@@ -198,7 +200,7 @@ def main(args):
             raise DataError(f"--eval-samples {args.eval_samples} leaves nothing to train on: make it smaller")
         report.append(f"  held out {len(held_out):,} pairs by whole prompts, {len(train):,} to train on")
     say(*report, sep="\n")
-    lengths = [sum(map(len, pair)) for pair in pairs]
+    lengths = [sum(map(len, pair[:3])) for pair in pairs]
     in_passes = {"batch_size": args.batch_size, "lengths": lengths, "budget": args.tokens_per_microbatch}
     if 0 < args.tokens_per_microbatch < max(lengths):
         say(f"Pairs of more than {args.tokens_per_microbatch} tokens take a pass each; the longest has {max(lengths)}")

@@ -182,7 +182,6 @@ def add_common_flags(
     add("--lr-scheduler", choices=("linear", "cosine", "constant"), default="linear", help="how the rate falls")
     add("--weight-decay", type=rate, default=0.0, metavar="W", help="of AdamW")
     add("--max-grad-norm", type=rate, default=1.0, metavar="G", help="clip the gradient's norm; 0: no clipping")
-    add("--nll-coeff", type=rate, default=0.0, metavar="C", help="weight of the NLL of chosen responses in the loss")
     # machine
     add(
         "--seed", type=number(int, least=0, below=2**63), default=42, metavar="N", help="of shuffle, split and LoRA's A"

@@ -27,6 +27,7 @@ from torch.autograd.function import once_differentiable
 from transformers.pytorch_utils import Conv1D
 
 KEY_PREFIX = "base_model.model."  # PEFT wraps a model twice; its keys say so
+HEAD_KEY = f"{KEY_PREFIX}score.weight"
 
 
 class AdapterError(ValueError):
@@ -229,7 +230,7 @@ def adapter_state(model, name):
     return state
 
 
-def adapter_config(model, name, base_model, task_type="CAUSAL_LM"):
+def adapter_config(model, name, base_model, has_head=False):
     """The subset of PEFT's LoraConfig that every PEFT version reads."""
     layers = {path: layer for path, layer in lora_layers(model).items() if name in layer.settings}
     first = next(iter(layers.values()))
@@ -246,34 +247,40 @@ def adapter_config(model, name, base_model, task_type="CAUSAL_LM"):
         "init_lora_weights": True,
         "lora_alpha": scale * r if (scale * r) % 1 else int(scale * r),
         "lora_dropout": dropout,
-        "modules_to_save": None,
+        "modules_to_save": ["score"] if has_head else None,
         "peft_type": "LORA",
         "r": r,
         "target_modules": targets,
-        "task_type": task_type,
+        "task_type": "SEQ_CLS" if has_head else "CAUSAL_LM",
         "use_dora": False,
         "use_rslora": False,
     }
 
 
-def save_adapter(model, name, folder, base_model, task_type="CAUSAL_LM"):
-    """Write adapter_model.safetensors (fp32) and adapter_config.json into `folder`, loadable by plain PEFT."""
+def save_adapter(model, name, folder, base_model, head=None):
+    """Write adapter_model.safetensors (fp32) and adapter_config.json into `folder`, loadable by plain PEFT.
+
+    head (1, H): the scalar head of a reward model, which transformers calls `score`.
+    """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    state = {key: tensor.contiguous().cpu() for key, tensor in adapter_state(model, name).items()}
+    state = adapter_state(model, name) | ({} if head is None else {HEAD_KEY: head.detach()})
+    state = {key: tensor.contiguous().cpu() for key, tensor in state.items()}
     save_file(state, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    config = adapter_config(model, name, base_model, task_type)
+    config = adapter_config(model, name, base_model, head is not None)
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def load_adapter(model, folder, name, trainable=False):
+def load_adapter(model, folder, name, trainable=False, with_head=False):
     """Add adapter `name` from PEFT files and switch it on; returns its parameters.
 
+    with_head: of a reward model; returns (parameters, head (1, H) fp32), and the head is not put into the model.
     Raises AdapterError, before the model is touched, when a file is missing or unreadable, when the adapter uses what
     this file does not do (DoRA, ranks per layer, ...), or when keys or shapes are not exactly those of this model.
     """
     folder = Path(folder)
-    config, state = _read_adapter_files(folder)
+    config, state = _read_adapter_files(folder, with_head)
+    head = state.pop(HEAD_KEY, None)
     r, alpha = config.get("r", 8), config.get("lora_alpha", 8)  # PEFT's own defaults
     if config.get("use_rslora"):
         alpha = alpha * math.sqrt(r)  # arXiv:2312.03732 scales by alpha / sqrt(r)
@@ -304,10 +311,10 @@ def load_adapter(model, folder, name, trainable=False):
     with torch.no_grad():
         for key, live in adapter_state(model, name).items():
             live.copy_(state[key])
-    return parameters
+    return (parameters, head.float()) if with_head else parameters
 
 
-def _read_adapter_files(folder):
+def _read_adapter_files(folder, with_head):
     try:
         config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
         state = load_file(folder / "adapter_model.safetensors")
@@ -320,13 +327,19 @@ def _read_adapter_files(folder):
     config = config if isinstance(config, dict) else {}
     if config.get("peft_type") != "LORA":
         raise AdapterError(f"{folder} holds a {config.get('peft_type')} adapter, only LORA is read here")
+    has_head = HEAD_KEY in state
+    if has_head != with_head:
+        what = (
+            "is a reward model's, with a scalar head" if has_head else "is no reward model: it has no head score.weight"
+        )
+        raise AdapterError(f"the adapter in {folder} {what}")
     plain = {  # what may stand there for the plain LoRA above
         "bias": (None, "none"),
         "use_dora": (None, False),
         "init_lora_weights": (None, True, False, "gaussian"),  # PiSSA, OLoRA, ... change the base weights too
         "rank_pattern": (None, {}),
         "alpha_pattern": (None, {}),
-        "modules_to_save": (None, []),
+        "modules_to_save": (None, [], ["score"], ["classifier", "score"]) if has_head else (None, []),
         "layers_to_transform": (None,),
         "exclude_modules": (None,),
         "alora_invocation_tokens": (None,),

@@ -60,3 +60,24 @@ def nll_loss(policy_chosen_logps, chosen_lengths):
     DPO fixes only the difference of two log-probs, and both may fall together; this term holds the chosen one up.
     """
     return -policy_chosen_logps / chosen_lengths
+
+
+def reward_loss(chosen_scores, rejected_scores, center=0.0):
+    """Ranking loss of a reward model for each pair, (B,): -logsigmoid(s_chosen - s_rejected), Bradley-Terry.
+
+    arXiv:1706.03741; scores (B,), higher is better.  The loss does not see a constant added to all scores; `center`
+    times the mean of the two squared scores holds them around zero.
+    """
+    losses = -F.logsigmoid(chosen_scores - rejected_scores)
+    return losses + center * (chosen_scores**2 + rejected_scores**2) / 2
+
+
+def harm_label_loss(chosen_scores, rejected_scores, labels):
+    """What the label terms of a cost model add for each pair, (B,): arXiv:2310.12773 Eq. 6 with score = -cost.
+
+    -logsigmoid(z_c s_c) - logsigmoid(z_r s_r), z = -label; labels (B, 2) of chosen and rejected: +1 harmful, -1 safe,
+    0 without a label, which adds nothing.  They give the scores their zero: above it a response is safe.  Both terms
+    and the ranking pull in one direction: safer is higher.
+    """
+    scores = torch.stack((chosen_scores, rejected_scores), dim=1)
+    return -(F.logsigmoid(-labels * scores) * labels.abs()).sum(1)

@@ -12,28 +12,19 @@ Legend: B pairs, T tokens of a packed row, N response tokens, V vocabulary, H hi
 """
 
 import math
-import sys
-from pathlib import Path
+from functools import partial
 from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
 from torch import nn
-from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 from transformers.utils import logging as transformers_logging
 
 BY_HAND = 512  # keys up to which attention in bf16 on a CPU is faster by hand than torch's (docs/results.md)
 HEAD_CHUNK = 1024  # tokens per piece of the language-model head: 1024 x 151,936 fp32 logits are 0.6 GB
-
-
-class ModelError(ValueError):
-    """A model that cannot be loaded or used: one sentence for the user."""
-
-
-NOT_LOADED = (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError)  # what from_pretrained raises
 
 
 class CannotPack(Exception):
@@ -100,16 +91,12 @@ def packed_attention(module, query, key, value, attention_mask, pair_layout=None
     bounds = [(split - start, again - split, end - again) for start, split, again, end in pair_layout.segments]
     branches = [size for prompt, chosen, rejected in bounds for size in (prompt + chosen, rejected)]
     prompts = [size for prompt, chosen, rejected in bounds for size in (prompt, chosen + rejected)]
-    queries, keys, values = (x.split(branches, 2) for x in (query, key, value))
-    prompt_keys, prompt_values = (x.split(prompts, 2) for x in (key, value))
+    parts = [x.split(branches, 2)[branch::2] for branch in (0, 1) for x in (query, key, value)]
+    parts += [x.split(prompts, 2)[::2] for x in (key, value)]
     outputs = []
-    for chosen in range(0, len(branches), 2):  # the branch behind it is the rejected one
-        outputs.append(attend(queries[chosen], keys[chosen], values[chosen]))  # prompt + chosen
-        k, v = (
-            torch.cat((prompt_keys[chosen], keys[chosen + 1]), 2),
-            torch.cat((prompt_values[chosen], values[chosen + 1]), 2),
-        )
-        outputs.append(attend(queries[chosen + 1], k, v))
+    for q, k, v, rejected_q, rejected_k, rejected_v, prompt_k, prompt_v in zip(*parts, strict=True):
+        outputs.append(attend(q, k, v))  # prompt + chosen
+        outputs.append(attend(rejected_q, torch.cat((prompt_k, rejected_k), 2), torch.cat((prompt_v, rejected_v), 2)))
     return torch.cat(outputs, dim=2).transpose(1, 2).contiguous(), None
 
 
@@ -222,15 +209,19 @@ def packed_logps(model, batch):
 
 
 def _packed_logps(model, batch, layout):
-    hidden = model.base_model(
+    hidden = _packed_hidden(model, batch, layout)
+    weight, softcap = _head_weight(model), final_softcap(model)
+    return _sum_responses(token_logps(hidden[batch.predictors], weight, batch.targets, softcap), batch)
+
+
+def _packed_hidden(model, batch, layout):
+    return model.base_model(
         input_ids=batch.input_ids,
         position_ids=batch.position_ids,
         attention_mask=batch.input_ids.new_ones(1, 1, 1, 1),  # "a mask is there": transformers then builds none
         use_cache=False,
         pair_layout=layout,
     ).last_hidden_state[0]  # (T, H)
-    weight, softcap = _head_weight(model), final_softcap(model)
-    return _sum_responses(token_logps(hidden[batch.predictors], weight, batch.targets, softcap), batch)
 
 
 def _head_weight(model):
@@ -263,70 +254,34 @@ def final_softcap(model):
     return getattr(model.config.get_text_config(), "final_logit_softcapping", None)
 
 
-# -- loading, and the choice of path ---------------------------------------------------------------------------------
+# -- scores of a reward model ----------------------------------------------------------------------------------------
 
 
-def load_tokenizer(path, trust_remote_code=False):
-    """Tokenizer of a folder or hub id.  Raises ModelError."""
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except NOT_LOADED as error:
-        raise _not_loaded("tokenizer", path, error) from None
-    if tokenizer.eos_token_id is None:
-        raise ModelError(
-            f"the tokenizer of {path} has no end-of-sequence token: set eos_token in tokenizer_config.json"
-        )
-    return tokenizer
+def packed_scores(model, batch):
+    """Scores of a PackedPairs batch under `model.score` (1, H): (chosen (B,), rejected (B,)), in at least fp32.
+
+    The head reads the hidden state of each response's last token, which the layout names: token ids have no part in it.
+    """
+    ends = _packed_ends(model, batch, PairLayout(batch.segments)) if model.packs_pairs else _plain_ends(model, batch)
+    wide = torch.promote_types(ends.dtype, torch.float32)
+    return (ends.to(wide) * model.score.weight.to(wide)).sum(-1).chunk(2)
 
 
-def load_model(path, dtype, device, trust_remote_code=False):
-    """Causal language model of a folder or hub id in `dtype` on `device`, in eval mode.  Raises ModelError."""
-    if not sys.stderr.isatty():
-        transformers_logging.disable_progress_bar()
-    try:
-        model, found = AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype, trust_remote_code=trust_remote_code, output_loading_info=True
-        )
-    except NOT_LOADED as error:
-        raise _not_loaded("model", path, error) from None
-    if found["missing_keys"]:  # transformers would go on with random numbers
-        raise ModelError(
-            f"the weights of {path} lack {min(found['missing_keys'])}: is it a whole causal language model?"
-        )
-    return model.to(device)
+def _packed_ends(model, batch, layout):
+    return _packed_hidden(model, batch, layout)[batch.ends]  # (2B, H)
 
 
-def load_skeleton(path, tokenizer, trust_remote_code=False):
-    """The model without its weights (meta device), for checks that should not wait for them.  Raises ModelError."""
-    try:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    except NOT_LOADED as error:
-        raise _not_loaded("model", path, error) from None
-    if len(tokenizer) > len(model.get_input_embeddings().weight):
-        known = len(model.get_input_embeddings().weight)
-        raise ModelError(
-            f"the model {path} knows {known} tokens and the tokenizer {len(tokenizer)}: they do not go together"
-        )
-    return model
+def _plain_ends(model, batch):
+    """The same hidden states the plain way, one sequence at a time."""
+    ids, ends = batch.input_ids[0], ([], [])
+    for start, split, again, end in batch.segments:
+        for side, response in zip(ends, (ids[split:again], ids[again:end]), strict=True):
+            sequence = torch.cat((ids[start:split], response))[None]
+            side.append(model.base_model(input_ids=sequence, use_cache=False).last_hidden_state[0, -1])
+    return torch.stack(ends[0] + ends[1])
 
 
-def _not_loaded(what, path, error):
-    advice = "check the name; without a hub name a folder, or a mirror in HF_ENDPOINT"
-    if Path(path).exists():
-        advice = "a model folder holds config.json, model.safetensors and the tokenizer's files"
-    return ModelError(f"no {what} at {path} ({_first_line(error)}): {advice}")
-
-
-def enable_checkpointing(model):
-    """Recompute each block in backward instead of keeping its activations (non-reentrant)."""
-    enable = getattr(model, "activation_checkpointing_enable", None)  # the name since transformers 5.2x
-    (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
-
-
-def _first_line(error):
-    return str(error).strip().split("\n")[0][:200]
+# -- the choice of path -------------------------------------------------------------------------------------------
 
 
 def _probe_batch(device):
@@ -340,6 +295,7 @@ def _probe_batch(device):
         position_ids=tensor(0, 1, 2, 3, 2)[None],
         segments=((0, 2, 4, 5),),
         predictors=tensor(1, 2, 1),
+        ends=tensor(3, 4),
         targets=tensor(1, 0, 0),
         lengths=(2, 1),
     )
@@ -351,11 +307,26 @@ def prepare_model(model):
     The probe scores one tiny pair both ways (token ids 0 and 1).  The plain path is taken when not every layer calls
     our attention function (Bloom does not use transformers' interface, hybrid models have other layers too), when it is
     asked for what it does not do (Gemma2's soft cap), when the head is more than one matrix (a bias, an adapter,
-    Cohere's scale), or when the log-probs differ.
+    Cohere's scale), or when the numbers differ.
     """
-    disable_dropout(model)
     # On the class: a method in the object's own dict would be a cycle, and keep its gigabytes alive after `del model`.
-    type(model).packed_logps, model.packs_pairs = packed_logps, False
+    type(model).packed_logps = packed_logps
+    return _choose_path(
+        model,
+        lambda batch: torch.stack(plain_logps(model, batch)),
+        lambda batch, layout: torch.stack(_packed_logps(model, batch, layout)),
+    )
+
+
+def prepare_scores(model):
+    """As prepare_model, for a reward model: binds `model.packed_scores(batch)`."""
+    type(model).packed_scores = packed_scores
+    return _choose_path(model, partial(_plain_ends, model), partial(_packed_ends, model))
+
+
+def _choose_path(model, plain, packed):
+    disable_dropout(model)
+    model.packs_pairs = False
     own_attention, verbosity = model.config._attn_implementation, transformers_logging.get_verbosity()
     batch, tolerance = _probe_batch(model.device), 1e-3 if model.dtype in (torch.float32, torch.float64) else 0.02
     try:
@@ -364,25 +335,26 @@ def prepare_model(model):
             raise CannotPack("its rotary embedding depends on the longest sequence of the row")
         transformers_logging.set_verbosity_error()
         with torch.no_grad():
-            plain = torch.stack(plain_logps(model, batch))
-            logits = model(input_ids=batch.input_ids, use_cache=False).logits[0].float()
-            hidden = model.base_model(input_ids=batch.input_ids, use_cache=False).last_hidden_state[0]
-            ours = _capped_logits(hidden, _head_weight(model), final_softcap(model))[0]
-            if (ours - logits).norm() > tolerance * logits.norm():
-                raise CannotPack("its head is more than one matrix")
+            expected = plain(batch)
+            if model.get_output_embeddings() is not None:
+                logits = model(input_ids=batch.input_ids, use_cache=False).logits[0].float()
+                hidden = model.base_model(input_ids=batch.input_ids, use_cache=False).last_hidden_state[0]
+                ours = _capped_logits(hidden, _head_weight(model), final_softcap(model))[0]
+                if (ours - logits).norm() > tolerance * logits.norm():
+                    raise CannotPack("its head is more than one matrix")
             model.set_attn_implementation("packed_pairs")
             layout = PairLayout(batch.segments)
-            packed = torch.stack(_packed_logps(model, batch, layout))
+            difference = (packed(batch, layout) - expected).norm() / expected.norm()
         num_layers = model.config.get_text_config().num_hidden_layers
         if layout.calls != num_layers:
             others = num_layers - layout.calls
             raise CannotPack(f"{others} of its {num_layers} layers do not take our attention function")
-        if not torch.allclose(packed, plain, rtol=tolerance, atol=tolerance):
-            raise CannotPack(f"a test pair differs by {(packed - plain).abs().max():.2g} nats")
+        if not difference <= tolerance:
+            raise CannotPack(f"the numbers of a test pair differ by {difference:.2g} of their size")
     except Exception as problem:  # whatever a foreign model does here, the plain path needs nothing of it
         model.set_attn_implementation(own_attention)
-        reason = problem if isinstance(problem, CannotPack) else f"{type(problem).__name__}: {_first_line(problem)}"
-        return f"packed pairs: off, sequences are scored one by one ({reason})"
+        reason = str(problem) if isinstance(problem, CannotPack) else f"{type(problem).__name__}: {problem}"
+        return f"packed pairs: off, sequences are scored one by one ({reason.strip().splitlines()[0][:200]})"
     finally:
         transformers_logging.set_verbosity(verbosity)
     model.packs_pairs = True

@@ -58,6 +58,7 @@ class PackedPairs:
     position_ids: torch.Tensor  # (1, T)  rejected positions restart at the end of the prompt
     segments: tuple  # per pair (prompt start, chosen start, rejected start, end) in T
     predictors: torch.Tensor  # (N,)  where in T the hidden state is that predicts each response token
+    ends: torch.Tensor  # (2B,)  where in T the last token of each chosen, then of each rejected response is
     targets: torch.Tensor  # (N,)  the response tokens
     response_lengths: torch.Tensor  # (2B,)  tokens of each chosen, then of each rejected response
     lengths: tuple  # the same numbers for Python
@@ -67,7 +68,7 @@ def pack(pairs, device="cpu"):
     """Pairs -> PackedPairs on `device`."""
     input_ids, position_ids, segments = [], [], []
     predictors, targets = ([], []), ([], [])  # of chosen, of rejected
-    for prompt, chosen, rejected in pairs:
+    for prompt, chosen, rejected, *_ in pairs:
         start = len(input_ids)
         split, again = start + len(prompt), start + len(prompt) + len(chosen)
         input_ids += prompt + chosen + rejected
@@ -80,12 +81,11 @@ def pack(pairs, device="cpu"):
         targets[1].extend(rejected)
 
     lengths = [len(response) for side in (1, 2) for response in (pair[side] for pair in pairs)]
-    fields = input_ids, position_ids, predictors[0] + predictors[1], targets[0] + targets[1], lengths
+    ends = [segment[side] - 1 for side in (2, 3) for segment in segments]
+    fields = input_ids, position_ids, predictors[0] + predictors[1], ends, targets[0] + targets[1], lengths
     numbers = send(torch.tensor([number for field in fields for number in field]), device)  # one copy for all
-    input_ids, position_ids, predictors, targets, response_lengths = numbers.split([len(field) for field in fields])
-    return PackedPairs(
-        input_ids[None], position_ids[None], tuple(segments), predictors, targets, response_lengths, tuple(lengths)
-    )
+    input_ids, position_ids, *others = numbers.split([len(field) for field in fields])
+    return PackedPairs(input_ids[None], position_ids[None], tuple(segments), *others, tuple(lengths))
 
 
 def send(tensor, device):

@@ -38,6 +38,7 @@ class Pair(NamedTuple):
     prompt_ids: list
     chosen_ids: list
     rejected_ids: list
+    labels: tuple | None = None  # of harm, (chosen, rejected): +1 harmful, -1 safe; None where the row has none
 
 
 # -- rows --------------------------------------------------------------------------------------------------------
@@ -146,6 +147,14 @@ def instruction(row):
     return "\n\n".join(filter(None, (row["instruction"], row.get("input")))) + "\n\n", row["chosen"], row["rejected"]
 
 
+def dual_labels(row):
+    """PKU-SafeRLHF, by helpfulness.  Question and answer are two texts there: a newline keeps them apart."""
+    better, responses = row["better_response_id"], (row["response_0"], row["response_1"])
+    if better not in (0, 1):
+        raise Malformed("`better_response_id` is neither 0 nor 1")
+    return row["prompt"].rstrip() + "\n", responses[better], responses[1 - better]
+
+
 SHAPES = [  # the first whose fields fit a file's first row is the shape of the file
     Shape("prompt/chosen/rejected", strings("prompt", "chosen", "rejected"), columns("prompt", "chosen", "rejected")),
     Shape(
@@ -161,6 +170,11 @@ SHAPES = [  # the first whose fields fit a file's first row is the shape of the 
     Shape("prompt string, messages", {"prompt": str, "chosen": list, "rejected": list}, message_lists),
     Shape("chosen/rejected messages", {"chosen": list, "rejected": list}, message_lists, ("prompt",)),
     Shape("question/response_j/response_k", strings("question", "response_j", "response_k"), stack_exchange),
+    Shape(
+        "prompt/response_0/response_1/better_response_id",
+        strings("prompt", "response_0", "response_1") | {"better_response_id": int},
+        dual_labels,
+    ),
     Shape("instruction/chosen/rejected", strings("instruction", "chosen", "rejected"), instruction),
     Shape(
         "chosen/rejected strings",
@@ -199,6 +213,19 @@ def row_texts(row, shape):
     if chosen == rejected:
         raise Unusable("the two responses are equal")
     return prompt, chosen, rejected
+
+
+def harm_labels(row):
+    """(chosen, rejected) of a row's `safety_labels`, +1 harmful and -1 safe, or None.  Raises Malformed."""
+    labels = row.get("safety_labels")
+    if labels is None:
+        return None
+    if not isinstance(labels, dict) or not labels.keys() >= {"chosen", "rejected"}:
+        raise Malformed('`safety_labels` is not {"chosen": ±1, "rejected": ±1}')
+    for side in ("chosen", "rejected"):
+        if type(labels[side]) is not int or labels[side] not in (1, -1):
+            raise Malformed(f"the safety label of {side} is {labels[side]!r}: +1 is harmful, -1 is safe")
+    return labels["chosen"], labels["rejected"]
 
 
 # -- texts -> token ids ---------------------------------------------------------------------------------------------
@@ -273,12 +300,13 @@ def load_pairs(
     usable pair is left.  Unusable rows are counted by reason, and the first one left out is named.
     Needs max_prompt_length < max_length, so that a cut leaves something of every response.
     """
-    shape, places, texts, left_out, first, num_rows = None, [], [], Counter(), "", 0
+    shape, places, texts, labels, left_out, first, num_rows = None, [], [], [], Counter(), "", 0
     for where, row in itertools.islice(read_rows(source), limit or None):
         num_rows += 1
         try:
             row = parse_row(row)
             shape = shape or recognise(row, where)
+            label = harm_labels(row)
             row = row_texts(row, shape)
             if chat_template_strings and isinstance(row[0], str):
                 row = as_messages(*row)
@@ -287,6 +315,7 @@ def load_pairs(
                 raise DataError(f"{where} needs a chat template and this tokenizer has none: use an instruct model's")
             texts += full_texts(*row, tokenizer)
             places.append(where)
+            labels.append(label)
         except Malformed as problem:
             if not skip_invalid:
                 raise DataError(
@@ -300,12 +329,12 @@ def load_pairs(
     pairs, cut, merged = [], 0, 0
     if texts:  # a chat template writes the special tokens itself
         ids = tokenizer(texts, add_special_tokens=not is_chat, verbose=False)["input_ids"]
-        for where, *three in zip(places, ids[::3], ids[1::3], ids[2::3], strict=True):
+        for where, label, *three in zip(places, labels, ids[::3], ids[1::3], ids[2::3], strict=True):
             try:
-                pair = encode_pair(*three, tokenizer, max_length, max_prompt_length, is_chat)
+                pair = encode_pair(*three, tokenizer, max_length, max_prompt_length, is_chat)._replace(labels=label)
                 merged += any(common_prefix(three[0], ids) < len(three[0]) for ids in three[1:])
                 is_cut = len(pair.prompt_ids) == max_prompt_length < len(three[0])
-                cut += is_cut or any(ids[-1] != tokenizer.eos_token_id for ids in pair[1:])
+                cut += is_cut or any(ids[-1] != tokenizer.eos_token_id for ids in pair[1:3])
                 pairs.append(pair)
             except Unusable as reason:
                 left_out[str(reason)] += 1
@@ -320,7 +349,7 @@ def load_pairs(
         report.append(f"  cut {cut:,} pairs to --max-length {max_length} or --max-prompt-length {max_prompt_length}")
     if merged:
         report.append(f"  in {merged:,} pairs a token spans the seam of prompt and response, and counts as response")
-    for name, ids in zip(Pair._fields, pairs[0], strict=True):
+    for name, ids in zip(Pair._fields, pairs[0][:3]):
         text = repr(tokenizer.decode(ids))
         text = text if len(text) <= 150 else f"{text[:60]} ... {text[-80:]}"
         report.append(f"  row 0 {name[:-4]:8} {len(ids):4} tokens  {text}")

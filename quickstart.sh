@@ -18,12 +18,12 @@ before_after() {
   .venv/bin/python - <<'PYTHON'
 import json
 import torch
-import lora, packed_model, toy_world
+import lora, model_files, toy_world
 
 rows = [json.loads(line) for line in open("outputs/toy_world/prompts.jsonl")]
 prompts = [row["prompt"] for row in rows]
-tokenizer = packed_model.load_tokenizer("outputs/toy_world/model")
-model = packed_model.load_model("outputs/toy_world/model", torch.float32, "cpu")
+tokenizer = model_files.load_tokenizer("outputs/toy_world/model")
+model = model_files.load_model("outputs/toy_world/model", torch.float32, "cpu")
 before = toy_world.judge_model(model, tokenizer, prompts)
 lora.load_adapter(model, "outputs/quickstart/dpo", "dpo")
 after = toy_world.judge_model(model, tokenizer, prompts)

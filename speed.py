@@ -61,12 +61,19 @@ class Stopwatch:
 
 
 def useful_flops(model, pairs):
-    """Useful floating-point operations of each (prompt, chosen, rejected) under a causal language model; see above."""
+    """Useful floating-point operations of each (prompt, chosen, rejected, ...), see above.
+
+    A reward model has no language-model head, and its own is one row.
+    """
     blocks = [
         weight
         for name, weight in model.named_parameters()
         if weight.ndim == 2 and re.search(r"\.\d+\.", name) and ".lora_" not in name
     ]
     per_weight = 6 if any(weight.requires_grad for weight in blocks) else 4
-    in_blocks, in_head = sum(weight.numel() for weight in blocks), model.get_output_embeddings().weight.numel()
-    return [per_weight * (in_blocks * sum(map(len, pair)) + in_head * (len(pair[1]) + len(pair[2]))) for pair in pairs]
+    in_blocks, head = sum(weight.numel() for weight in blocks), model.get_output_embeddings()
+    in_head = 0 if head is None else head.weight.numel()
+    return [
+        per_weight * (in_blocks * (len(prompt) + len(chosen) + len(rejected)) + in_head * (len(chosen) + len(rejected)))
+        for prompt, chosen, rejected, *_ in pairs
+    ]

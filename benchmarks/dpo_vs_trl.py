@@ -33,7 +33,7 @@ import distributed
 import dpo_hf_run
 import flags
 import lora
-from packed_model import ModelError, load_model, load_skeleton, load_tokenizer
+from model_files import ModelError, load_model, load_skeleton, load_tokenizer
 from packing import epoch_plan
 from preference_data import DataError, Pair, load_pairs, read_rows
 
@@ -146,8 +146,8 @@ def run_trl(args, plan, name):
         model = peft.PeftModel.from_pretrained(base, plan["adapter"], is_trainable=True)
     pairs = [[Pair(*ids) for ids in update] for update in plan["updates"]]
     if name == "trl-best":  # less padding: by length within an update, as group_by_length does beyond it
-        pairs = [sorted(update, key=lambda pair: -len(pair[0]) - max(map(len, pair[1:]))) for update in pairs]
-    rows = Dataset.from_list([pair._asdict() for update in pairs for pair in update])
+        pairs = [sorted(update, key=lambda pair: -len(pair[0]) - max(map(len, pair[1:3]))) for update in pairs]
+    rows = Dataset.from_list([dict(zip(Pair._fields, pair[:3])) for update in pairs for pair in update])
     settings = trl.DPOConfig(output_dir=plan["output"], **config)
     trainer = SamePairs(model, args=settings, train_dataset=rows, peft_config=adapter)
     trainer.train()
@@ -216,8 +216,8 @@ def main(args):
     seconds = {name: median(itertools.chain.from_iterable(run["times"] for run in done)) for name, done in runs.items()}
     memory = {name: max(run["memory"] for run in done) for name, done in runs.items()}
     linears = [skeleton.get_submodule(path).weight for path in lora.select_targets(skeleton)]
-    unique = [sum(len(ids) for pair in update for ids in pair) for update in plan["updates"]]
-    response = [sum(len(ids) for pair in update for ids in pair[1:]) for update in plan["updates"]]
+    unique = [sum(len(ids) for pair in update for ids in pair[:3]) for update in plan["updates"]]
+    response = [sum(len(ids) for pair in update for ids in pair[1:3]) for update in plan["updates"]]
     # All had to do the same work: did they?
     trainable, twice = ours.lora_r * sum(sum(weight.shape) for weight in linears), 2 * sum(unique) - sum(response)
     for name, run in ((name, run) for name, done in runs.items() for run in done):

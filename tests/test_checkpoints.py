@@ -18,7 +18,7 @@ from test_flags import write_world
 
 import lora
 from checkpoints import CheckpointError, checkpoints, find, new_checkpoint, verify
-from packed_model import load_model
+from model_files import load_model
 
 ROOT = Path(__file__).parent.parent
 # 9 updates of 2 pairs.  LoRA dropout makes every update depend on the state of chance.

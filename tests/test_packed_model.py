@@ -11,7 +11,8 @@ from torch import nn
 
 import lora
 import packed_model
-from packed_model import PairLayout, enable_checkpointing, final_softcap, prepare_model, token_logps
+from model_files import enable_checkpointing
+from packed_model import PairLayout, final_softcap, prepare_model, token_logps
 from packing import pack
 
 PACKING = ["qwen3", "qwen2", "llama", "mistral", "gemma3", "gpt2"]

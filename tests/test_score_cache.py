@@ -10,7 +10,8 @@ from test_flags import write_world
 
 import dpo_hf_run
 import lora
-from packed_model import load_model, load_tokenizer, plain_logps, prepare_model
+from model_files import load_model, load_tokenizer
+from packed_model import plain_logps, prepare_model
 from packing import pack
 from preference_data import load_pairs
 from score_cache import cache_path, load_scores, save_scores, weights_sha256

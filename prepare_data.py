@@ -1,0 +1,353 @@
+"""Raw preference data -> data/{train,val,test}/{helpful,harmless}_pairs.jsonl, split by prompt, every row accounted for.
+
+A row out:  prompt, chosen_response, rejected_response, dimension (helpful or harmless), and where they are known
+safety_labels {"chosen": -1, "rejected": 1} (1 is harmful, -1 is safe) and category.  A file in, by its first row:
+
+    prompt, response_0, response_1, better_response_id, safer_response_id, is_response_0_safe, is_response_1_safe
+        PKU-SafeRLHF: a helpful pair by the first id, a harmless pair by the second, both with the labels
+    prompt, response, is_safe, category
+        BeaverTails: safe and harmful responses to one prompt, in whichever rows and files, are paired
+    prompt, responses [{response, is_safe}, ...]    or    prompt, responses [...], is_safe [...]
+        the same, from lists
+    prompt, response_chosen, response_rejected    and the shapes of preference_data.py, HH transcripts among them
+        a pair; its dimension is the row's, or --dimension, or else what the file's name says
+
+The seed and a prompt alone decide its split: it is the same for both dimensions, and stays where it is as rows come in.
+
+    python prepare_data.py --input pku_safe_rlhf.jsonl --safety-benchmark data/safety_benchmark.jsonl
+    python prepare_data.py --input helpful-base.jsonl.gz harmless-base.jsonl.gz --output-dir data/hh
+    python prepare_data.py --input_dir raw --output_dir data --train_ratio 0.8 --val_ratio 0.1 --test_ratio 0.1
+
+Copy with: flags.py preference_data.py raw_pairs.py
+"""
+
+import contextlib
+import json
+import os
+import re
+import tempfile
+from collections import Counter, defaultdict
+from functools import partial
+from pathlib import Path
+
+import flags
+from preference_data import DataError, Malformed, Shape, Unusable, dual_labels, parse_row, read_rows, recognise, row_texts
+from raw_pairs import (
+    DIMENSIONS,
+    SPLITS,
+    Answer,
+    Ledger,
+    Preference,
+    benchmark,
+    draw,
+    pair_answers,
+    split_of,
+    without_copies,
+)
+
+PAIR_FILES = [f"{split}/{dimension}_pairs.jsonl" for split in SPLITS for dimension in DIMENSIONS]
+
+
+def get_args(argv=None):
+    parser = flags.Parser(__doc__)
+    add, ratio, count = parser.add_argument, flags.number(float, least=0), flags.number(int, least=0)
+    add("--input", "--raw-data-paths", nargs="+", default=[], metavar="FILE", help="raw rows: .jsonl, .json, gzip of both")
+    add("--input-dir", metavar="DIR", help="all .jsonl, .json and .gz files in it and in its folders")
+    add("--output-dir", default="data", metavar="DIR", help="where train, val, test and account.json go")
+    add("--dimension", choices=DIMENSIONS, help="of pairs that do not say it (default: what the file's name says)")
+    add("--train-ratio", type=ratio, default=0.8, metavar="R", help="share of the prompts")
+    add("--val-ratio", type=ratio, default=0.1, metavar="R", help="share of the prompts")
+    add("--test-ratio", type=ratio, default=0.1, metavar="R", help="share of the prompts")
+    add("--seed", type=count, default=42, metavar="N", help="of split, order and pairing")
+    add("--safety-benchmark", metavar="FILE", help="also write harmful prompts of the test split with their categories")
+    add("--max-prompts", type=count, default=200, metavar="N", help="of the benchmark; 0: all")
+    add("--skip-invalid", action="store_true", help="leave malformed rows out instead of stopping at the first")
+    add("--overwrite", action="store_true", help="replace the prepared files that the output folder holds")
+    args = parser.parse_args(argv)
+    args.ratios = args.train_ratio, args.val_ratio, args.test_ratio
+    if abs(sum(args.ratios) - 1) > 1e-6:
+        parser.error(f"--train-ratio, --val-ratio and --test-ratio add up to {sum(args.ratios):g}: make it 1")
+    if not args.input and not args.input_dir:
+        parser.error("there is nothing to read: name raw rows with --input FILE or --input-dir DIR")
+    if args.safety_benchmark and not args.test_ratio:
+        parser.error("--safety-benchmark takes its prompts from the test split, and --test-ratio is 0: raise it")
+    if "max_prompts" in args.given and not args.safety_benchmark:
+        parser.error("--max-prompts has no effect without --safety-benchmark: leave it out")
+    return args
+
+
+# -- rows: a reader gives (prompt, [(dimension, chosen, rejected, labels)], [(response, is_safe)], category names) ---
+
+
+def on_a_line(question):
+    """Question and answer are two texts in raw rows, and run on in a pair: a newline keeps them apart."""
+    return question.rstrip() + "\n"
+
+
+DUAL = Shape("PKU-SafeRLHF", dict.fromkeys(("prompt", "response_0", "response_1"), str), dual_labels)
+IDS = {"better_response_id": "helpful", "safer_response_id": "harmless"}
+DOCUMENTS = Shape(
+    "prompt/response_chosen/response_rejected",
+    dict.fromkeys(("prompt", "response_chosen", "response_rejected"), str),
+    lambda row: (on_a_line(row["prompt"]), row["response_chosen"], row["response_rejected"]),
+)
+
+
+def text_of(row, field):
+    if not isinstance(row.get(field), str):
+        raise Malformed(f"`{field}` is {'not a str' if field in row else 'missing'}")
+    return row[field]
+
+
+def is_safe_of(row, field="is_safe"):
+    if row.get(field) not in (False, True):  # 0 and 1 are these too
+        raise Malformed(f"`{field}` is {'neither true nor false' if field in row else 'missing'}")
+    return bool(row[field])
+
+
+def answer_of(row):
+    text = text_of(row, "text" if "text" in row else "response")
+    if not text.strip():
+        raise Unusable("a response is empty")
+    return text, is_safe_of(row)
+
+
+def category_names(value):
+    """Names in the forms in use: a name, a list of names, {name: whether it applies}.  Raises Malformed."""
+    names = [value] if isinstance(value, str) else value or []
+    if isinstance(names, dict):
+        names = [name for name, applies in names.items() if applies]
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise Malformed("the category is neither a name, nor a list of names, nor {name: true or false}")
+    return [name for name in names if name.strip()]
+
+
+def labels_of(chosen, rejected):
+    """The two labels of a pair as they are written, or None where there are none.  Raises Malformed."""
+    labels = {"chosen": chosen, "rejected": rejected}
+    if chosen is None and rejected is None:
+        return None
+    for side, label in labels.items():
+        if label is None:
+            raise Malformed(f"the {side} response has no safety label and the other has one: give both or none")
+        if isinstance(label, bool) or label not in (1, -1):
+            raise Malformed(f"the safety label of the {side} response is {label!r}, neither 1 (harmful) nor -1 (safe)")
+    return {side: int(label) for side, label in labels.items()}
+
+
+def read_dual(row, ids):
+    fields = "is_response_0_safe", "is_response_1_safe"
+    harm = [None if row.get(field) is None else -1 if is_safe_of(row, field) else 1 for field in fields]
+    pairs = []
+    for name in ids:
+        better = row.get(name)
+        if isinstance(better, bool) or better not in (0, 1):
+            raise Malformed(f"`{name}` is {'neither 0 nor 1' if name in row else 'missing'}")
+        better = int(better)
+        prompt, chosen, rejected = row_texts(row | {"better_response_id": better}, DUAL)
+        pairs.append((IDS[name], chosen, rejected, labels_of(harm[better], harm[1 - better])))
+    return prompt, pairs, [], [name for n in (0, 1) for name in category_names(row.get(f"response_{n}_harm_category"))]
+
+
+def read_answer(row):
+    return on_a_line(text_of(row, "prompt")), [], [answer_of(row)], category_names(row.get("category"))
+
+
+def read_answers(row):
+    responses, safe = row.get("responses"), row.get("is_safe")
+    if not isinstance(responses, list) or not responses:
+        raise Malformed("`responses` is not a list with something in it")
+    if isinstance(safe, list):
+        if len(safe) != len(responses):
+            raise Malformed(f"`is_safe` has {len(safe)} entries and `responses` has {len(responses)}")
+        responses = [{"response": text, "is_safe": flag} for text, flag in zip(responses, safe, strict=True)]
+    if not all(isinstance(response, dict) for response in responses):
+        raise Malformed("`responses` holds no {response, is_safe} objects, and `is_safe` is no list")
+    prompt, names = on_a_line(text_of(row, "prompt")), category_names(row.get("category"))
+    return prompt, [], [answer_of(response) for response in responses], names
+
+
+def read_pair(row, shape, default):
+    dimension = default if row.get("dimension") is None else row["dimension"]
+    if dimension is None:
+        raise Malformed("neither `dimension` nor --dimension nor the file's name says helpful or harmless")
+    if dimension not in DIMENSIONS:
+        raise Malformed(f"`dimension` is {dimension!r}, neither helpful nor harmless")
+    labels = row.get("safety_labels", row.get("labels")) or {}
+    if not isinstance(labels, dict):
+        raise Malformed("`safety_labels` is not an object with the fields chosen and rejected")
+    prompt, chosen, rejected = row_texts(row, shape)
+    pair = dimension, chosen, rejected, labels_of(labels.get("chosen"), labels.get("rejected"))
+    return prompt, [pair], [], category_names(row.get("category"))
+
+
+def reader_of(row, where, dimension):
+    """(name of the kind, reader) of a file, by its first row.  Raises DataError that names the known kinds."""
+    ids = [name for name in IDS if name in row]
+    if ids and DUAL.fields.keys() <= row.keys():
+        return f"{DUAL.name} with {' and '.join(ids)}", partial(read_dual, ids=ids)
+    for fields, reader in ("prompt/responses", read_answers), ("prompt/response/is_safe", read_answer):
+        if set(fields.split("/")) <= row.keys():
+            return fields, reader
+    try:
+        shape = DOCUMENTS if DOCUMENTS.fields.keys() <= row.keys() else recognise(row, where)
+    except DataError as error:
+        raise DataError(f"{error}, {DOCUMENTS.name}, prompt/response/is_safe, prompt/responses/is_safe") from None
+    if list in shape.fields.values():
+        raise DataError(f"{where} holds messages, and pairs are written as strings: train on the file as it is")
+    said = "" if "dimension" in row else f" as {dimension}"
+    return shape.name + said, partial(read_pair, shape=shape, default=dimension)
+
+
+def dimension_of(source, args):
+    """Of the pairs of a file that do not say it: --dimension, or the word in the names of the file and its folder."""
+    words = set(re.findall(r"(?<![a-z])(?:helpful|harmless)(?![a-z])", "/".join(Path(source).parts[-2:]).lower()))
+    return args.dimension or (words.pop() if len(words) == 1 else None)
+
+
+def read_files(sources, args, ledger):
+    """(files, preferences, answers, categories, labels), the last three by prompt.
+
+    Raises DataError at the first malformed row, which --skip-invalid counts instead.
+    """
+    files, preferences, answers, categories, labels = [], [], *map(defaultdict, (list, set, set))
+    for source in sources:
+        files.append({"file": source, "kind": "no row of a known kind", "read": 0, "used": 0, "dropped": {}})
+        reader = None
+        for number, (where, row) in enumerate(read_rows(source), len(ledger.rows)):
+            ledger.rows.append((files[-1], where, None))
+            try:
+                row = parse_row(row)
+                json.dumps(row, ensure_ascii=False, default=str).encode()  # half a surrogate pair cannot be written
+                if reader is None:
+                    files[-1]["kind"], reader = reader_of(row, where, dimension_of(source, args))
+                prompt, pairs, responses, names = reader(row)
+                key = prompt.strip()
+                if not key:
+                    raise Unusable("the prompt is empty")
+                if any(chosen.strip() == rejected.strip() for _, chosen, rejected, _ in pairs):
+                    raise Unusable("the two responses are equal")
+            except (Malformed, UnicodeEncodeError) as problem:
+                if not args.skip_invalid:
+                    raise DataError(
+                        f"{where}: {problem}; mend the row, or leave such rows out with --skip-invalid"
+                    ) from None
+                ledger.drop(number, "the row is malformed", detail=f": {problem}")
+                continue
+            except Unusable as reason:
+                ledger.drop(number, str(reason))
+                continue
+            categories[key].update(names)
+            for dimension, chosen, rejected, known in pairs:
+                preferences.append(Preference((number,), dimension, prompt, chosen, rejected, known))
+                labels[key].update((known or {}).values())
+            for text, is_safe in responses:
+                answers[key].append(Answer(number, prompt, text, is_safe))
+                labels[key].add(-1 if is_safe else 1)
+    return files, preferences, answers, categories, labels
+
+
+# -- files -----------------------------------------------------------------------------------------------------------
+
+
+def check_files(args):
+    """(files to read, files to write).  Raises DataError where either cannot be; changes nothing."""
+    sources, folder = list(args.input), Path(args.input_dir or "")
+    if args.input_dir:
+        found = [path for path in sorted(folder.rglob("*")) if path.suffix in (".jsonl", ".json", ".gz")]
+        hidden = [path for path in found if any(part.startswith(".") for part in path.relative_to(folder).parts)]
+        if not set(found) - set(hidden):
+            raise DataError(f"--input-dir {folder} is no folder with .jsonl, .json or .gz files in it: check the path")
+        sources += [str(path) for path in found if path not in hidden]
+    sources = {Path(source).resolve(): source for source in sources}
+    output = Path(args.output_dir)
+    targets = [output / name for name in (*PAIR_FILES, "account.json")]
+    if args.safety_benchmark:
+        targets.insert(0, Path(args.safety_benchmark))  # account.json is written last: with it the folder is whole
+    if len({path.resolve() for path in targets}) < len(targets):
+        raise DataError(f"--safety-benchmark {args.safety_benchmark} is the file of the pairs: name another")
+    for path in targets:
+        if path.resolve() in sources:
+            raise DataError(f"{path} would be read and then replaced: choose another --output-dir, or read raw rows only")
+        if path.exists() and (path.is_dir() or not args.overwrite):
+            raise DataError(f"{path} is there already: choose another place, or pass --overwrite")
+        parent = next(folder for folder in path.absolute().parents if folder.exists())
+        if not parent.is_dir() or not os.access(parent, os.W_OK):
+            raise DataError(f"{path} cannot be written: {parent} is not a folder you can write to")
+    return list(sources.values()), targets
+
+
+def write_whole(texts, targets):
+    """Write {path: text} to temporary folders, then move all into place; of `targets` nothing older stays."""
+    with contextlib.ExitStack() as stack:
+        drafts = []
+        for path, text in texts.items():
+            parent = next(folder for folder in path.absolute().parents if folder.exists())
+            folder = stack.enter_context(tempfile.TemporaryDirectory(dir=parent, prefix=".prepare_data-"))
+            drafts.append(Path(folder) / "draft")
+            drafts[-1].write_text(text, encoding="utf-8")
+        for path in reversed(targets):
+            path.unlink(missing_ok=True)
+        for draft, path in zip(drafts, texts, strict=True):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            draft.replace(path)
+
+
+def jsonl(rows):
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def report(account):
+    """The account as lines to print."""
+    for file in account["files"]:
+        yield f"{file['file']}: {file['kind']}, {file['read']:,} rows, {file['used']:,} used"
+    rows, pairs = account["rows"], account["pairs"]
+    yield f"rows: {rows['read']:,} read, {rows['used']:,} used, {rows['read'] - rows['used']:,} dropped"
+    yield from dropped(rows)
+    if account["responses"]["dropped"]:
+        yield "responses that are in no pair:"
+        yield from dropped(account["responses"])
+    yield f"pairs: {pairs['made']:,} made, {pairs['kept']:,} kept, {pairs['made'] - pairs['kept']:,} dropped"
+    yield from dropped(pairs)
+    yield f"{'':10}" + "".join(f"{split:>16}" for split in SPLITS)
+    shares = [f"{n:,} ({n / max(1, sum(account['prompts'].values())):.1%})" for n in account["prompts"].values()]
+    yield f"{'prompts':10}" + "".join(f"{share:>16}" for share in shares)
+    for dimension in DIMENSIONS:
+        counts, labels = pairs[dimension].values(), account["labels"][dimension]
+        known = f"{labels['pairs']:,} with labels: {labels['safe']:,} safe and {labels['harmful']:,} harmful responses"
+        yield f"{dimension:10}" + "".join(f"{n:16,}" for n in counts) + f"   {known}"
+    if "benchmark" in account:
+        kinds = account["benchmark"]["categories"]
+        least, most = min(kinds.values()), max(kinds.values())
+        how = f"{len(kinds)} categories of {least} to {most}" if kinds.keys() - {"unknown"} else "no category is known"
+        yield f"{account['benchmark']['file']}: {account['benchmark']['prompts']:,} prompts, {how}"
+
+
+def dropped(table):
+    for reason, entry in sorted(table["dropped"].items(), key=lambda item: -item[1]["count"]):
+        yield f"  {entry['count']:,} because {reason}; the first is {entry['first']}"
+
+
+def main(args):
+    # 1 read
+    sources, targets = check_files(args)
+    ledger = Ledger()
+    files, preferences, answers, categories, labels = read_files(sources, args, ledger)
+    # 2 pairs
+    preferences += pair_answers(answers, args.seed, ledger)
+    kept = without_copies(preferences, ledger)
+    kept.sort(key=lambda p: draw(args.seed, p.prompt, p.chosen, p.rejected))  # the first n are a sample
+    rows = ledger.close({row for p in kept for row in p.rows})
+    if not kept:
+        reasons = "; ".join(line.strip() for line in dropped(rows)) or "there is no row"
+        raise DataError(f"{', '.join(sources)}: no usable pair ({reasons})")
+    # 3 splits; the rarest of its categories stands for a prompt
+    count = Counter(name for names in categories.values() for name in names)
+    category = {key: min(names, key=lambda name: (count[name], name)) for key, names in categories.items() if names}
+    splits = {name: [] for name in PAIR_FILES}
+    for p in kept:
+        splits[f"{split_of(p.prompt, args.ratios, args.seed)}/{p.dimension}_pairs.jsonl"].append(p)
+    # 4 account
+    account = {"seed": args.seed, "ratios": dict(zip(SPLITS, args.ratios, strict=True)), "files": files, "rows": rows}
+    account["responses"] = {"dropped": ledger.responses}
+    account["pairs"] = {"made": len(preferences), "kept": len(kept), "dropped": ledger.pairs}

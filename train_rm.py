@@ -1,0 +1,397 @@
+"""Train a reward model: a score for each response, higher for the chosen one of every pair.
+
+    loss = -logsigmoid(s(chosen) - s(rejected))                                       Bradley-Terry, arXiv:1706.03741
+    --task harmless adds, for rows with labels,
+           weight * [-logsigmoid(z s(chosen)) - logsigmoid(z s(rejected))]    arXiv:2310.12773 Eq. 6 with score = -cost
+
+s is a linear map of the hidden state of a response's last token.  z is +1 for a response labelled safe and -1 for a
+harmful one: ranking and labels pull one way, higher is safer, and the labels alone give the score its zero (a harmless
+score above 0 means safe).  The head starts at zero: the first ranking loss is ln 2 = 0.6931.
+
+Deviations: the label terms are per row, so rows without labels train the ranking alone; weight 1 as in the paper.
+
+    python train_rm.py --task harmless --model toy --learning-rate 1e-3                        # laptop, offline
+    python train_rm.py --task helpful --config configs/rm_config.yaml                          # one GPU
+    torchrun --nproc_per_node=8 train_rm.py --task harmless --config configs/rm_config.yaml    # eight GPUs
+
+Copy with: checkpoints.py distributed.py flags.py lora.py losses.py model_files.py packed_model.py packing.py
+    preference_data.py run_files.py score_cache.py speed.py toy_world.py
+"""
+
+import itertools
+import json
+import math
+import sys
+from functools import partial
+
+import torch
+from safetensors import SafetensorError
+from tqdm import tqdm
+from transformers.optimization import get_scheduler
+
+import checkpoints
+import distributed
+import flags
+import lora
+import run_files
+import score_cache
+import speed
+import toy_world
+from losses import harm_label_loss, reward_loss
+from model_files import ModelError, enable_checkpointing, load_model, load_skeleton, load_tokenizer, pad_unlike_ends
+from packed_model import prepare_scores
+from packing import epoch_plan, pack, passes, send
+from preference_data import DataError, fingerprint, load_pairs
+
+TOY_FOLDER = "outputs/toy_world"
+ADVICE = "nothing is saved; try a smaller --learning-rate, --dtype fp32, or look for broken weights or data"
+
+
+def get_args(argv=None):
+    parser = flags.Parser(__doc__)
+    add, positive = parser.add_argument, flags.number(float, least=0)
+    add("--task", choices=("helpful", "harmless"), required=True, help="which of the two reward models")
+    names = "--model", "--base-model-path"
+    add(*names, default="Qwen/Qwen3-0.6B", help="base: folder, hub id or `toy`")
+    add("--tokenizer-name", metavar="DIR", help="tokenizer, where it is not the model's")
+    for part in ("train", "val"):
+        for task in ("helpful", "harmless"):
+            path = f"data/{part}/{task}_pairs.jsonl"
+            add(f"--{part}-{task}-path", default=path, metavar="FILE", help=f"pairs of --task {task}, or `toy`")
+    add("--classification-loss-weight", type=positive, metavar="W", help="of the label terms (default: 1 for harmless)")
+    add("--center-rewards", type=positive, default=0.0, metavar="G", help="adds G x the mean squared score to the loss")
+    flags.add_common_flags(
+        parser,
+        batch_size=4,
+        gradient_accumulation_steps=2,
+        learning_rate=2e-5,
+        lora_dropout=0.1,
+        output_dir=None,
+    )
+    args = parser.parse_args(argv)
+    flags.check_common_flags(parser, args)
+    if args.task == "helpful" and args.classification_loss_weight:
+        parser.error("--classification-loss-weight is for --task harmless: helpful rows have no labels of harm")
+    if args.classification_loss_weight is None:
+        args.classification_loss_weight = float(args.task == "harmless")
+    args.output_dir = args.output_dir or f"models/{args.task}_rm"
+    return args
+
+
+METRICS = "loss ranking_loss accuracy margin chosen_score rejected_score".split()  # in the order of pair_losses
+
+
+def pair_losses(model, batch, labels, args):
+    """Losses of a packed batch (B,), and METRICS of each pair (len(METRICS), B), without gradient; labels (B, 2)."""
+    chosen_scores, rejected_scores = model.packed_scores(batch)
+    losses = ranking = reward_loss(chosen_scores, rejected_scores, args.center_rewards)
+    if args.classification_loss_weight:
+        losses = ranking + args.classification_loss_weight * harm_label_loss(chosen_scores, rejected_scores, labels)
+    metrics = (
+        losses,
+        ranking,
+        chosen_scores > rejected_scores,
+        chosen_scores - rejected_scores,
+        chosen_scores,
+        rejected_scores,
+    )
+    return losses, torch.stack([values.detach().to(losses.dtype) for values in metrics])
+
+
+def score_statistics(scores, labels):
+    """What a reward model says of held-out pairs: scores (N, 2) of chosen and rejected, labels (N, 2) in +1, -1, 0.
+
+    For labelled responses: the share of safe ones above zero and of harmful ones below it, the area under the ROC curve
+    (the chance that a safe response scores above a harmful one, ties half) and the Brier score of sigmoid(score).
+    """
+    scores, labels = scores.double(), labels.double()
+    margin = scores[:, 0] - scores[:, 1]
+    result = {"accuracy": (margin > 0).double().mean(), "margin": margin.mean(), "margin_std": margin.std(correction=0)}
+    result |= {"score": scores.mean(), "score_std": scores.std(correction=0)}
+    safe, harmful = scores[labels < 0], scores[labels > 0]
+    for name, part in (("safe", safe), ("harmful", harmful)):
+        if len(part):
+            right = (part > 0) if name == "safe" else (part < 0)
+            result |= {f"{name}_sign_accuracy": right.double().mean(), f"{name}_score": part.mean()}
+            result[f"{name}_score_std"] = part.std(correction=0)
+    if len(safe) and len(harmful):
+        below = torch.searchsorted(harmful.sort().values, safe)
+        not_above = torch.searchsorted(harmful.sort().values, safe, right=True)
+        result["auroc"] = (below + not_above).double().mean() / 2 / len(harmful)
+        error = torch.cat((1 - safe.sigmoid(), harmful.sigmoid()))
+        result["brier"] = (error**2).mean()
+    return {name: value.item() for name, value in result.items()}
+
+
+@torch.no_grad()
+def evaluate(model, pairs, labels, held_out, split, args, world):
+    """The held-out loss and score_statistics, {eval_name: number}; every rank scores its share."""
+    sums = torch.zeros(len(METRICS), dtype=torch.float64)
+    scores = torch.zeros(len(pairs), 2, dtype=torch.float64)
+    for indices in split(held_out[world.rank :: world.size]):
+        batch, labelled = pack([pairs[i] for i in indices], world.device), send(labels[indices], world.device)
+        metrics = pair_losses(model, batch, labelled, args)[1].cpu().double()
+        sums += metrics.sum(1)
+        scores[indices] = metrics[-2:].t()  # chosen_score, rejected_score
+    sums, scores = distributed.all_reduce_sum(sums, world), distributed.all_reduce_sum(scores, world)[held_out]
+    means = dict(zip(METRICS, (sums / len(held_out)).tolist(), strict=True))
+    statistics = score_statistics(scores, labels[held_out])
+    result = {"loss": means["loss"], "ranking_loss": means["ranking_loss"]} | statistics
+    result["accuracy_ci95"] = 1.96 * (statistics["accuracy"] * (1 - statistics["accuracy"]) / len(held_out)) ** 0.5
+    return {f"eval_{name}": value for name, value in result.items()}
+
+
+def save_model(folder, model, tokenizer, record, args, dtype):
+    """The adapter with its head in PEFT's format or a whole model of transformers', and reward_model.json."""
+    if args.lora_r:
+        lora.save_adapter(model, "reward", folder, args.model, model.score.weight)
+    else:
+        model.config.pad_token_id = record["pad_token_id"]
+        model.to(dtype).save_pretrained(folder)
+        model.float()
+    tokenizer.save_pretrained(folder)
+    (folder / "reward_model.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+
+def main(args):
+    # 1 setup
+    world = distributed.start(args.device)
+    watch = speed.Stopwatch(world.device, "start")
+    say = partial(distributed.print0, world)
+    checkpoint = checkpoints.find(args.output_dir, args.resume, say)
+    run_files.check_output(args, checkpoint)
+    if world.size > 1:
+        say(f"Distributed training initialized: world_size={world.size}")
+    train_path, val_path = (getattr(args, f"{part}_{args.task}_path") for part in ("train", "val"))
+    if "toy" in (args.model, train_path, val_path):
+        toy = distributed.main_first(world, lambda: toy_world.build(TOY_FOLDER))
+        args.model = str(toy / "model") if args.model == "toy" else args.model
+        train_path = str(toy / f"train/{args.task}_pairs.jsonl") if train_path == "toy" else train_path
+        val_path = str(toy / f"val/{args.task}_pairs.jsonl") if val_path == "toy" else val_path
+
+    # 2 data (before the models: a mistake in it should not wait for gigabytes of weights)
+    tokenizer = load_tokenizer(args.tokenizer_name or args.model, args.trust_remote_code)
+    skeleton = load_skeleton(args.model, tokenizer, args.trust_remote_code, scores=True)
+    if args.lora_r:  # a wrong target shows here
+        lora.add_adapter(skeleton, "reward", args.lora_r, args.lora_alpha, 0.0, args.lora_target_modules)
+    watch.phase("tokenise")
+    read = partial(
+        load_pairs,
+        tokenizer=tokenizer,
+        max_length=args.max_length,
+        max_prompt_length=args.max_prompt_length,
+        skip_invalid=args.skip_invalid,
+        chat_template_strings=args.chat_template_strings,
+    )
+    pairs, report = read(train_path, limit=args.num_samples)
+    train, held_out = list(range(len(pairs))), []  # places in pairs
+    if args.eval_samples != 0:
+        val_pairs, val_report = read(val_path, limit=args.eval_samples or 0)
+        held_out = list(range(len(pairs), len(pairs) + len(val_pairs)))
+        pairs, report = pairs + val_pairs, report + val_report
+    say(*report, sep="\n")
+    labels = torch.tensor([pair.labels or (0, 0) for pair in pairs], dtype=torch.float32)
+    labelled = int(labels[train].abs().amax(1).sum())
+    if args.classification_loss_weight:
+        say(f"{labelled:,} of {len(train):,} pairs to train on have labels of harm")
+        if not labelled:
+            say("The label terms have nothing to act on: the score's zero will mean nothing (calibrated: false)")
+    lengths = [sum(map(len, pair[:3])) for pair in pairs]
+    in_passes = {"batch_size": args.batch_size, "lengths": lengths, "budget": args.tokens_per_microbatch}
+    if 0 < args.tokens_per_microbatch < max(lengths):
+        say(f"Pairs of more than {args.tokens_per_microbatch} tokens take a pass each; the longest has {max(lengths)}")
+    split, accumulation = partial(passes, **in_passes), args.gradient_accumulation_steps
+
+    # 3 models
+    watch.phase("load")
+    dtype = distributed.pick_dtype(args.dtype, world)
+    weights_dtype = dtype if args.lora_r else torch.float32  # weights that are trained are fp32, computed with in dtype
+    model = load_model(args.model, weights_dtype, world.device, args.trust_remote_code, scores=True)
+    distributed.seed_everything(args.seed)
+    parameters = list(model.parameters())
+    if args.lora_r:
+        adapter = args.lora_r, args.lora_alpha, args.lora_dropout, args.lora_target_modules
+        head = model.score.weight
+        parameters = [*lora.add_adapter(model, "reward", *adapter), head.requires_grad_(True)]
+    say(f"{prepare_scores(model)} ({world.device}, {str(dtype).removeprefix('torch.')})")
+    if args.gradient_checkpointing == "on" or (args.gradient_checkpointing == "auto" and not args.lora_r):
+        enable_checkpointing(model)
+    identity = {"script": "train_rm.py", "dtype": str(dtype), "processes": world.size}
+    identity |= run_files.flags_that_matter(args) | {"data": fingerprint([pairs[i] for i in train])}
+    record = None
+    if world.is_main:
+        backbone = [item for item in model.base_model.state_dict().items() if ".lora_" not in item[0]]
+        identity["base model"] = score_cache.weights_sha256(backbone)
+        if checkpoint:
+            checkpoints.check_identity(checkpoint, identity)
+        record = {
+            "task": args.task,
+            "sign": "a higher score is better" if args.task == "helpful" else "a higher score is safer; cost = -score",
+            "calibrated": bool(labelled and args.classification_loss_weight),
+            "base_model": args.model,
+            "base_sha256": identity["base model"],
+            "data_sha256": identity["data"],
+            "pad_token_id": pad_unlike_ends(args.model, tokenizer, model.config),
+        }
+    trainable, total = sum(p.numel() for p in parameters), sum(p.numel() for p in model.parameters())
+    what = "LoRA enabled" if args.lora_r else "Full fine-tuning"
+    say(f"{what}: {trainable:,} trainable / {total:,} total parameters ({100 * trainable / total:.2f}%)")
+    if args.lora_r and "learning_rate" not in args.given and args.learning_rate < 5e-5:
+        say(f"--learning-rate {args.learning_rate:g} is slow with LoRA: try 1e-4")
+    say(*distributed.memory_lines(world), sep="\n")
+    say(distributed.effective_batch_line(args.batch_size, accumulation, world))
+
+    # 4 optimiser
+    plan_epoch = partial(
+        epoch_plan, train, seed=args.seed, accumulation=accumulation, world_size=world.size, **in_passes
+    )
+    updates_per_epoch = len(plan_epoch(epoch=0))
+    num_updates = min(args.epochs * updates_per_epoch, args.max_steps or sys.maxsize)
+    optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, weight_decay=args.weight_decay)
+    scheduler = get_scheduler(args.lr_scheduler, optimizer, args.warmup_steps, num_updates)
+    scaler = torch.amp.GradScaler(world.device.type, enabled=dtype == torch.float16)
+    autocast = torch.autocast(world.device.type, dtype, enabled=weights_dtype != dtype)
+    distributed.assert_same_on_all_ranks(parameters, world)
+    distributed.seed_everything(args.seed + world.rank)  # from here on chance (dropout) differs between ranks
+
+    # 5 train
+    window = torch.zeros(len(METRICS), device=world.device)  # sums of METRICS since the last log line
+    pair_flops = speed.useful_flops(model, pairs)
+    grad_norms = []  # since the last log line, on the device: to look at each at once would wait for it
+    at = {"step": 0, "tokens": 0, "pairs": 0, "best": None, "history": None}  # pairs: since the last log line
+    if checkpoint:
+        tensors, at = checkpoints.load_state(checkpoint, parameters, optimizer)
+        scheduler.load_state_dict(at["scheduler"])
+        scaler.load_state_dict(at["scaler"])
+        checkpoints.set_chance(tensors["chance"][world.rank], world.device)
+        window += tensors["window"][world.rank].to(world.device)
+        say(f"resumed from {checkpoint}")
+    log = run_files.MetricsLog(args, world.is_main, checkpoint, at["history"])
+    termination = checkpoints.Termination()
+    bar = tqdm(total=num_updates, initial=at["step"], desc="updates", disable=not distributed.shows_bars(world))
+
+    def evaluate_and_keep_the_best():
+        """After each epoch, and after the last update."""
+        metrics = {}
+        if held_out:
+            model.eval()
+            with autocast:
+                metrics = evaluate(model, pairs, labels, held_out, split, args, world)
+            model.train()
+            if not math.isfinite(metrics["eval_loss"]):
+                raise flags.NonFinite(f"the held-out loss is {metrics['eval_loss']} at step {at['step']}: {ADVICE}")
+            log.write(at["step"], at["step"] / updates_per_epoch, metrics)
+            epoch = -(-at["step"] // updates_per_epoch)
+            line = f"[{args.task}] Epoch {epoch}/{args.epochs}" + (f" train_loss={at['loss']:.4f}" if at["step"] else "")
+            say(f"{line} val_loss={metrics['eval_loss']:.4f} val_acc={metrics['eval_accuracy']:.4f}")
+            words = "margin score score_std safe_sign_accuracy harmful_sign_accuracy auroc brier".split()
+            say("  " + " ".join(f"{name}={metrics[f'eval_{name}']:.4f}" for name in words if f"eval_{name}" in metrics))
+        check_weights()
+        if at["step"] and (not held_out or at["best"] is None or metrics["eval_loss"] < at["best"]):
+            at["best"] = metrics.get("eval_loss")
+            if world.is_main:
+                loss = f"val_loss={metrics['eval_loss']:.4f}" if held_out else "no validation: the last one"
+                say(f"Saving best model to {args.output_dir} ({loss})")
+                statistics = {name.removeprefix("eval_"): value for name, value in metrics.items()}
+                with run_files.whole_files(args.output_dir) as folder:
+                    save_model(folder, model, tokenizer, record | {"validation": statistics}, args, dtype)
+
+    def check_weights():
+        if not all(parameter.isfinite().all() for parameter in parameters):
+            raise flags.NonFinite(f"step {at['step']} left weights that are not finite: {ADVICE}")
+
+    def save_checkpoint():
+        check_weights()
+        tensors = {"chance": distributed.gather(checkpoints.chance(world.device), world)}
+        tensors["window"] = distributed.gather(window, world)
+        if world.is_main:
+            at.update(identity=identity, history=log.history)
+            at.update(scheduler=scheduler.state_dict(), scaler=scaler.state_dict())
+            try:
+                with checkpoints.new_checkpoint(args.output_dir, at["step"], args.save_total_limit) as folder:
+                    checkpoints.save_state(folder, parameters, optimizer, tensors, at)
+            except (OSError, SafetensorError) as error:
+                say(f"checkpoint-{at['step']} could not be written ({error}): older ones stay, training goes on")
+
+    if not checkpoint:
+        evaluate_and_keep_the_best()
+    model.train()
+    updates = itertools.chain.from_iterable(plan_epoch(epoch=epoch) for epoch in itertools.count())
+    for num_pairs, micro_batches in itertools.islice(updates, at["step"], num_updates):
+        for indices in micro_batches[world.rank]:
+            watch.phase("forward")
+            batch, labelled = pack([pairs[i] for i in indices], world.device), send(labels[indices], world.device)
+            with autocast:
+                losses, metrics = pair_losses(model, batch, labelled, args)
+            watch.phase("backward")
+            # Divided by the pairs of the whole update: any split into passes and ranks is the same gradient.
+            scaler.scale(losses.sum() / num_pairs).backward()
+            window += metrics.sum(1)
+        watch.phase("communicate")
+        distributed.all_reduce_gradients(parameters, world)
+        watch.phase("step")
+        scaler.unscale_(optimizer)
+        grad_norms.append(torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm or math.inf))
+        scale = scaler.get_scale()
+        scaler.step(optimizer)
+        scaler.update()
+        if scaler.get_scale() >= scale:  # else the scaler has skipped the update, on all ranks alike
+            scheduler.step()
+        optimizer.zero_grad()
+        watch.phase("other")
+        in_update = [i for share in micro_batches for indices in share for i in indices]
+        at["step"] += 1
+        at["pairs"] += num_pairs
+        at["tokens"] += sum(lengths[i] for i in in_update)
+        watch.work(num_pairs, sum(pair_flops[i] for i in in_update))
+        bar.update()
+
+        step, epoch = at["step"], (at["step"] - 1) // updates_per_epoch + 1
+        ends_epoch = step % updates_per_epoch == 0 or step == num_updates
+        if step % args.logging_steps == 0 or ends_epoch:
+            sums, norms = distributed.all_reduce_sum(window, world).tolist(), torch.stack(grad_norms).tolist()
+            for at_step, norm in enumerate(norms, step - len(norms) + 1):
+                if not math.isfinite(norm) and scaler.get_scale() <= 1:  # 1: no scaler, or it has nothing left to give
+                    raise flags.NonFinite(f"the gradient is {norm} at step {at_step}: {ADVICE}")
+            metrics = {name: total / at["pairs"] for name, total in zip(METRICS, sums, strict=True)}
+            metrics |= {"grad_norm": norms[-1], "learning_rate": scheduler.get_last_lr()[0]}
+            metrics |= {"num_tokens": at["tokens"]}
+            log.write(step, step / updates_per_epoch, metrics)
+            at["loss"] = metrics["loss"]
+            numbers = " ".join(f"{name}={metrics[name]:.4f}" for name in ("loss", "accuracy", "margin", "grad_norm"))
+            line = f"[{args.task}] Epoch {epoch} step {step} {numbers}"
+            say(f"{line} learning_rate={metrics['learning_rate']:.2e} {watch.rate()}")
+            window.zero_()
+            grad_norms.clear()
+            at["pairs"] = 0
+        if ends_epoch or (held_out and args.eval_steps and step % args.eval_steps == 0):
+            evaluate_and_keep_the_best()
+        asked_to_end = distributed.on_any_rank(termination.asked, world)
+        if asked_to_end or (args.save_steps and step % args.save_steps == 0):
+            save_checkpoint()
+        if asked_to_end:
+            say(f"SIGTERM: ended after step {step}, --resume auto goes on from there")
+            distributed.stop()
+            sys.exit(143)
+    bar.close()
+    termination.close()
+    say("Seconds: " + ", ".join(f"{phase} {seconds:.1f}" for phase, seconds in watch.read().items()))
+    say(*distributed.memory_lines(world), sep="\n")
+
+    # 6 save (the best model is there already)
+    distributed.assert_same_on_all_ranks(parameters, world)
+    log.close()
+    if world.is_main:
+        with run_files.whole_files(args.output_dir) as folder:
+            data = fingerprint([pairs[i] for i in train])
+            card = run_files.model_card(args, __file__, "reward model", log.history, data, bool(args.lora_r))
+            run_files.save_run_record(folder, log, args, __file__, card)
+        say(f"saved to {args.output_dir}")
+    distributed.stop()
+
+
+USER_ERRORS = (DataError, ModelError, lora.AdapterError, distributed.DeviceError, run_files.RunFolderError)
+USER_ERRORS += (checkpoints.CheckpointError,)
+
+if __name__ == "__main__":
+    flags.run(main, get_args(), *USER_ERRORS)
