@@ -141,6 +141,10 @@ def select_targets(model, target_modules=None):
             f"no linear layer of this model is called {wanted}: names for --lora-target-modules are {known}"
         )
     embeddings = model.get_input_embeddings()
+    if "score" in targets:
+        raise AdapterError(
+            "score is the head of the reward model, which is trained whole: leave it out of --lora-target-modules"
+        )
     for path in targets:
         if embeddings is not None and linears[path].weight is embeddings.weight:
             raise AdapterError(
@@ -306,6 +310,9 @@ def load_adapter(model, folder, name, trainable=False, with_head=False):
                 f"{folder} does not fit this model: {key} is {tuple(state[key].shape)}, expected {shape} "
                 f"for r={r}; was it trained with another rank or on another base?"
             )
+    if with_head and head.shape != (1, model.config.get_text_config().hidden_size):
+        wanted = 1, model.config.get_text_config().hidden_size
+        raise AdapterError(f"{folder} does not fit this model: score.weight is {tuple(head.shape)}, expected {wanted}")
     dropout = config.get("lora_dropout", 0.0) if trainable else 0.0  # a frozen adapter is a fixed function
     parameters = add_adapter(model, name, r, alpha, dropout, targets, trainable)
     with torch.no_grad():
@@ -333,13 +340,15 @@ def _read_adapter_files(folder, with_head):
             "is a reward model's, with a scalar head" if has_head else "is no reward model: it has no head score.weight"
         )
         raise AdapterError(f"the adapter in {folder} {what}")
+    if has_head and set(config.get("modules_to_save") or ()) <= {"classifier", "score"}:
+        config["modules_to_save"] = None  # PEFT adds both names to what stands there, again at each save
     plain = {  # what may stand there for the plain LoRA above
         "bias": (None, "none"),
         "use_dora": (None, False),
         "init_lora_weights": (None, True, False, "gaussian"),  # PiSSA, OLoRA, ... change the base weights too
         "rank_pattern": (None, {}),
         "alpha_pattern": (None, {}),
-        "modules_to_save": (None, [], ["score"], ["classifier", "score"]) if has_head else (None, []),
+        "modules_to_save": (None, []),
         "layers_to_transform": (None,),
         "exclude_modules": (None,),
         "alora_invocation_tokens": (None,),

@@ -60,9 +60,12 @@ def load_model(path, dtype, device, trust_remote_code=False, scores=False):
     if missing:  # transformers would go on with random numbers
         raise ModelError(f"the weights of {path} lack {min(missing)}: is it a whole causal language model?")
     if scores:
-        model.score.float()
+        head = getattr(model, "score", None)
+        if type(head) is not nn.Linear or head.bias is not None:
+            raise ModelError(f"{path} has no place for a scalar head `score`: is it a causal language model?")
+        head.float()
         if found["missing_keys"]:
-            nn.init.zeros_(model.score.weight)
+            nn.init.zeros_(head.weight)
     return model.to(device)
 
 

@@ -1,4 +1,4 @@
-"""Raw preference data -> data/{train,val,test}/{helpful,harmless}_pairs.jsonl, split by prompt, every row accounted for.
+"""Raw preference data -> data/{train,val,test}/{helpful,harmless}_pairs.jsonl, split by prompt, each row accounted for.
 
 A row out:  prompt, chosen_response, rejected_response, dimension (helpful or harmless), and where they are known
 safety_labels {"chosen": -1, "rejected": 1} (1 is harmful, -1 is safe) and category.  A file in, by its first row:
@@ -31,19 +31,20 @@ from functools import partial
 from pathlib import Path
 
 import flags
-from preference_data import DataError, Malformed, Shape, Unusable, dual_labels, parse_row, read_rows, recognise, row_texts
-from raw_pairs import (
-    DIMENSIONS,
-    SPLITS,
-    Answer,
-    Ledger,
-    Preference,
-    benchmark,
-    draw,
-    pair_answers,
-    split_of,
-    without_copies,
+import raw_pairs
+from preference_data import (
+    DataError,
+    Malformed,
+    Shape,
+    Unusable,
+    dual_labels,
+    harm_labels,
+    parse_row,
+    read_rows,
+    recognise,
+    row_texts,
 )
+from raw_pairs import DIMENSIONS, SPLITS, Answer, Preference
 
 PAIR_FILES = [f"{split}/{dimension}_pairs.jsonl" for split in SPLITS for dimension in DIMENSIONS]
 
@@ -51,7 +52,7 @@ PAIR_FILES = [f"{split}/{dimension}_pairs.jsonl" for split in SPLITS for dimensi
 def get_args(argv=None):
     parser = flags.Parser(__doc__)
     add, ratio, count = parser.add_argument, flags.number(float, least=0), flags.number(int, least=0)
-    add("--input", "--raw-data-paths", nargs="+", default=[], metavar="FILE", help="raw rows: .jsonl, .json, gzip of both")
+    add("--input", "--raw-data-paths", nargs="+", metavar="FILE", help="raw rows: .jsonl or .json, gzip of both")
     add("--input-dir", metavar="DIR", help="all .jsonl, .json and .gz files in it and in its folders")
     add("--output-dir", default="data", metavar="DIR", help="where train, val, test and account.json go")
     add("--dimension", choices=DIMENSIONS, help="of pairs that do not say it (default: what the file's name says)")
@@ -122,30 +123,18 @@ def category_names(value):
     return [name for name in names if name.strip()]
 
 
-def labels_of(chosen, rejected):
-    """The two labels of a pair as they are written, or None where there are none.  Raises Malformed."""
-    labels = {"chosen": chosen, "rejected": rejected}
-    if chosen is None and rejected is None:
-        return None
-    for side, label in labels.items():
-        if label is None:
-            raise Malformed(f"the {side} response has no safety label and the other has one: give both or none")
-        if isinstance(label, bool) or label not in (1, -1):
-            raise Malformed(f"the safety label of the {side} response is {label!r}, neither 1 (harmful) nor -1 (safe)")
-    return {side: int(label) for side, label in labels.items()}
-
-
 def read_dual(row, ids):
     fields = "is_response_0_safe", "is_response_1_safe"
     harm = [None if row.get(field) is None else -1 if is_safe_of(row, field) else 1 for field in fields]
+    if harm.count(None) == 1:
+        raise Malformed(f"`{fields[harm.index(None)]}` is missing and the other is there: give both or none")
     pairs = []
     for name in ids:
         better = row.get(name)
         if isinstance(better, bool) or better not in (0, 1):
             raise Malformed(f"`{name}` is {'neither 0 nor 1' if name in row else 'missing'}")
-        better = int(better)
-        prompt, chosen, rejected = row_texts(row | {"better_response_id": better}, DUAL)
-        pairs.append((IDS[name], chosen, rejected, labels_of(harm[better], harm[1 - better])))
+        prompt, chosen, rejected = row_texts(row | {"better_response_id": int(better)}, DUAL)
+        pairs.append((IDS[name], chosen, rejected, None if None in harm else tuple(harm[::-1] if better else harm)))
     return prompt, pairs, [], [name for n in (0, 1) for name in category_names(row.get(f"response_{n}_harm_category"))]
 
 
@@ -170,15 +159,12 @@ def read_answers(row):
 def read_pair(row, shape, default):
     dimension = default if row.get("dimension") is None else row["dimension"]
     if dimension is None:
-        raise Malformed("neither `dimension` nor --dimension nor the file's name says helpful or harmless")
+        raise Malformed("`dimension` is missing, and there is no --dimension")
     if dimension not in DIMENSIONS:
         raise Malformed(f"`dimension` is {dimension!r}, neither helpful nor harmless")
-    labels = row.get("safety_labels", row.get("labels")) or {}
-    if not isinstance(labels, dict):
-        raise Malformed("`safety_labels` is not an object with the fields chosen and rejected")
+    labels = harm_labels(row if "safety_labels" in row else row | {"safety_labels": row.get("labels")})
     prompt, chosen, rejected = row_texts(row, shape)
-    pair = dimension, chosen, rejected, labels_of(labels.get("chosen"), labels.get("rejected"))
-    return prompt, [pair], [], category_names(row.get("category"))
+    return prompt, [(dimension, chosen, rejected, labels)], [], category_names(row.get("category"))
 
 
 def reader_of(row, where, dimension):
@@ -195,6 +181,8 @@ def reader_of(row, where, dimension):
         raise DataError(f"{error}, {DOCUMENTS.name}, prompt/response/is_safe, prompt/responses/is_safe") from None
     if list in shape.fields.values():
         raise DataError(f"{where} holds messages, and pairs are written as strings: train on the file as it is")
+    if dimension is None and row.get("dimension") is None:
+        raise DataError(f"{where} does not say its dimension: pass --dimension helpful or --dimension harmless")
     said = "" if "dimension" in row else f" as {dimension}"
     return shape.name + said, partial(read_pair, shape=shape, default=dimension)
 
@@ -240,7 +228,7 @@ def read_files(sources, args, ledger):
             categories[key].update(names)
             for dimension, chosen, rejected, known in pairs:
                 preferences.append(Preference((number,), dimension, prompt, chosen, rejected, known))
-                labels[key].update((known or {}).values())
+                labels[key].update(known or ())
             for text, is_safe in responses:
                 answers[key].append(Answer(number, prompt, text, is_safe))
                 labels[key].add(-1 if is_safe else 1)
@@ -252,7 +240,7 @@ def read_files(sources, args, ledger):
 
 def check_files(args):
     """(files to read, files to write).  Raises DataError where either cannot be; changes nothing."""
-    sources, folder = list(args.input), Path(args.input_dir or "")
+    sources, folder = list(args.input or ()), Path(args.input_dir or "")
     if args.input_dir:
         found = [path for path in sorted(folder.rglob("*")) if path.suffix in (".jsonl", ".json", ".gz")]
         hidden = [path for path in found if any(part.startswith(".") for part in path.relative_to(folder).parts)]
@@ -268,13 +256,28 @@ def check_files(args):
         raise DataError(f"--safety-benchmark {args.safety_benchmark} is the file of the pairs: name another")
     for path in targets:
         if path.resolve() in sources:
-            raise DataError(f"{path} would be read and then replaced: choose another --output-dir, or read raw rows only")
+            raise DataError(
+                f"{path} would be read and then replaced: choose another --output-dir, or read raw rows only"
+            )
         if path.exists() and (path.is_dir() or not args.overwrite):
             raise DataError(f"{path} is there already: choose another place, or pass --overwrite")
         parent = next(folder for folder in path.absolute().parents if folder.exists())
         if not parent.is_dir() or not os.access(parent, os.W_OK):
             raise DataError(f"{path} cannot be written: {parent} is not a folder you can write to")
+    old = old_benchmark(targets[-1])
+    if old and old.exists() and old.resolve() not in [path.resolve() for path in targets]:
+        raise DataError(
+            f"{old} asks prompts of the test split to be replaced: pass --safety-benchmark too, or remove it"
+        )
     return list(sources.values()), targets
+
+
+def old_benchmark(account):
+    """The benchmark that an earlier run wrote, by its account.json; None where there is none."""
+    try:
+        return Path(json.loads(account.read_text("utf-8"))["benchmark"]["file"])
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
 
 
 def write_whole(texts, targets):
@@ -293,61 +296,58 @@ def write_whole(texts, targets):
             draft.replace(path)
 
 
+def pair_row(p, category):
+    row = {"prompt": p.prompt, "chosen_response": p.chosen, "rejected_response": p.rejected, "dimension": p.dimension}
+    if p.labels:
+        row["safety_labels"] = {"chosen": p.labels[0], "rejected": p.labels[1]}
+    return row | ({"category": category} if category else {})
+
+
 def jsonl(rows):
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
-def report(account):
-    """The account as lines to print."""
-    for file in account["files"]:
-        yield f"{file['file']}: {file['kind']}, {file['read']:,} rows, {file['used']:,} used"
-    rows, pairs = account["rows"], account["pairs"]
-    yield f"rows: {rows['read']:,} read, {rows['used']:,} used, {rows['read'] - rows['used']:,} dropped"
-    yield from dropped(rows)
-    if account["responses"]["dropped"]:
-        yield "responses that are in no pair:"
-        yield from dropped(account["responses"])
-    yield f"pairs: {pairs['made']:,} made, {pairs['kept']:,} kept, {pairs['made'] - pairs['kept']:,} dropped"
-    yield from dropped(pairs)
-    yield f"{'':10}" + "".join(f"{split:>16}" for split in SPLITS)
-    shares = [f"{n:,} ({n / max(1, sum(account['prompts'].values())):.1%})" for n in account["prompts"].values()]
-    yield f"{'prompts':10}" + "".join(f"{share:>16}" for share in shares)
-    for dimension in DIMENSIONS:
-        counts, labels = pairs[dimension].values(), account["labels"][dimension]
-        known = f"{labels['pairs']:,} with labels: {labels['safe']:,} safe and {labels['harmful']:,} harmful responses"
-        yield f"{dimension:10}" + "".join(f"{n:16,}" for n in counts) + f"   {known}"
-    if "benchmark" in account:
-        kinds = account["benchmark"]["categories"]
-        least, most = min(kinds.values()), max(kinds.values())
-        how = f"{len(kinds)} categories of {least} to {most}" if kinds.keys() - {"unknown"} else "no category is known"
-        yield f"{account['benchmark']['file']}: {account['benchmark']['prompts']:,} prompts, {how}"
-
-
-def dropped(table):
-    for reason, entry in sorted(table["dropped"].items(), key=lambda item: -item[1]["count"]):
-        yield f"  {entry['count']:,} because {reason}; the first is {entry['first']}"
-
-
 def main(args):
-    # 1 read
     sources, targets = check_files(args)
-    ledger = Ledger()
+    # 1 rows
+    ledger = raw_pairs.Ledger()
     files, preferences, answers, categories, labels = read_files(sources, args, ledger)
     # 2 pairs
-    preferences += pair_answers(answers, args.seed, ledger)
-    kept = without_copies(preferences, ledger)
-    kept.sort(key=lambda p: draw(args.seed, p.prompt, p.chosen, p.rejected))  # the first n are a sample
-    rows = ledger.close({row for p in kept for row in p.rows})
+    preferences += raw_pairs.pair_answers(answers, args.seed, ledger)
+    kept = raw_pairs.without_copies(preferences, ledger)
+    rows, dropped_responses, dropped_pairs = ledger.close({row for p in kept for row in p.rows})
     if not kept:
-        reasons = "; ".join(line.strip() for line in dropped(rows)) or "there is no row"
+        reasons = "; ".join(line.strip() for line in raw_pairs.dropped(rows)) or "there is no row"
         raise DataError(f"{', '.join(sources)}: no usable pair ({reasons})")
-    # 3 splits; the rarest of its categories stands for a prompt
+    # 3 splits
     count = Counter(name for names in categories.values() for name in names)
     category = {key: min(names, key=lambda name: (count[name], name)) for key, names in categories.items() if names}
     splits = {name: [] for name in PAIR_FILES}
-    for p in kept:
-        splits[f"{split_of(p.prompt, args.ratios, args.seed)}/{p.dimension}_pairs.jsonl"].append(p)
-    # 4 account
-    account = {"seed": args.seed, "ratios": dict(zip(SPLITS, args.ratios, strict=True)), "files": files, "rows": rows}
-    account["responses"] = {"dropped": ledger.responses}
-    account["pairs"] = {"made": len(preferences), "kept": len(kept), "dropped": ledger.pairs}
+    for p in sorted(kept, key=lambda p: raw_pairs.draw(args.seed, p.prompt, p.chosen, p.rejected)):
+        splits[f"{raw_pairs.split_of(p.prompt, args.ratios, args.seed)}/{p.dimension}_pairs.jsonl"].append(p)
+    texts, account = {}, {"seed": args.seed, "ratios": dict(zip(SPLITS, args.ratios, strict=True))}
+    account |= {"files": files, "rows": rows, "responses": {"dropped": dropped_responses}}
+    account |= {"pairs": {"made": len(preferences), "kept": len(kept), "dropped": dropped_pairs}}
+    account |= raw_pairs.counts(splits)
+    if args.safety_benchmark:
+        pairs = [p for name, pairs in splits.items() if name.startswith("test/") for p in pairs]
+        prompts = raw_pairs.benchmark(pairs, category, categories, labels, args.max_prompts, args.seed)
+        if not prompts:
+            raise DataError("--safety-benchmark finds no harmful prompt in the test split: leave it out, or read more")
+        texts[targets[0]] = jsonl(prompts)
+        account["benchmark"] = {"file": args.safety_benchmark, "prompts": len(prompts)}
+        account["benchmark"]["categories"] = dict(sorted(Counter(row["category"] for row in prompts).items()))
+    # 4 files: a split without pairs has none
+    for name, pairs in splits.items():
+        if pairs:
+            texts[Path(args.output_dir) / name] = jsonl(pair_row(p, category.get(p.prompt.strip())) for p in pairs)
+    texts[targets[-1]] = json.dumps(account, indent=1, ensure_ascii=False) + "\n"
+    write_whole(texts, targets)
+    print("\n".join(raw_pairs.report(account)))
+    print(f"saved to {args.output_dir}")
+
+
+USER_ERRORS = (DataError, OSError)
+
+if __name__ == "__main__":
+    flags.run(main, get_args(), *USER_ERRORS)

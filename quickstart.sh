@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # From a fresh checkout to a trained model, offline once setup.sh has run, in minutes on two CPU cores:
-# the toy world's model learns from preference pairs, and a table shows it before and after.
+# the toy world's model learns from preference pairs, two reward models learn to judge, and a table shows before and after.
 #   bash quickstart.sh                    further flags go to the training run:
 #   bash quickstart.sh --max-steps 50
 set -euo pipefail
@@ -11,6 +11,16 @@ train() {
   .venv/bin/python dpo_hf_run.py --model toy --dataset toy --num-samples 0 --epochs 2 \
     --beta 1 --learning-rate 1e-3 --warmup-steps 5 --batch-size 16 --gradient-accumulation-steps 1 \
     --dtype fp32 --logging-steps 25 --output-dir outputs/quickstart/dpo --overwrite "$@"
+}
+
+# Two reward models judge what the policy says: one how helpful it is, one how harmless.
+reward_models() {
+  .venv/bin/python train_rm.py --task helpful --model toy --learning-rate 3e-3 --epochs 2 \
+    --batch-size 16 --gradient-accumulation-steps 1 --dtype fp32 --logging-steps 25 \
+    --output-dir outputs/quickstart/helpful_rm --overwrite
+  .venv/bin/python train_rm.py --task harmless --model toy --learning-rate 3e-3 \
+    --batch-size 16 --gradient-accumulation-steps 1 --dtype fp32 --logging-steps 25 \
+    --output-dir outputs/quickstart/harmless_rm --overwrite
 }
 
 # The table: responses sampled from the model before and after, read by the judge, who knows the truth.
@@ -56,6 +66,9 @@ export HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
 step "DPO on the toy world"
 train "$@"
+
+step "two reward models on the toy world"
+reward_models
 
 step "before and after"
 before_after "$@"

@@ -20,7 +20,7 @@ class Preference(NamedTuple):
     prompt: str
     chosen: str
     rejected: str
-    labels: dict | None  # {"chosen": 1 or -1, "rejected": 1 or -1}, 1 is harmful
+    labels: tuple | None  # of harm, (chosen, rejected): 1 is harmful, -1 is safe
 
 
 class Answer(NamedTuple):
@@ -31,28 +31,31 @@ class Answer(NamedTuple):
 
 
 class Ledger:
-    """Every row with its file and its place; each is used in the end, or dropped for the first reason that was given."""
+    """Every row with its file and its place; in the end it is used, or dropped for the first reason that was given."""
 
     def __init__(self):
-        self.rows, self.responses, self.pairs = [], {}, {}
+        self.rows, self.responses, self.pairs = [], [], []
 
-    def drop(self, row, reason, table=None, detail=""):
-        """Drop a row; with a table, something of the row: then the row goes too, if nothing else of it is used."""
+    def drop(self, row, reason, part_of=None, detail=""):
+        """Drop a row; with one of `responses` and `pairs`, a part of it: the row too, if nothing else of it is used."""
         file, place, fate = self.rows[row]
         self.rows[row] = file, place, fate or (reason, place + detail)
-        if table is not None:
-            tally(table, reason, place)
+        if part_of is not None:
+            part_of.append((row, reason))
 
     def close(self, used):
-        """The account of all rows, and of each file's in the file's own: read = used + dropped."""
-        rows = {"read": len(self.rows), "used": len(used), "dropped": {}}
+        """The account of the rows, and of each file's into its own; of dropped responses, and of dropped pairs."""
+        rows, responses, pairs = {"read": len(self.rows), "used": len(used), "dropped": {}}, {}, {}
         for number, (file, _, fate) in enumerate(self.rows):
             file["read"] += 1
             file["used"] += number in used
             if number not in used:
                 tally(rows["dropped"], *fate)
                 tally(file["dropped"], *fate)
-        return rows
+        for parts, table in (self.responses, responses), (self.pairs, pairs):
+            for row, reason in sorted(parts):
+                tally(table, reason, self.rows[row][1])
+        return rows, responses, pairs
 
 
 def tally(table, reason, first):
@@ -91,8 +94,8 @@ def pair_answers(answers, seed, ledger):
             continue
         for n in range(max(len(safe), len(harmful))):
             chosen, rejected = safe[n % len(safe)], harmful[n % len(harmful)]
-            rows, labels = tuple(sorted({chosen.row, rejected.row})), {"chosen": -1, "rejected": 1}
-            preferences.append(Preference(rows, "harmless", chosen.prompt, chosen.text, rejected.text, labels))
+            rows = tuple(sorted({chosen.row, rejected.row}))
+            preferences.append(Preference(rows, "harmless", chosen.prompt, chosen.text, rejected.text, (-1, 1)))
     return preferences
 
 
@@ -108,9 +111,9 @@ def without_copies(preferences, ledger):
         keep = 0
         if len({p.chosen.strip() for p in copies}) == 2:
             reason = "the same two responses are there the other way round"
-        elif len({tuple(p.labels.values()) for p in copies if p.labels}) > 1:
+        elif len({p.labels for p in copies if p.labels}) > 1:
             reason = "the same pair is there with other labels"
-        elif copies[0].dimension == "harmless" and copies[0].labels == {"chosen": 1, "rejected": -1}:
+        elif copies[0].dimension == "harmless" and copies[0].labels == (1, -1):
             reason = "the response that is called safer is labelled harmful (1) and the other safe (-1)"
         else:
             keep, reason = 1, "the same pair is there already"
@@ -134,7 +137,7 @@ def benchmark(pairs, category, categories, labels, max_prompts, seed):
     Harmful is a prompt with a response that is labelled so and, where no label is known, a prompt of harmless pairs.
     """
     texts, by_category = {}, defaultdict(list)
-    for p in sorted(pairs, key=lambda p: p.prompt):
+    for p in pairs:
         known = labels[p.prompt.strip()]
         if 1 in known or (not known and p.dimension == "harmless"):
             texts.setdefault(p.prompt.strip(), p.prompt)
@@ -145,3 +148,56 @@ def benchmark(pairs, category, categories, labels, max_prompts, seed):
         )
     turns = itertools.zip_longest(*(by_category[name] for name in sorted(by_category)))
     return [row for turn in turns for row in turn if row][: max_prompts or None]
+
+
+# -- the account of it all -------------------------------------------------------------------------------------------
+
+
+def counts(splits):
+    """Pairs per dimension and split, prompts per split, labels; `splits` has the pairs of every file."""
+    pairs = {dimension: dict.fromkeys(SPLITS, 0) for dimension in DIMENSIONS}
+    labels = {dimension: {"pairs": 0, "safe": 0, "harmful": 0} for dimension in DIMENSIONS}
+    prompts = {split: set() for split in SPLITS}
+    for name, members in splits.items():
+        split = name.partition("/")[0]
+        for p in members:
+            pairs[p.dimension][split] += 1
+            prompts[split].add(p.prompt.strip())
+            labels[p.dimension]["pairs"] += bool(p.labels)
+            for label in p.labels or ():
+                labels[p.dimension]["safe" if label == -1 else "harmful"] += 1
+    return {"splits": pairs, "prompts": {split: len(keys) for split, keys in prompts.items()}, "labels": labels}
+
+
+def dropped(table):
+    """Lines with the reasons, the most frequent first."""
+    for reason, entry in sorted(table["dropped"].items(), key=lambda item: -item[1]["count"]):
+        yield f"  {entry['count']:,} because {reason}; the first is {entry['first']}"
+
+
+def report(account):
+    """The account as lines to print."""
+    for file in account["files"]:
+        yield f"{file['file']}: {file['kind']}, {file['read']:,} rows, {file['used']:,} used"
+    rows, pairs = account["rows"], account["pairs"]
+    yield f"rows: {rows['read']:,} read, {rows['used']:,} used, {rows['read'] - rows['used']:,} dropped"
+    yield from dropped(rows)
+    if account["responses"]["dropped"]:
+        yield "responses dropped:"
+        yield from dropped(account["responses"])
+    yield f"pairs: {pairs['made']:,} made, {pairs['kept']:,} kept, {pairs['made'] - pairs['kept']:,} dropped"
+    yield from dropped(pairs)
+    shares = [f"{n:,} ({n / sum(account['prompts'].values()):.1%})" for n in account["prompts"].values()]
+    yield " " * 10 + "".join(f"{split:>16}" for split in SPLITS)
+    yield f"{'prompts':10}" + "".join(f"{share:>16}" for share in shares)
+    for dimension in DIMENSIONS:
+        numbers, labels = account["splits"][dimension].values(), account["labels"][dimension]
+        known = f"{labels['pairs']:,} with labels: {labels['safe']:,} responses safe, {labels['harmful']:,} harmful"
+        yield f"{dimension:10}" + "".join(f"{n:16,}" for n in numbers) + f"   {known}"
+    if "benchmark" in account:
+        kinds = account["benchmark"]["categories"]
+        sizes = sorted({min(kinds.values()), max(kinds.values())})
+        how = f"{len(kinds)} categories with {' to '.join(map(str, sizes))} each"
+        if kinds.keys() == {"unknown"}:
+            how = "not balanced, as no row names a category"
+        yield f"{account['benchmark']['file']}: {account['benchmark']['prompts']:,} harmful prompts, {how}"

@@ -23,9 +23,11 @@ RUN_FILES = "metrics.jsonl args.json trainer_state.json adapter_config.json conf
 WITH_THEM = """adapter_model.safetensors model.safetensors model-*-of-*.safetensors model.safetensors.index.json
     generation_config.json logs/events.out.tfevents.* .checkpoint-*.unfinished .saving-*""".split()
 # What may differ between a run and its continuation: the data and the models count by their content instead.
-HARMLESS = """model dataset eval_dataset ref_model_path adapter num_samples eval_samples max_length max_prompt_length
-    chat_template_strings skip_invalid dtype device gradient_checkpointing trust_remote_code output_dir logging_dir
-    cache_dir report_to overwrite resume save_steps save_total_limit save_merged logging_steps eval_steps""".split()
+HARMLESS = """model tokenizer_name dataset train_helpful_path train_harmless_path val_helpful_path val_harmless_path
+    eval_dataset ref_model_path adapter num_samples eval_samples max_length max_prompt_length
+    chat_template_strings skip_invalid dtype device gradient_checkpointing trust_remote_code output_dir
+    logging_dir cache_dir report_to overwrite resume save_steps save_total_limit save_merged logging_steps
+    eval_steps""".split()
 NOT_FLAGS = ("config", "given", "typed", "local_rank")  # of a parsed command line, not to be repeated
 
 
@@ -147,7 +149,7 @@ def save_run_record(folder, log, args, script, card):
 
 def model_card(args, script, method, history, fingerprint, adapter):
     """A Hugging Face model card: what was trained, on what, with which command, and how it did."""
-    base = f"base_model: {args.model}\n"
+    base, task = f"base_model: {args.model}\n", "text-classification" if method == "reward model" else "text-generation"
     library = "library_name: peft\n" if adapter else "library_name: transformers\n"
     tags = "".join(f"- {tag}\n" for tag in (method.lower(), "preference-alignment", *(["lora"] if adapter else [])))
     table, evaluations = "", [entry for entry in history if any(key.startswith("eval_") for key in entry)]
@@ -159,7 +161,7 @@ def model_card(args, script, method, history, fingerprint, adapter):
             table += f"| {name.removeprefix('eval_')} | {' | '.join(cells)} |\n"
     versions = f"Python {platform.python_version()}, torch {torch.__version__}, transformers {transformers.__version__}"
     return (
-        f"---\n{base}{library}pipeline_tag: text-generation\ntags:\n{tags}---\n\n"
+        f"---\n{base}{library}pipeline_tag: {task}\ntags:\n{tags}---\n\n"
         f"# {Path(args.output_dir).name}\n\n{args.model}, trained with {method} by `{Path(script).name}`.\n\n"
         f"    {' '.join(['python', Path(script).name, *sys.argv[1:]])}\n{table}\n"
         f"Seed {args.seed}; {versions}; training data sha256 {fingerprint}.\n"

@@ -50,9 +50,8 @@ ADVICE = "nothing is saved; try a smaller --learning-rate, --dtype fp32, or look
 def get_args(argv=None):
     parser = flags.Parser(__doc__)
     add, positive = parser.add_argument, flags.number(float, least=0)
-    add("--task", choices=("helpful", "harmless"), required=True, help="which of the two reward models")
-    names = "--model", "--base-model-path"
-    add(*names, default="Qwen/Qwen3-0.6B", help="base: folder, hub id or `toy`")
+    add("--task", choices=("helpful", "harmless"), help="which of the two reward models: has to be given")
+    add("--model", "--base-model-path", default="Qwen/Qwen3-0.6B", help="base: folder, hub id or `toy`, data too")
     add("--tokenizer-name", metavar="DIR", help="tokenizer, where it is not the model's")
     for part in ("train", "val"):
         for task in ("helpful", "harmless"):
@@ -60,18 +59,19 @@ def get_args(argv=None):
             add(f"--{part}-{task}-path", default=path, metavar="FILE", help=f"pairs of --task {task}, or `toy`")
     add("--classification-loss-weight", type=positive, metavar="W", help="of the label terms (default: 1 for harmless)")
     add("--center-rewards", type=positive, default=0.0, metavar="G", help="adds G x the mean squared score to the loss")
-    flags.add_common_flags(
-        parser,
-        batch_size=4,
-        gradient_accumulation_steps=2,
-        learning_rate=2e-5,
-        lora_dropout=0.1,
-        output_dir=None,
-    )
+    documented = dict(batch_size=4, gradient_accumulation_steps=2, learning_rate=2e-5, lora_dropout=0.1)
+    flags.add_common_flags(parser, **documented, output_dir=None)
     args = parser.parse_args(argv)
     flags.check_common_flags(parser, args)
+    if args.task is None:  # not argparse's `required`, which would want it in a --config file too
+        parser.error("--task helpful or --task harmless has to be given")
     if args.task == "helpful" and args.classification_loss_weight:
         parser.error("--classification-loss-weight is for --task harmless: helpful rows have no labels of harm")
+    if "cache_dir" in args.typed:
+        parser.error("--cache-dir has no effect here (no frozen model is scored): leave it out")
+    if args.model == "toy":  # then the data too, unless given
+        names = (f"{part}_{args.task}_path" for part in ("train", "val"))
+        vars(args).update((name, "toy") for name in names if name not in args.given)
     if args.classification_loss_weight is None:
         args.classification_loss_weight = float(args.task == "harmless")
     args.output_dir = args.output_dir or f"models/{args.task}_rm"
@@ -87,14 +87,8 @@ def pair_losses(model, batch, labels, args):
     losses = ranking = reward_loss(chosen_scores, rejected_scores, args.center_rewards)
     if args.classification_loss_weight:
         losses = ranking + args.classification_loss_weight * harm_label_loss(chosen_scores, rejected_scores, labels)
-    metrics = (
-        losses,
-        ranking,
-        chosen_scores > rejected_scores,
-        chosen_scores - rejected_scores,
-        chosen_scores,
-        rejected_scores,
-    )
+    margin = chosen_scores - rejected_scores
+    metrics = losses, ranking, margin > 0, margin, chosen_scores, rejected_scores
     return losses, torch.stack([values.detach().to(losses.dtype) for values in metrics])
 
 
@@ -109,23 +103,21 @@ def score_statistics(scores, labels):
     result = {"accuracy": (margin > 0).double().mean(), "margin": margin.mean(), "margin_std": margin.std(correction=0)}
     result |= {"score": scores.mean(), "score_std": scores.std(correction=0)}
     safe, harmful = scores[labels < 0], scores[labels > 0]
-    for name, part in (("safe", safe), ("harmful", harmful)):
+    for name, part, sign in (("safe", safe, 1), ("harmful", harmful, -1)):
         if len(part):
-            right = (part > 0) if name == "safe" else (part < 0)
-            result |= {f"{name}_sign_accuracy": right.double().mean(), f"{name}_score": part.mean()}
+            result |= {f"{name}_sign_accuracy": (sign * part > 0).double().mean(), f"{name}_score": part.mean()}
             result[f"{name}_score_std"] = part.std(correction=0)
     if len(safe) and len(harmful):
         below = torch.searchsorted(harmful.sort().values, safe)
         not_above = torch.searchsorted(harmful.sort().values, safe, right=True)
         result["auroc"] = (below + not_above).double().mean() / 2 / len(harmful)
-        error = torch.cat((1 - safe.sigmoid(), harmful.sigmoid()))
-        result["brier"] = (error**2).mean()
+        result["brier"] = (torch.cat((1 - safe.sigmoid(), harmful.sigmoid())) ** 2).mean()
     return {name: value.item() for name, value in result.items()}
 
 
 @torch.no_grad()
 def evaluate(model, pairs, labels, held_out, split, args, world):
-    """The held-out loss and score_statistics, {eval_name: number}; every rank scores its share."""
+    """The held-out losses and score_statistics, {name: number}; every rank scores its share."""
     sums = torch.zeros(len(METRICS), dtype=torch.float64)
     scores = torch.zeros(len(pairs), 2, dtype=torch.float64)
     for indices in split(held_out[world.rank :: world.size]):
@@ -134,21 +126,23 @@ def evaluate(model, pairs, labels, held_out, split, args, world):
         sums += metrics.sum(1)
         scores[indices] = metrics[-2:].t()  # chosen_score, rejected_score
     sums, scores = distributed.all_reduce_sum(sums, world), distributed.all_reduce_sum(scores, world)[held_out]
-    means = dict(zip(METRICS, (sums / len(held_out)).tolist(), strict=True))
-    statistics = score_statistics(scores, labels[held_out])
-    result = {"loss": means["loss"], "ranking_loss": means["ranking_loss"]} | statistics
-    result["accuracy_ci95"] = 1.96 * (statistics["accuracy"] * (1 - statistics["accuracy"]) / len(held_out)) ** 0.5
-    return {f"eval_{name}": value for name, value in result.items()}
+    result = dict(zip(METRICS[:2], (sums[:2] / len(held_out)).tolist(), strict=True))
+    result |= score_statistics(scores, labels[held_out])
+    result["accuracy_ci95"] = 1.96 * (result["accuracy"] * (1 - result["accuracy"]) / len(held_out)) ** 0.5
+    return result
 
 
-def save_model(folder, model, tokenizer, record, args, dtype):
+def save_model(folder, model, tokenizer, record, dtype, whole):
     """The adapter with its head in PEFT's format or a whole model of transformers', and reward_model.json."""
-    if args.lora_r:
-        lora.save_adapter(model, "reward", folder, args.model, model.score.weight)
-    else:
+    if whole:  # in dtype, from a copy: the live weights go on being trained in fp32
+        state = {name: value.to("cpu", dtype) for name, value in model.state_dict().items()}
         model.config.pad_token_id = record["pad_token_id"]
-        model.to(dtype).save_pretrained(folder)
-        model.float()
+        model.save_pretrained(folder, state_dict=state)
+        model.config.dtype = dtype  # save_pretrained has written that of the live weights
+        model.config.save_pretrained(folder)
+    else:
+        lora.save_adapter(model, "reward", folder, record["base_model"], model.score.weight)
+    tokenizer.pad_token = tokenizer.convert_ids_to_tokens(record["pad_token_id"])
     tokenizer.save_pretrained(folder)
     (folder / "reward_model.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
@@ -175,32 +169,30 @@ def main(args):
     if args.lora_r:  # a wrong target shows here
         lora.add_adapter(skeleton, "reward", args.lora_r, args.lora_alpha, 0.0, args.lora_target_modules)
     watch.phase("tokenise")
-    read = partial(
-        load_pairs,
-        tokenizer=tokenizer,
-        max_length=args.max_length,
-        max_prompt_length=args.max_prompt_length,
-        skip_invalid=args.skip_invalid,
-        chat_template_strings=args.chat_template_strings,
-    )
+    names = "max_length max_prompt_length skip_invalid chat_template_strings".split()
+    read = partial(load_pairs, tokenizer=tokenizer, **{name: getattr(args, name) for name in names})
     pairs, report = read(train_path, limit=args.num_samples)
     train, held_out = list(range(len(pairs))), []  # places in pairs
     if args.eval_samples != 0:
-        val_pairs, val_report = read(val_path, limit=args.eval_samples or 0)
+        try:
+            val_pairs, val_report = read(val_path, limit=args.eval_samples or 0)
+        except DataError as error:
+            raise DataError(f"{error} (without validation: --eval-samples 0)") from None
         held_out = list(range(len(pairs), len(pairs) + len(val_pairs)))
         pairs, report = pairs + val_pairs, report + val_report
     say(*report, sep="\n")
     labels = torch.tensor([pair.labels or (0, 0) for pair in pairs], dtype=torch.float32)
     labelled = int(labels[train].abs().amax(1).sum())
+    calibrated = bool(args.classification_loss_weight) and {1, -1} <= set(labels[train].flatten().tolist())
     if args.classification_loss_weight:
         say(f"{labelled:,} of {len(train):,} pairs to train on have labels of harm")
-        if not labelled:
-            say("The label terms have nothing to act on: the score's zero will mean nothing (calibrated: false)")
+        if not calibrated:
+            say("Without labels of both kinds the score's zero means nothing (calibrated: false)")
     lengths = [sum(map(len, pair[:3])) for pair in pairs]
-    in_passes = {"batch_size": args.batch_size, "lengths": lengths, "budget": args.tokens_per_microbatch}
+    within = {"batch_size": args.batch_size, "lengths": lengths, "budget": args.tokens_per_microbatch}
     if 0 < args.tokens_per_microbatch < max(lengths):
         say(f"Pairs of more than {args.tokens_per_microbatch} tokens take a pass each; the longest has {max(lengths)}")
-    split, accumulation = partial(passes, **in_passes), args.gradient_accumulation_steps
+    split, accumulation = partial(passes, **within), args.gradient_accumulation_steps
 
     # 3 models
     watch.phase("load")
@@ -211,13 +203,13 @@ def main(args):
     parameters = list(model.parameters())
     if args.lora_r:
         adapter = args.lora_r, args.lora_alpha, args.lora_dropout, args.lora_target_modules
-        head = model.score.weight
-        parameters = [*lora.add_adapter(model, "reward", *adapter), head.requires_grad_(True)]
+        parameters = [*lora.add_adapter(model, "reward", *adapter), model.score.weight.requires_grad_(True)]
     say(f"{prepare_scores(model)} ({world.device}, {str(dtype).removeprefix('torch.')})")
     if args.gradient_checkpointing == "on" or (args.gradient_checkpointing == "auto" and not args.lora_r):
         enable_checkpointing(model)
     identity = {"script": "train_rm.py", "dtype": str(dtype), "processes": world.size}
     identity |= run_files.flags_that_matter(args) | {"data": fingerprint([pairs[i] for i in train])}
+    identity["validation data"] = fingerprint([pairs[i] for i in held_out])  # it decides which epoch is the best
     record = None
     if world.is_main:
         backbone = [item for item in model.base_model.state_dict().items() if ".lora_" not in item[0]]
@@ -227,7 +219,7 @@ def main(args):
         record = {
             "task": args.task,
             "sign": "a higher score is better" if args.task == "helpful" else "a higher score is safer; cost = -score",
-            "calibrated": bool(labelled and args.classification_loss_weight),
+            "calibrated": calibrated,
             "base_model": args.model,
             "base_sha256": identity["base model"],
             "data_sha256": identity["data"],
@@ -242,9 +234,7 @@ def main(args):
     say(distributed.effective_batch_line(args.batch_size, accumulation, world))
 
     # 4 optimiser
-    plan_epoch = partial(
-        epoch_plan, train, seed=args.seed, accumulation=accumulation, world_size=world.size, **in_passes
-    )
+    plan_epoch = partial(epoch_plan, train, seed=args.seed, accumulation=accumulation, world_size=world.size, **within)
     updates_per_epoch = len(plan_epoch(epoch=0))
     num_updates = min(args.epochs * updates_per_epoch, args.max_steps or sys.maxsize)
     optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, weight_decay=args.weight_decay)
@@ -258,7 +248,8 @@ def main(args):
     window = torch.zeros(len(METRICS), device=world.device)  # sums of METRICS since the last log line
     pair_flops = speed.useful_flops(model, pairs)
     grad_norms = []  # since the last log line, on the device: to look at each at once would wait for it
-    at = {"step": 0, "tokens": 0, "pairs": 0, "best": None, "history": None}  # pairs: since the last log line
+    # pairs: since the last log line; epoch: losses and pairs since it began; kept: the step of the best, which is saved
+    at = {"step": 0, "tokens": 0, "pairs": 0, "epoch": [0, 0], "kept": 0, "best": None, "history": None}
     if checkpoint:
         tensors, at = checkpoints.load_state(checkpoint, parameters, optimizer)
         scheduler.load_state_dict(at["scheduler"])
@@ -266,6 +257,9 @@ def main(args):
         checkpoints.set_chance(tensors["chance"][world.rank], world.device)
         window += tensors["window"][world.rank].to(world.device)
         say(f"resumed from {checkpoint}")
+        if at["kept"] and not run_files.goes_on(args, checkpoint):
+            say(f"The best model so far is in {checkpoint.parent}: {args.output_dir} gets the best from here on")
+            at.update(best=None)
     log = run_files.MetricsLog(args, world.is_main, checkpoint, at["history"])
     termination = checkpoints.Termination()
     bar = tqdm(total=num_updates, initial=at["step"], desc="updates", disable=not distributed.shows_bars(world))
@@ -278,23 +272,23 @@ def main(args):
             with autocast:
                 metrics = evaluate(model, pairs, labels, held_out, split, args, world)
             model.train()
-            if not math.isfinite(metrics["eval_loss"]):
-                raise flags.NonFinite(f"the held-out loss is {metrics['eval_loss']} at step {at['step']}: {ADVICE}")
-            log.write(at["step"], at["step"] / updates_per_epoch, metrics)
-            epoch = -(-at["step"] // updates_per_epoch)
-            line = f"[{args.task}] Epoch {epoch}/{args.epochs}" + (f" train_loss={at['loss']:.4f}" if at["step"] else "")
-            say(f"{line} val_loss={metrics['eval_loss']:.4f} val_acc={metrics['eval_accuracy']:.4f}")
+            if not math.isfinite(metrics["loss"]):
+                raise flags.NonFinite(f"the held-out loss is {metrics['loss']} at step {at['step']}: {ADVICE}")
+            written = {f"eval_{name}": value for name, value in metrics.items()}
+            log.write(at["step"], at["step"] / updates_per_epoch, written)
+            line = f"[{args.task}] Epoch {-(-at['step'] // updates_per_epoch)}/{args.epochs}"
+            line += f" train_loss={at['epoch'][0] / at['epoch'][1]:.4f}" if at["step"] else ""
+            say(f"{line} val_loss={metrics['loss']:.4f} val_acc={metrics['accuracy']:.4f}")
             words = "margin score score_std safe_sign_accuracy harmful_sign_accuracy auroc brier".split()
-            say("  " + " ".join(f"{name}={metrics[f'eval_{name}']:.4f}" for name in words if f"eval_{name}" in metrics))
+            say("  " + " ".join(f"{name}={metrics[name]:.4f}" for name in words if name in metrics))
         check_weights()
-        if at["step"] and (not held_out or at["best"] is None or metrics["eval_loss"] < at["best"]):
-            at["best"] = metrics.get("eval_loss")
+        if at["step"] and (not held_out or at["best"] is None or metrics["loss"] < at["best"]["loss"]):
+            at.update(best=metrics, kept=at["step"])
             if world.is_main:
-                loss = f"val_loss={metrics['eval_loss']:.4f}" if held_out else "no validation: the last one"
+                loss = f"val_loss={metrics['loss']:.4f}" if held_out else "no validation: the last one"
                 say(f"Saving best model to {args.output_dir} ({loss})")
-                statistics = {name.removeprefix("eval_"): value for name, value in metrics.items()}
                 with run_files.whole_files(args.output_dir) as folder:
-                    save_model(folder, model, tokenizer, record | {"validation": statistics}, args, dtype)
+                    save_model(folder, model, tokenizer, record | {"validation": metrics}, dtype, whole=not args.lora_r)
 
     def check_weights():
         if not all(parameter.isfinite().all() for parameter in parameters):
@@ -348,7 +342,8 @@ def main(args):
 
         step, epoch = at["step"], (at["step"] - 1) // updates_per_epoch + 1
         ends_epoch = step % updates_per_epoch == 0 or step == num_updates
-        if step % args.logging_steps == 0 or ends_epoch:
+        evaluates = ends_epoch or (held_out and args.eval_steps and step % args.eval_steps == 0)
+        if step % args.logging_steps == 0 or evaluates:
             sums, norms = distributed.all_reduce_sum(window, world).tolist(), torch.stack(grad_norms).tolist()
             for at_step, norm in enumerate(norms, step - len(norms) + 1):
                 if not math.isfinite(norm) and scaler.get_scale() <= 1:  # 1: no scaler, or it has nothing left to give
@@ -357,15 +352,16 @@ def main(args):
             metrics |= {"grad_norm": norms[-1], "learning_rate": scheduler.get_last_lr()[0]}
             metrics |= {"num_tokens": at["tokens"]}
             log.write(step, step / updates_per_epoch, metrics)
-            at["loss"] = metrics["loss"]
+            at["epoch"] = [at["epoch"][0] + sums[0], at["epoch"][1] + at["pairs"]]
             numbers = " ".join(f"{name}={metrics[name]:.4f}" for name in ("loss", "accuracy", "margin", "grad_norm"))
             line = f"[{args.task}] Epoch {epoch} step {step} {numbers}"
             say(f"{line} learning_rate={metrics['learning_rate']:.2e} {watch.rate()}")
             window.zero_()
             grad_norms.clear()
             at["pairs"] = 0
-        if ends_epoch or (held_out and args.eval_steps and step % args.eval_steps == 0):
+        if evaluates:
             evaluate_and_keep_the_best()
+        at["epoch"] = [0, 0] if ends_epoch else at["epoch"]
         asked_to_end = distributed.on_any_rank(termination.asked, world)
         if asked_to_end or (args.save_steps and step % args.save_steps == 0):
             save_checkpoint()
@@ -384,8 +380,14 @@ def main(args):
     if world.is_main:
         with run_files.whole_files(args.output_dir) as folder:
             data = fingerprint([pairs[i] for i in train])
-            card = run_files.model_card(args, __file__, "reward model", log.history, data, bool(args.lora_r))
+            until = [entry for entry in log.history if entry["step"] <= at["kept"]]  # the card is of what is saved
+            card = run_files.model_card(args, __file__, "reward model", until, data, bool(args.lora_r))
             run_files.save_run_record(folder, log, args, __file__, card)
+            if args.save_merged:
+                _, head = lora.load_adapter(model, args.output_dir, "best", with_head=True)
+                model.score.weight.data.copy_(head)
+                lora.merge_adapter(model, "best")
+                save_model(folder / "merged", model, tokenizer, record | {"validation": at["best"]}, dtype, whole=True)
         say(f"saved to {args.output_dir}")
     distributed.stop()
 

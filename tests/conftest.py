@@ -77,9 +77,9 @@ def random_batch(shapes, seed=0):
     return pack(random_pairs(shapes, seed))
 
 
-def run_script(argv):
-    """dpo_hf_run.py in this process, as its last line does; a user error is SystemExit(2)."""
-    flags.run(dpo_hf_run.main, dpo_hf_run.get_args([str(word) for word in argv]), *dpo_hf_run.USER_ERRORS)
+def run_script(argv, script=dpo_hf_run):
+    """A script in this process, as its last line does; a user error is SystemExit(2)."""
+    flags.run(script.main, script.get_args([str(word) for word in argv]), *script.USER_ERRORS)
 
 
 @pytest.fixture(scope="session")

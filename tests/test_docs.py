@@ -1,5 +1,5 @@
 """Every command line in READMEs, docs, docstrings and shell scripts is parsed by the script it runs; every flag and
-file that the READMEs name exists; every flag of the first script is documented.
+file that the READMEs name exists; every flag of a training script is documented.
 """
 
 import argparse
@@ -137,12 +137,22 @@ def test_every_file_that_is_named_exists(name):
     assert missing == set()
 
 
-def test_every_flag_of_the_first_script_is_documented():
-    text = "\n".join((ROOT / name).read_text("utf-8") for name in DOCUMENTS if (ROOT / name).exists())
-    if not text:
-        pytest.skip("README.md is not written yet")
-    documented = {flag.replace("_", "-") for flag in flags_in(text)}
-    assert options_of("dpo_hf_run.py") - documented - {"-h", "--help"} == set()
+@pytest.mark.parametrize("script, document", [("dpo_hf_run.py", "docs/flags.md"), ("train_rm.py", "docs/train_rm.md")])
+def test_every_flag_of_a_training_script_is_documented(script, document):
+    documented = {flag.replace("_", "-") for flag in flags_in(text_of(document))}
+    assert options_of(script) - documented - {"-h", "--help", "--config", "--local-rank"} == set()
+
+
+@pytest.mark.parametrize("script, document", [("dpo_hf_run.py", "docs/flags.md"), ("train_rm.py", "docs/train_rm.md")])
+def test_a_document_gives_the_defaults_of_its_script(script, document):
+    """The table's second column, where it is a number."""
+    defaults = {
+        action.option_strings[0]: action.default
+        for action in parser_actions(importlib.import_module(script.removesuffix(".py")))
+    }
+    rows = re.findall(r"^\| `(--[\w-]+)`[^|]*\| (-?[\d.e-]+) \|", text_of(document), re.MULTILINE)
+    assert len(rows) > 20
+    assert {flag: float(number) for flag, number in rows} == {flag: defaults[flag] for flag, _ in rows}
 
 
 def test_the_readme_is_there():

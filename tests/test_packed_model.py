@@ -539,7 +539,7 @@ def test_the_base_has_no_dropout_in_train_mode_once_prepared(name, changes):
 @pytest.mark.parametrize("name", PACKING)
 def test_generation_of_a_prepared_model_is_generation_with_sdpa(name):
     model, untouched = prepared(tiny_model(name))
-    prompts = [prompt for prompt, _, _ in random_pairs([(9, 1, 1), (3, 1, 1), (6, 1, 1)])]
+    prompts = [prompt for prompt, *_ in random_pairs([(9, 1, 1), (3, 1, 1), (6, 1, 1)])]
     ids = torch.tensor([[0] * (9 - len(prompt)) + prompt for prompt in prompts])
     mask = torch.tensor([[0] * (9 - len(prompt)) + [1] * len(prompt) for prompt in prompts])
     options = dict(attention_mask=mask, max_new_tokens=12, do_sample=False, pad_token_id=0)

@@ -59,6 +59,10 @@ def load(path, tokenizer=None, max_length=512, max_prompt_length=256, **options)
     return load_pairs(str(path), tokenizer or char_tokenizer(), max_length, max_prompt_length, **options)
 
 
+def pku_row(**changes):
+    return {"prompt": "Why?", "response_0": "So.", "response_1": "No.", "better_response_id": 0} | changes
+
+
 def user(content):
     return {"role": "user", "content": content}
 
@@ -107,6 +111,16 @@ SHAPES = {
         {"qid": 7, "question": "Why?\n", "response_j": "So.", "response_k": "No."},
         "question/response_j/response_k",
         ("Question: Why?\n\n\nAnswer: ", "So.", "No."),
+    ),
+    "PKU": (  # question and answer are two texts; what is safer is prepare_data.py's matter
+        pku_row(better_response_id=1, safer_response_id=0, is_response_0_safe=True),
+        "prompt/response_0/response_1/better_response_id",
+        ("Why?\n", "No.", "So."),
+    ),
+    "PKU, the first is better, a prompt that ends in white space": (
+        pku_row(prompt=" Why?\n\n", better_response_id=0),
+        "prompt/response_0/response_1/better_response_id",
+        (" Why?\n", "So.", "No."),
     ),
     "instruction with input": (
         {"instruction": "Add.", "input": "1 2", "chosen": "3", "rejected": "4"},
@@ -277,7 +291,7 @@ def test_a_template_that_ends_in_no_eos_gets_one(tmp_path):
     template = CHATML.replace("<|im_end|>", "#")  # as Gemma's <end_of_turn>, which is another token than its EOS
     row = {"prompt": [user("Q")], "chosen": [assistant("a")], "rejected": [assistant("b")]}
     [pair] = load(write_rows(tmp_path / "rows.jsonl", [row]), char_tokenizer(template=template))[0]
-    assert pair[1:] == (ids("a#\n") + [EOS], ids("b#\n") + [EOS])
+    assert pair[1:3] == (ids("a#\n") + [EOS], ids("b#\n") + [EOS])
 
 
 def test_a_template_that_writes_bos_gives_one_bos(tmp_path):
@@ -285,7 +299,7 @@ def test_a_template_that_writes_bos_gives_one_bos(tmp_path):
     row = {"prompt": [user("Q")], "chosen": [assistant("a")], "rejected": [assistant("b")]}
     [pair] = load(write_rows(tmp_path / "rows.jsonl", [row]), tokenizer)[0]
     assert pair.prompt_ids[:2] == [0, 2]
-    assert sum(pair, []).count(0) == 1
+    assert sum(pair[:3], []).count(0) == 1
 
 
 @pytest.mark.parametrize(
@@ -343,7 +357,7 @@ def test_responses_that_are_equal_after_the_cut_are_counted(tmp_path):
 def test_one_cut_pair_among_many_is_counted_once(tmp_path):
     rows = [strings(n) for n in range(8)] + [{"prompt": "p" * 99, "chosen": "c" * 99, "rejected": "r" * 99}]
     pairs, report = load(write_rows(tmp_path / "rows.jsonl", rows), max_length=40, max_prompt_length=20)
-    assert [len(part) for part in pairs[-1]] == [20, 20, 20]
+    assert [len(part) for part in pairs[-1][:3]] == [20, 20, 20]
     assert "  cut 1 pairs to --max-length 40 or --max-prompt-length 20" in report
 
 
@@ -376,7 +390,7 @@ def test_hh_transcripts_with_differing_prompts_are_left_out(tmp_path):
 
     path = write_rows(tmp_path / "rows.jsonl", [row("a", "a"), row("a", "b"), row("c", "c")])
     pairs, report = load(path)
-    assert [len(part) for part in pairs[1]] == [22, 6, 5]
+    assert [len(part) for part in pairs[1][:3]] == [22, 6, 5]
     assert report[1] == (
         "  left out 1 rows: 1 because the prompts of chosen and rejected differ; "
         f"the first is {path}:2: the prompts of chosen and rejected differ"
@@ -428,6 +442,10 @@ MALFORMED = {  # a first row of the same shape -> a later row, what is said abou
         {"instruction": "i", "input": 5, "chosen": "a", "rejected": "b"},
         "`input`",
     ),
+    "PKU, 2": (pku_row(), pku_row(better_response_id=2), "`better_response_id` is neither 0 nor 1"),
+    "PKU, -1": (pku_row(), pku_row(better_response_id=-1), "`better_response_id` is neither 0 nor 1"),
+    "PKU, null": (pku_row(), pku_row(better_response_id=None), "`better_response_id` is not a int"),
+    "PKU, no answer": (pku_row(), pku_row(response_1=None), "`response_1` is not a str"),
     "half of a surrogate pair": (strings(0), '{"prompt": "p", "chosen": "\\ud83d", "rejected": "r"}', ""),
 }
 
@@ -568,7 +586,7 @@ def test_chat_template_strings_wraps_a_plain_prompt(tmp_path):
     path = write_rows(tmp_path / "rows.jsonl", [{"prompt": "Hi?", "chosen": " Yes.", "rejected": "No. "}])
     [pair] = load(path, tokenizer, chat_template_strings=True)[0]
     assert tokenizer.decode(pair.prompt_ids) == "<|im_start|>user\nHi?<|im_end|>\n<|im_start|>assistant\n"
-    assert [tokenizer.decode(part) for part in pair[1:]] == ["Yes.<|im_end|>", "No.<|im_end|>"]
+    assert [tokenizer.decode(part) for part in pair[1:3]] == ["Yes.<|im_end|>", "No.<|im_end|>"]
 
 
 def test_chat_template_strings_makes_turns_of_an_hh_transcript(tmp_path):
@@ -580,7 +598,7 @@ def test_chat_template_strings_makes_turns_of_an_hh_transcript(tmp_path):
         "<|im_start|>user\na?<|im_end|>\n<|im_start|>assistant\nb.<|im_end|>\n"
         "<|im_start|>user\nc?<|im_end|>\n<|im_start|>assistant\n"
     )
-    assert [tokenizer.decode(part) for part in pair[1:]] == ["Yes.<|im_end|>", "No.<|im_end|>"]
+    assert [tokenizer.decode(part) for part in pair[1:3]] == ["Yes.<|im_end|>", "No.<|im_end|>"]
 
 
 def test_text_before_the_first_turn_keeps_a_prompt_whole():
@@ -610,11 +628,11 @@ def test_fingerprint_is_equal_on_reload_and_changes_with_any_token_and_any_order
     pairs = load(path)[0]
     assert fingerprint(pairs) == fingerprint(load(path)[0])
     numbers = {fingerprint(pairs), fingerprint(pairs[::-1]), fingerprint(pairs[:-1])}
-    numbers.add(fingerprint([Pair(p, r, c) for p, c, r in pairs]))
+    numbers.add(fingerprint([Pair(p, r, c) for p, c, r, _ in pairs]))
     changes = 0
     for part in range(3):
         for place in range(len(pairs[2][part])):
-            changed = [Pair(*map(list, pair)) for pair in pairs]
+            changed = [Pair(*map(list, pair[:3])) for pair in pairs]
             changed[2][part][place] += 1
             numbers.add(fingerprint(changed))
             changes += 1
@@ -646,3 +664,30 @@ def test_hold_out_depends_on_the_seed_alone():
 def test_hold_out_sizes(wanted, held):
     pairs = [Pair([n], [n, 1], [n, 2]) for n in range(7)]
     assert [len(side) for side in hold_out(pairs, wanted, seed=0)] == [7 - held, held]
+
+
+# -- labels of harm --------------------------------------------------------------------------------------------------
+
+
+def test_labels_of_harm_come_with_their_pair_and_count_in_the_fingerprint(tmp_path):
+    rows = [strings(n) | {"safety_labels": labels} for n, labels in enumerate(({"chosen": -1, "rejected": 1}, None))]
+    pairs, _ = load(write_rows(tmp_path / "rows.jsonl", [*rows, strings(2)]))
+    assert [pair.labels for pair in pairs] == [(-1, 1), None, None]
+    assert fingerprint(pairs) != fingerprint([pairs[0]._replace(labels=(1, 1)), *pairs[1:]])
+
+
+@pytest.mark.parametrize(
+    ("labels", "sentence"),
+    [
+        ({"chosen": 1}, r'`safety_labels` is not {"chosen": ±1, "rejected": ±1}'),
+        ([1, -1], r'`safety_labels` is not {"chosen": ±1, "rejected": ±1}'),
+        ({"chosen": 0, "rejected": 1}, r"the safety label of chosen is 0: \+1 is harmful, -1 is safe"),
+        ({"chosen": 1, "rejected": True}, r"the safety label of rejected is True: "),
+        ({"chosen": 1, "rejected": "-1"}, r"the safety label of rejected is '-1': "),
+    ],
+)
+def test_labels_that_are_not_plus_or_minus_one_for_both_stop_the_run(tmp_path, labels, sentence):
+    path = write_rows(tmp_path / "rows.jsonl", [strings(0), strings(1) | {"safety_labels": labels}])
+    with pytest.raises(DataError, match=rf"rows.jsonl:2: {sentence}"):
+        load(path)
+    assert len(load(path, skip_invalid=True)[0]) == 1

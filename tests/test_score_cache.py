@@ -14,7 +14,7 @@ from model_files import load_model, load_tokenizer
 from packed_model import plain_logps, prepare_model
 from packing import pack
 from preference_data import load_pairs
-from score_cache import cache_path, load_scores, save_scores, weights_sha256
+from score_cache import cache_path, load_scores, pair_scores, save_scores, weights_sha256
 
 
 @pytest.fixture(scope="module")
@@ -175,3 +175,19 @@ def test_scores_come_back_as_they_were_and_only_in_their_shape(tmp_path):
     assert [file.name for file in path.parent.iterdir()] == [path.name], "no unfinished file stays"
     assert path == cache_path(tmp_path / "deep/er", "reference", pairs="b", weights="a")
     assert path != cache_path(tmp_path / "deep/er", "reference", pairs="a", weights="b")
+
+
+def test_numbers_that_are_not_finite_are_not_kept(tmp_path):
+    path, said = cache_path(tmp_path, "reference", weights="a"), []
+
+    def scored(value):
+        def score(indices):
+            return torch.full((len(indices),), value), torch.tensor(indices, dtype=torch.float32)
+
+        return pair_scores(path, 3, [[0, 2], [1]], score, torch.device("cpu"), said.append)
+
+    assert scored(float("nan"))[:, 0].isnan().all()
+    assert not path.exists()
+    assert scored(2.0).tolist() == [[2, 0], [2, 1], [2, 2]]
+    assert scored(7.0).tolist() == [[2, 0], [2, 1], [2, 2]], "kept, and not asked again"
+    assert [line.split(" ")[0] for line in said] == ["computed", "computed", "read"]
