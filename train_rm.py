@@ -181,7 +181,8 @@ def main(args):
         held_out = list(range(len(pairs), len(pairs) + len(val_pairs)))
         pairs, report = pairs + val_pairs, report + val_report
     say(*report, sep="\n")
-    labels = torch.tensor([pair.labels or (0, 0) for pair in pairs], dtype=torch.float32)
+    harm = [args.task == "harmless" and pair.labels or (0, 0) for pair in pairs]
+    labels = torch.tensor(harm, dtype=torch.float32)
     labelled = int(labels[train].abs().amax(1).sum())
     calibrated = bool(args.classification_loss_weight) and {1, -1} <= set(labels[train].flatten().tolist())
     if args.classification_loss_weight:

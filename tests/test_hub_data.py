@@ -404,7 +404,9 @@ def hub_runs(world, tmp_path_factory):
         Hub.files |= {f"data/{kind}/train-{part:05d}-of-00003.parquet": rows(kind) for part in range(3)}
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("HF_")} | {
+    environment = {
+        key: value for key, value in os.environ.items() if not key.endswith("_OFFLINE") and not key.startswith("HF_")
+    } | {
         "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
         "HF_HOME": str(folder / "home"),
         "OMP_NUM_THREADS": "1",
