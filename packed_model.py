@@ -12,7 +12,7 @@ Legend: B pairs, T tokens of a packed row, N response tokens, V vocabulary, H hi
 """
 
 import math
-from functools import partial
+from functools import partial, reduce
 from types import SimpleNamespace
 
 import torch
@@ -63,8 +63,8 @@ class PairLayout:
 def packed_attention(module, query, key, value, attention_mask, pair_layout=None, **kwargs):
     """transformers attention function: query (1, heads, T, D), key and value (1, kv heads, T, D) -> (1, T, heads, D).
 
-    Without `pair_layout` it is transformers' sdpa, so generation and the plain path work on the same model.
-    Attention dropout is not applied: the log-probs of one pair must share one network.
+    Without `pair_layout` it is transformers' sdpa: for generation and the plain path.  There is no attention dropout:
+    the log-probs of one pair must share one network.
     """
     if pair_layout is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
@@ -121,48 +121,57 @@ AttentionMaskInterface.register("packed_pairs", sdpa_mask)  # for passes without
 
 
 class TokenLogps(torch.autograd.Function):
-    """log softmax(softcap(hidden W^T))[target] per token, (N,), in pieces and in at least fp32.
+    """log softmax(softcap(states W^T))[target] per token, (N,), in pieces and in at least fp32; with a `reference`
+    (its states, weight, softcap) the KL(model || reference) over the vocabulary at each token stands beneath, (2, N).
 
-    No V-wide tensor is kept for backward.  With a frozen head the derivative by the hidden state, W[target] - p W, is
-    worked out in forward, where p is at hand, and backward only scales it; a trained head recomputes p.
+    No V-wide tensor is kept for backward.  With a frozen head the derivatives by the states, (onehot - p) W and
+    p (log p - log q - KL) W, are worked out in forward, where p is at hand, and backward only scales them; a trained
+    head recomputes p.  Where both are the same the KL's gradient is exactly 0; autograd's is what rounding leaves.
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, softcap, chunk):
-        logps = hidden.new_empty(len(hidden), dtype=torch.promote_types(hidden.dtype, torch.float32))
-        ctx.frozen_head = not ctx.needs_input_grad[1]
-        direction = torch.empty_like(hidden) if ctx.needs_input_grad[0] and ctx.frozen_head else None
-        for rows in _pieces(len(hidden), chunk):
-            logps[rows], gradient = _logps(hidden[rows], weight, targets[rows], softcap, direction is not None)
-            if direction is not None:
-                direction[rows] = gradient.to(weight.dtype) @ weight
-        ctx.softcap, ctx.chunk = softcap, chunk
-        ctx.save_for_backward(*((direction,) if ctx.frozen_head else (hidden, weight, targets)))
-        return logps
+    def forward(ctx, states, weight, targets, softcap, chunk, reference):
+        ctx.frozen_head, ctx.softcap = not ctx.needs_input_grad[1], softcap
+        ctx.reference, ctx.chunk = None if ctx.frozen_head else reference, chunk // 2 if reference else chunk
+        wide = torch.promote_types(states.dtype, torch.float32)
+        numbers = torch.empty(2 if reference else 1, len(states), dtype=wide, device=states.device)
+        directed = ctx.needs_input_grad[0] and ctx.frozen_head
+        directions = [torch.empty_like(states) for _ in numbers] if directed else []
+        for rows in _pieces(states, ctx.chunk):
+            numbers[:, rows], gradients = _numbers(states, weight, targets, softcap, reference, rows, directed)
+            for direction, gradient in zip(directions, gradients):
+                direction[rows] = gradient if weight is None else gradient.to(weight.dtype) @ weight
+        ctx.save_for_backward(*(directions if ctx.frozen_head else (states, weight, targets)))
+        return numbers if reference else numbers[0]
 
     @staticmethod
-    def backward(ctx, grad):  # (N,)
+    def backward(ctx, grads):  # (N,) or (2, N)
+        grads = grads if grads.ndim == 2 else grads[None]
         if ctx.frozen_head:
-            (direction,) = ctx.saved_tensors
-            return (direction * grad[:, None]).to(direction.dtype), None, None, None, None
-        hidden, weight, targets = ctx.saved_tensors
-        grad_hidden = torch.empty_like(hidden)
-        grad_weight = torch.zeros_like(weight, dtype=grad.dtype)
-        for rows in _pieces(len(hidden), ctx.chunk):
-            gradient = _logps(hidden[rows], weight, targets[rows], ctx.softcap, with_gradient=True)[1]
-            gradient = gradient.mul_(grad[rows, None]).to(weight.dtype)  # (n, V)
-            grad_hidden[rows] = gradient @ weight
-            grad_weight += gradient.t() @ hidden[rows]
-        return grad_hidden, grad_weight.to(weight.dtype), None, None, None
+            return _weighted(ctx.saved_tensors, grads), None, None, None, None, None
+        states, weight, targets = ctx.saved_tensors
+        grad_states = torch.empty_like(states)
+        grad_weight = torch.zeros_like(weight, dtype=grads.dtype)
+        for rows in _pieces(states, ctx.chunk):
+            gradients = _numbers(states, weight, targets, ctx.softcap, ctx.reference, rows, True)[1]
+            gradient = _weighted(gradients, grads[:, rows]).to(weight.dtype)  # (n, V)
+            grad_states[rows] = gradient @ weight
+            grad_weight += gradient.t() @ states[rows]
+        return grad_states, grad_weight.to(weight.dtype), None, None, None, None
 
 
-def _pieces(length, chunk):
-    return [slice(start, start + chunk) for start in range(0, length, chunk)]
+def _pieces(states, chunk):
+    return [slice(start, start + chunk) for start in range(0, len(states), chunk)]
 
 
-def _capped_logits(hidden, weight, softcap):
-    """Logits (n, V) in at least fp32, and d logits / d raw logits (None: 1)."""
-    logits = hidden @ weight.t()
+def _weighted(directions, grads):
+    """The sum of directions (n, ...) times grads (n,), one for each, in the type of the directions."""
+    return reduce(torch.add, [(way * grad[:, None]).to(way.dtype) for way, grad in zip(directions, grads)])
+
+
+def _capped_logits(states, weight, softcap):
+    """Logits (n, V) in at least fp32, and d logits / d raw logits (None: 1); weight None: the states are the logits."""
+    logits = states.clone() if weight is None else states @ weight.t()
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if softcap is None:
         return logits, None
@@ -170,57 +179,74 @@ def _capped_logits(hidden, weight, softcap):
     return bounded * softcap, 1 - bounded**2
 
 
-def _logps(hidden, weight, targets, softcap, with_gradient):
-    """log softmax(logits)[target] (n,), and its derivative by the raw logits or None, onehot - softmax (times the slope
-    of the cap), (n, V); in place, as memory traffic over V is what the head costs beside its products.
+def _numbers(states, weight, targets, softcap, reference, rows, with_gradient):
+    """Of the tokens `rows`: log-probs and KLs (1 or 2, n), and their derivatives by the raw logits, each (n, V).
+
+    log softmax's is onehot - p, the KL's p (log p - log q - KL), times the slope of the cap; in place, as memory
+    traffic over V is what the head costs beside its products.
     """
-    logits, slope = _capped_logits(hidden, weight, softcap)
-    top = logits.amax(-1, keepdim=True)
-    at_target = logits.gather(-1, targets[:, None]) - top
-    exponentials = logits.sub_(top).exp_()
+    logits, slope = _capped_logits(states[rows], weight, softcap)
+    targets = targets[rows, None]
+    at_target = logits.sub_(logits.amax(-1, keepdim=True)).gather(-1, targets)
+    exponentials = logits.exp() if reference else logits.exp_()
     total = exponentials.sum(-1, keepdim=True)
-    logps = (at_target - total.log()).squeeze(-1)
+    numbers, gradients = (at_target - total.log()).t(), []
+    if reference:
+        log_q = _capped_logits(reference[0][rows], *reference[1:])[0]
+        log_q.sub_(log_q.amax(-1, keepdim=True))
+        log_q.sub_(log_q.exp().sum(-1, keepdim=True).log())  # as log p: where both are the same, to the last bit
+        differences, probabilities = logits.sub_(total.log()).sub_(log_q), exponentials / total
+        kl = (probabilities * differences).sum(-1, keepdim=True)
+        numbers, gradients = torch.cat((numbers, kl.t())), [probabilities.mul_(differences.sub_(kl))]
     if not with_gradient:
-        return logps, None
-    gradient = exponentials.div_(-total).scatter_add_(-1, targets[:, None], torch.ones_like(total))
-    return logps, gradient if slope is None else gradient.mul_(slope)
+        return numbers, []
+    gradients.insert(0, exponentials.div_(-total).scatter_add_(-1, targets, torch.ones_like(total)))
+    return numbers, gradients if slope is None else [gradient.mul_(slope) for gradient in gradients]
 
 
-def token_logps(hidden, weight, targets, softcap=None, chunk=HEAD_CHUNK):
+def token_logps(states, weight, targets, softcap=None, chunk=HEAD_CHUNK, reference=None):
     """log-probs (N,) of targets (N,) under a head weight (V, H) at hidden states (N, H); see TokenLogps."""
-    if torch.is_autocast_enabled(hidden.device.type):
-        compute = torch.get_autocast_dtype(hidden.device.type)
-        hidden, weight = hidden.to(compute), weight.to(compute)
-    return TokenLogps.apply(hidden, weight, targets, softcap, chunk)
+    if weight is not None and torch.is_autocast_enabled(states.device.type):
+        compute = torch.get_autocast_dtype(states.device.type)
+        states, weight = states.to(compute), weight.to(compute)
+    return TokenLogps.apply(states, weight, targets, softcap, chunk, reference)
 
 
 # -- log-probs of responses ----------------------------------------------------------------------------------------
 
 
-def packed_logps(model, batch):
+def packed_logps(model, batch, reference=None):
     """Log-probs of a PackedPairs batch: (chosen_logps (B,), rejected_logps (B,)), sums over response tokens.
 
+    reference: `response_states(batch)` of another model or of this one with its adapter off; then also the KL to it,
+    exact at each token, summed over response tokens: (chosen_logps, rejected_logps, chosen_kl, rejected_kl).
     A method of the model (`prepare_model` binds it), backbone and head in one call: a sharded model gathers its
     parameters around registered methods only.
     """
-    if not model.packs_pairs:
-        return plain_logps(model, batch)
-    return _packed_logps(model, batch, PairLayout(batch.segments))
+    return _logps(batch, *response_states(model, batch), reference)
 
 
-def _packed_logps(model, batch, layout):
-    hidden = _packed_hidden(model, batch, layout)
-    weight, softcap = _head_weight(model), final_softcap(model)
-    return _sum_responses(token_logps(hidden[batch.predictors], weight, batch.targets, softcap), batch)
+def _logps(batch, states, weight, softcap, reference=None):
+    return _sum_responses(token_logps(states, weight, batch.targets, softcap, reference=reference), batch)
 
 
-def _packed_hidden(model, batch, layout):
+def response_states(model, batch, layout=None):
+    """What predicts the response tokens of a PackedPairs batch: hidden states (N, H), head (V, H) and soft cap or None.
+
+    On the plain path the model's own logits (N, V), and no head.
+    """
+    if layout is None and not model.packs_pairs:
+        return plain_states(model, batch)
+    return _packed_hidden(model, batch, layout)[batch.predictors], _head_weight(model), final_softcap(model)
+
+
+def _packed_hidden(model, batch, layout=None):
     return model.base_model(
         input_ids=batch.input_ids,
         position_ids=batch.position_ids,
         attention_mask=batch.input_ids.new_ones(1, 1, 1, 1),  # "a mask is there": transformers then builds none
         use_cache=False,
-        pair_layout=layout,
+        pair_layout=layout or PairLayout(batch.segments),
     ).last_hidden_state[0]  # (T, H)
 
 
@@ -231,22 +257,27 @@ def _head_weight(model):
     return head.weight
 
 
-def plain_logps(model, batch):
-    """The same numbers the plain way: one sequence at a time, the model's own logits.  Oracle and fallback."""
+def _sequences(batch):
+    """Each pair's two sequences as (prompt, response) ids: all chosen ones, then all rejected."""
     ids = batch.input_ids[0]
-    chosen, rejected = [], []
-    for start, split, again, end in batch.segments:
-        prompt = ids[start:split]
-        for response, per_token_logps in ((ids[split:again], chosen), (ids[again:end], rejected)):
-            sequence = torch.cat((prompt, response))[None]
-            logits = model(input_ids=sequence, use_cache=False).logits[0, len(prompt) - 1 : -1]
-            logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-            per_token_logps.append(logits.log_softmax(-1).gather(-1, response[:, None]).squeeze(-1))
-    return _sum_responses(torch.cat(chosen + rejected), batch)
+    chosen = [(ids[start:split], ids[split:again]) for start, split, again, _ in batch.segments]
+    return chosen + [(ids[start:split], ids[again:end]) for start, split, again, end in batch.segments]
 
 
-def _sum_responses(per_token_logps, batch):
-    return torch.stack([response.sum() for response in per_token_logps.split(batch.lengths)]).chunk(2)
+def plain_states(model, batch):
+    """response_states the plain way: one sequence at a time, the model's own logits (N, V).  Oracle and fallback."""
+    ids = ((len(prompt), torch.cat((prompt, response))[None]) for prompt, response in _sequences(batch))
+    return (
+        torch.cat([model(input_ids=row, use_cache=False).logits[0, split - 1 : -1] for split, row in ids]),
+        None,
+        None,
+    )
+
+
+def _sum_responses(numbers, batch):
+    """Per token (N,) or (2, N) -> sums over each response, 2 or 4 tensors (B,)."""
+    sums = torch.stack([response.sum(-1) for response in numbers.split(batch.lengths, dim=-1)], dim=-1)
+    return sums.reshape(-1, len(batch.segments)).unbind()
 
 
 def final_softcap(model):
@@ -257,28 +288,24 @@ def final_softcap(model):
 # -- scores of a reward model ----------------------------------------------------------------------------------------
 
 
-def packed_scores(model, batch):
-    """Scores of a PackedPairs batch under `model.score` (1, H): (chosen (B,), rejected (B,)), in at least fp32.
+def packed_scores(model, batch, head=None):
+    """Scores of a PackedPairs batch under `head` (1, H) or `model.score`: (chosen (B,), rejected (B,)), at least fp32.
 
     The head reads the hidden state of each response's last token, which the layout names: token ids have no part in it.
     """
-    ends = _packed_ends(model, batch, PairLayout(batch.segments)) if model.packs_pairs else _plain_ends(model, batch)
-    wide = torch.promote_types(ends.dtype, torch.float32)
-    return (ends.to(wide) * model.score.weight.to(wide)).sum(-1).chunk(2)
+    ends = _packed_ends(model, batch) if model.packs_pairs else _plain_ends(model, batch)
+    wide, head = torch.promote_types(ends.dtype, torch.float32), model.score.weight if head is None else head
+    return (ends.to(wide) * head.to(wide)).sum(-1).chunk(2)
 
 
-def _packed_ends(model, batch, layout):
+def _packed_ends(model, batch, layout=None):
     return _packed_hidden(model, batch, layout)[batch.ends]  # (2B, H)
 
 
 def _plain_ends(model, batch):
     """The same hidden states the plain way, one sequence at a time."""
-    ids, ends = batch.input_ids[0], ([], [])
-    for start, split, again, end in batch.segments:
-        for side, response in zip(ends, (ids[split:again], ids[again:end]), strict=True):
-            sequence = torch.cat((ids[start:split], response))[None]
-            side.append(model.base_model(input_ids=sequence, use_cache=False).last_hidden_state[0, -1])
-    return torch.stack(ends[0] + ends[1])
+    ids = (torch.cat(pair)[None] for pair in _sequences(batch))
+    return torch.cat([model.base_model(input_ids=row, use_cache=False).last_hidden_state[:, -1] for row in ids])
 
 
 # -- the choice of path -------------------------------------------------------------------------------------------
@@ -288,37 +315,34 @@ def _probe_batch(model):
     """One pair as packing.pack lays it out: prompt, chosen and rejected of 6, 4 and 3 tokens from all over the
     vocabulary.  (In two or three special tokens, 0 and 1, a model rounds to bf16 with an error of a tenth or more.)
     """
-    vocabulary = model.get_input_embeddings().num_embeddings
-    ids = [(7919 * place + 31) % vocabulary for place in range(13)]
-
-    def tensor(*numbers):
-        return torch.tensor(numbers, device=model.device)
-
+    ids = [(7919 * place + 31) % model.get_input_embeddings().num_embeddings for place in range(13)]
+    tensor = partial(torch.tensor, device=model.device)
     return SimpleNamespace(
-        input_ids=tensor(*ids)[None],
-        position_ids=tensor(*range(10), *range(6, 9))[None],
+        input_ids=tensor(ids)[None],
+        position_ids=tensor([*range(10), *range(6, 9)])[None],
         segments=((0, 6, 10, 13),),
-        predictors=tensor(5, 6, 7, 8, 5, 10, 11),
-        ends=tensor(9, 12),
-        targets=tensor(*ids[6:]),
+        predictors=tensor([5, 6, 7, 8, 5, 10, 11]),
+        ends=tensor([9, 12]),
+        targets=tensor(ids[6:]),
         lengths=(4, 3),
     )
 
 
 def prepare_model(model):
-    """Dropout off, `model.packed_logps(batch)` bound, packed attention on where it is exact; says which path runs.
+    """Dropout off, packed attention on where it is exact, and the methods `packed_logps`, `response_states` and
+    `packed_scores` (of a reward model on this base) bound; says which path runs.
 
-    The probe scores one short pair both ways.  The plain path is taken when not every layer calls
-    our attention function (Bloom does not use transformers' interface, hybrid models have other layers too), when it is
-    asked for what it does not do (Gemma2's soft cap), when the head is more than one matrix (a bias, an adapter,
-    Cohere's scale), or when the numbers differ.
+    The probe scores one short pair both ways.  The plain path is taken when not every layer calls our attention
+    function (Bloom, hybrid models), when it is asked for what it does not do (Gemma2's soft cap), when the head is more
+    than one matrix (a bias, an adapter, Cohere's scale), or when the numbers differ.
     """
     # On the class: a method in the object's own dict would be a cycle, and keep its gigabytes alive after `del model`.
-    type(model).packed_logps = packed_logps
+    for method in (packed_logps, response_states, packed_scores):
+        setattr(type(model), method.__name__, method)
     return _choose_path(
         model,
-        lambda batch: torch.stack(plain_logps(model, batch)),
-        lambda batch, layout: torch.stack(_packed_logps(model, batch, layout)),
+        lambda batch: torch.stack(_logps(batch, *plain_states(model, batch))),
+        lambda batch, layout: torch.stack(_logps(batch, *response_states(model, batch, layout))),
     )
 
 
@@ -349,10 +373,9 @@ def _choose_path(model, plain, packed):
             model.set_attn_implementation("packed_pairs")
             layout = PairLayout(batch.segments)
             difference = (packed(batch, layout) - expected).norm() / expected.norm()
-        num_layers = model.config.get_text_config().num_hidden_layers
-        if layout.calls != num_layers:
-            others = num_layers - layout.calls
-            raise CannotPack(f"{others} of its {num_layers} layers do not take our attention function")
+        others = model.config.get_text_config().num_hidden_layers - layout.calls
+        if others:
+            raise CannotPack(f"{others} of its {others + layout.calls} layers do not take our attention function")
         if not difference <= tolerance:
             raise CannotPack(f"the numbers of a test pair differ by {difference:.2g} of their size")
     except Exception as problem:  # whatever a foreign model does here, the plain path needs nothing of it
@@ -366,9 +389,8 @@ def _choose_path(model, plain, packed):
 
 
 def disable_dropout(model):
-    """Dropout of the base model off for good, in train mode too (LoRA has its own).
-
-    The reference must be a fixed network, and gradient checkpointing is active in train mode only.
+    """Dropout of the base off for good, in train mode too (LoRA has its own): the reference is a fixed network, and
+    gradient checkpointing is active in train mode only.
     """
     for module in model.modules():
         if isinstance(module, nn.Dropout):

@@ -24,6 +24,13 @@ def weights_sha256(named_tensors):
     return digest.hexdigest()
 
 
+def base_sha256(model):
+    """sha256 of a model's backbone without head and adapters, as rounded to bf16: the number type it was loaded in does
+    not count, and a reward model and a language model on the same base agree."""
+    backbone = model.base_model.state_dict().items()
+    return weights_sha256((name, tensor.bfloat16()) for name, tensor in backbone if ".lora_" not in name)
+
+
 def cache_path(folder, what, **depends_on):
     """Where the numbers `what` are kept; `depends_on` is everything that could change them (strings, numbers)."""
     key = hashlib.sha256(json.dumps(depends_on, sort_keys=True).encode()).hexdigest()

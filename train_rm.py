@@ -213,8 +213,7 @@ def main(args):
     identity["validation data"] = fingerprint([pairs[i] for i in held_out])  # it decides which epoch is the best
     record = None
     if world.is_main:
-        backbone = [item for item in model.base_model.state_dict().items() if ".lora_" not in item[0]]
-        identity["base model"] = score_cache.weights_sha256(backbone)
+        identity["base model"] = score_cache.base_sha256(model)
         if checkpoint:
             checkpoints.check_identity(checkpoint, identity)
         record = {

@@ -14,6 +14,7 @@ import transformers
 
 import dpo_hf_run
 import flags
+import packed_model
 import toy_world
 from packing import pack
 from preference_data import Pair
@@ -75,6 +76,11 @@ def random_pairs(shapes, seed=0, vocab=64):
 
 def random_batch(shapes, seed=0):
     return pack(random_pairs(shapes, seed))
+
+
+def plain_logps(model, batch):
+    """packed_logps by the plain path, whatever the model can do."""
+    return packed_model._logps(batch, *packed_model.plain_states(model, batch))
 
 
 def run_script(argv, script=dpo_hf_run):

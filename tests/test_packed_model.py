@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-from conftest import CONFIGS, SIZES, random_batch, random_pairs, tiny_model
+from conftest import CONFIGS, SIZES, plain_logps, random_batch, random_pairs, tiny_model
 from torch import nn
 
 import lora
@@ -106,7 +106,7 @@ def test_packed_log_probs_equal_sequences_scored_one_by_one(name):
     expected = oracle(untouched, pairs)
     assert expected.std() > 1  # a model whose scores were all alike could not tell one token from another
     assert_same(scores(model, pairs), expected)
-    assert_same(torch.stack(packed_model.plain_logps(model, pack(pairs))), expected)
+    assert_same(torch.stack(plain_logps(model, pack(pairs))), expected)
 
 
 @pytest.mark.parametrize(("name", "reason"), [("gemma2", "its attention takes softcap"), ("bloom", "")])
@@ -158,7 +158,7 @@ def test_checkpointing_recomputes_the_packed_pass_and_changes_no_gradient(name):
                 enable_checkpointing(model)
             model.train()
             layout = PairLayout(batch.segments)
-            total = torch.stack(packed_model._packed_logps(model, batch, layout))
+            total = torch.stack(packed_model._logps(batch, *packed_model.response_states(model, batch, layout)))
             assert layout.calls == 2
         (total[0] - 0.5 * total[1]).sum().backward()
         if how != "plain":
@@ -533,7 +533,7 @@ def test_the_base_has_no_dropout_in_train_mode_once_prepared(name, changes):
     model.train()
     assert torch.equal(scores(model, pairs), scores(model, pairs))
     assert_same(scores(model, pairs), exact)
-    assert_same(torch.stack(packed_model.plain_logps(model, pack(pairs))), exact)
+    assert_same(torch.stack(plain_logps(model, pack(pairs))), exact)
 
 
 @pytest.mark.parametrize("name", PACKING)

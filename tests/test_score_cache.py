@@ -4,14 +4,14 @@ import json
 
 import pytest
 import torch
-from conftest import run_script, tiny_model
+from conftest import plain_logps, run_script, tiny_model
 from safetensors.torch import load_file, save_file
 from test_flags import write_world
 
 import dpo_hf_run
 import lora
 from model_files import load_model, load_tokenizer
-from packed_model import plain_logps, prepare_model
+from packed_model import prepare_model
 from packing import pack
 from preference_data import load_pairs
 from score_cache import cache_path, load_scores, pair_scores, save_scores, weights_sha256

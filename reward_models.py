@@ -1,0 +1,91 @@
+"""Trained reward models put to use: as an adapter on the policy's own frozen base where they share it, else as a model
+of their own.
+
+`reward_model.json` says what a folder of train_rm.py holds.  One convention everywhere: a higher score is better; the
+cost of a response is minus its harmless score, and only a model trained with labels (`calibrated`) knows its zero.
+"""
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from transformers import AutoTokenizer
+
+
+class RewardModelError(ValueError):
+    """A reward model that cannot be used here: one sentence for the user."""
+
+
+class RewardModel(NamedTuple):
+    """`model.packed_scores(batch, head)` with `adapter` switched on gives its scores."""
+
+    record: dict  # reward_model.json
+    model: Any  # the policy itself where they share the base
+    adapter: str | None  # None: all of its weights are its own
+    head: torch.Tensor  # (1, H) fp32
+
+
+def read_record(folder, task, tokenizer):
+    """reward_model.json of a folder of train_rm.py.  Raises RewardModelError: not one, of the other task, other tokens.
+
+    tokenizer: the policy's; scores are of token ids, so both have to mean the same by them.
+    """
+    folder = Path(folder)
+    try:
+        record = json.loads((folder / "reward_model.json").read_text(encoding="utf-8"))
+        its_task, _ = record["task"], record["base_sha256"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise RewardModelError(
+            f"{folder} is no reward model (no reward_model.json that can be read): name a folder of train_rm.py"
+        ) from None
+    if its_task != task:
+        raise RewardModelError(f"{folder} is a {its_task} reward model, and a {task} one is needed: name the other")
+    try:
+        vocabulary = AutoTokenizer.from_pretrained(folder).get_vocab()
+    except (OSError, ValueError) as error:
+        raise RewardModelError(f"{folder} has no tokenizer that can be read ({error}): save it again") from None
+    if vocabulary != tokenizer.get_vocab():
+        raise RewardModelError(
+            f"{folder} was trained with another tokenizer than the policy's: train it on a base with the same one"
+        )
+    return record
+
+
+def load(folder, task, record, policy, policy_sha256, load_adapter, load_model):
+    """The RewardModel of a folder: an adapter named `task` on `policy` where the base is the same, else by itself.
+
+    policy: a causal language model, or None to load by itself in any case; policy_sha256: its score_cache.base_sha256.
+    load_adapter: lora.load_adapter; load_model(path): a model with a head `score`, ready for packed_scores.
+    """
+    folder = Path(folder)
+    if not (folder / "adapter_config.json").exists():  # all weights were trained
+        model = load_model(str(folder))
+        return RewardModel(record, model, None, model.score.weight.detach())
+    shared = policy is not None and record["base_sha256"] == policy_sha256
+    model = policy if shared else load_model(record["base_model"])
+    _, head = load_adapter(model, folder, task, with_head=True)
+    return RewardModel(record, model, task, head.to(model.device))
+
+
+def cost_threshold(record):
+    """The expected cost to ask for, of a calibrated harmless model, and the sentence that says how it came about.
+
+    Mean cost of its safe validation responses + 5 % of the distance to the harmful ones.
+    """
+    safe, harmful = -record["validation"]["safe_score"], -record["validation"]["harmful_score"]
+    threshold = safe + 0.05 * (harmful - safe)
+    return threshold, f"mean cost of safe responses {safe:.4f} + 5 % of the way to harmful ones ({harmful:.4f})"
+
+
+def as_pairs(prompts, responses):
+    """(prompt, response, response) triples for packing.pack, one prompt's responses two by two; and where each went.
+
+    prompts: ids of each prompt; responses: a list of responses (ids) for each.  An odd one stands twice.  Returns
+    (triples, places): places[n][m] = (side, triple) of response m to prompt n, side 0 where chosen stands, 1 rejected.
+    """
+    triples, places = [], []
+    for prompt, answers in zip(prompts, responses, strict=True):
+        places.append([(m % 2, len(triples) + m // 2) for m in range(len(answers))])
+        triples += [(prompt, answers[m], answers[min(m + 1, len(answers) - 1)]) for m in range(0, len(answers), 2)]
+    return triples, places
