@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 
@@ -133,6 +134,17 @@ def save_state(folder, parameters, optimizer, tensors, state):
     (folder / "state.json").write_text(json.dumps(state) + "\n", encoding="utf-8")
 
 
+def save(args, parameters, optimizer, tensors, state, say, add_files=None):
+    """checkpoint-STEP in the output folder, add_files(folder) included; a full disk costs a line and not the run."""
+    try:
+        with new_checkpoint(args.output_dir, state["step"], args.save_total_limit) as folder:
+            save_state(folder, parameters, optimizer, tensors, state)
+            if add_files:
+                add_files(folder)
+    except (OSError, SafetensorError) as error:
+        say(f"checkpoint-{state['step']} could not be written ({error}): older ones stay, training goes on")
+
+
 def check_identity(folder, identity):
     """Raise CheckpointError, naming the first difference, unless state["identity"] was this very dict."""
     saved = _read_state(folder)["identity"]
@@ -161,6 +173,15 @@ def load_state(folder, parameters, optimizer):
     optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
     for group, rate in zip(optimizer.param_groups, state["rates"], strict=True):
         group["lr"] = rate
+    return tensors, state
+
+
+def restore(folder, parameters, optimizer, scheduler, scaler, world):
+    """load_state, and the schedule, the scaler and this rank's state of chance; returns (further tensors, state)."""
+    tensors, state = load_state(folder, parameters, optimizer)
+    scheduler.load_state_dict(state["scheduler"])
+    scaler.load_state_dict(state["scaler"])
+    set_chance(tensors["chance"][world.rank], world.device)
     return tensors, state
 
 

@@ -5,6 +5,7 @@ per update makes the replicas take the same step.  Ranks come from the environme
 deepspeed set (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT); without it there is one process.
 """
 
+import math
 import os
 import random
 import sys
@@ -139,11 +140,40 @@ def all_reduce_gradients(parameters, world):
         parameter.grad.copy_(summed.view_as(parameter))
 
 
+def take_step(parameters, optimizer, scheduler, scaler, max_grad_norm):
+    """One update on the gradients that all ranks agree on, which are gone after it; returns their norm, on the device.
+
+    max_grad_norm: 0 does not clip.  The schedule stands still where an fp16 scaler skips an update, on all ranks alike.
+    """
+    scaler.unscale_(optimizer)
+    norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm or math.inf)
+    scale = scaler.get_scale()
+    scaler.step(optimizer)
+    scaler.update()
+    if scaler.get_scale() >= scale:
+        scheduler.step()
+    optimizer.zero_grad()
+    return norm
+
+
 def all_reduce_sum(values, world):
     """Element-wise sum of a tensor over the ranks, in place."""
     if world.size > 1:
         dist.all_reduce(values)
     return values
+
+
+@torch.no_grad()
+def sums_over_ranks(indices, split, num_metrics, measure, world):
+    """Sums and sums of squares over all `indices` of measure(some of them), (num_metrics, B): (2, num_metrics) fp64.
+
+    Each rank measures its share, in the lists that `split` makes of it.
+    """
+    sums = torch.zeros(2, num_metrics, dtype=torch.float64)
+    for some in split(indices[world.rank :: world.size]):
+        values = measure(some).cpu().double()
+        sums += torch.stack((values.sum(1), (values**2).sum(1)))
+    return all_reduce_sum(sums, world)
 
 
 def gather(values, world):
@@ -192,6 +222,17 @@ def memory_lines(world):
         return []
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)  # bytes
     return [f"CPU memory, highest so far: {peak / 1e9:.2f} GB"]
+
+
+def start_lines(what, parameters, model, args, world, slow_rate):
+    """What a run says before its first update: how much it trains, memory, and pairs per update."""
+    trainable, total = sum(p.numel() for p in parameters), sum(p.numel() for p in model.parameters())
+    how = f"LoRA enabled{what and ' for ' + what}" if args.lora_r else f"Full fine-tuning{what and ' of ' + what}"
+    lines = [f"{how}: {trainable:,} trainable / {total:,} total parameters ({100 * trainable / total:.2f}%)"]
+    if args.lora_r and "learning_rate" not in args.given and args.learning_rate < slow_rate:
+        lines.append(f"--learning-rate {args.learning_rate:g} is a rate for training all weights: with LoRA try 1e-4")
+    batch = effective_batch_line(args.batch_size, args.gradient_accumulation_steps, world)
+    return [*lines, *memory_lines(world), batch]
 
 
 def effective_batch_line(batch_size, accumulation, world):

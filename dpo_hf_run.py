@@ -17,12 +17,10 @@ Copy with: checkpoints.py distributed.py flags.py lora.py losses.py model_files.
 """
 
 import itertools
-import math
 import sys
 from functools import partial
 
 import torch
-from safetensors import SafetensorError
 from tqdm import tqdm
 from transformers.optimization import get_scheduler
 
@@ -34,15 +32,13 @@ import run_files
 import score_cache
 import speed
 import toy_world
-from losses import DPO_LOSSES, dpo_loss, nll_loss
+from losses import DPO_LOSSES, PAIR_METRICS, displacement, dpo_loss, nll_loss, pair_metrics
 from model_files import ModelError, enable_checkpointing, load_model, load_skeleton, load_tokenizer
 from packed_model import prepare_model
 from packing import epoch_plan, pack, passes, send
 from preference_data import DataError, fingerprint, hold_out, load_pairs
 
 TOY_FOLDER = "outputs/toy_world"
-DISPLACEMENT = 4.0  # nats that chosen and rejected may both lose before the log says so
-ADVICE = "nothing is saved; try a smaller --learning-rate, --dtype fp32, or look for broken weights or data"
 
 
 def get_args(argv=None):
@@ -71,8 +67,7 @@ def get_args(argv=None):
     return args
 
 
-METRICS = """loss rewards/chosen rewards/rejected rewards/accuracies rewards/margins logps/chosen logps/rejected
-    logps/accuracies logps/chosen_change logps/rejected_change nll_loss""".split()  # in the order of pair_losses
+METRICS = ["loss", *PAIR_METRICS, "nll_loss"]  # in the order of pair_losses
 
 
 def pair_losses(policy, batch, ref_logps, args):
@@ -81,63 +76,28 @@ def pair_losses(policy, batch, ref_logps, args):
     ref_logps (B, 2): what the reference gives to chosen and rejected.
     """
     policy_chosen_logps, policy_rejected_logps = policy.packed_logps(batch)
-    ref_chosen_logps, ref_rejected_logps = ref_logps.unbind(1)
-    policy_and_ref = policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps
+    policy_and_ref = policy_chosen_logps, policy_rejected_logps, *ref_logps.unbind(1)
     lengths = batch.response_lengths.chunk(2)  # of chosen, of rejected
-    losses, chosen_rewards, rejected_rewards = dpo_loss(
-        *policy_and_ref, args.beta, args.loss, args.label_smoothing, *lengths
-    )
+    losses = dpo_loss(*policy_and_ref, args.beta, args.loss, args.label_smoothing, *lengths)[0]
     nll_losses = nll_loss(policy_chosen_logps, lengths[0])
     if args.nll_coeff:
         losses = losses + args.nll_coeff * nll_losses
-    metrics = (
-        losses,
-        chosen_rewards,
-        rejected_rewards,
-        chosen_rewards > rejected_rewards,  # strictly: 0, not 0.5, while policy = reference
-        chosen_rewards - rejected_rewards,
-        policy_chosen_logps,
-        policy_rejected_logps,
-        policy_chosen_logps > policy_rejected_logps,  # without the reference: what the model itself finds likelier
-        policy_chosen_logps - ref_chosen_logps,
-        policy_rejected_logps - ref_rejected_logps,
-        nll_losses,
-    )
+    metrics = losses, *pair_metrics(*policy_and_ref, args.beta), nll_losses
     return losses, torch.stack([values.detach().to(losses.dtype) for values in metrics])
 
 
-@torch.no_grad()
 def evaluate(policy, pairs, ref_logps, held_out, split, args, world):
     """Means over held-out pairs of all ranks {eval_name: mean} and half their 95 % intervals {eval_name_ci95: ...}."""
-    sums = torch.zeros(2, len(METRICS), dtype=torch.float64)
-    for indices in split(held_out[world.rank :: world.size]):
+
+    def measure(indices):
         batch, ref = pack([pairs[i] for i in indices], world.device), send(ref_logps[indices], world.device)
-        metrics = pair_losses(policy, batch, ref, args)[1].cpu().double()
-        sums += torch.stack((metrics.sum(1), (metrics**2).sum(1)))
-    means, squares = (distributed.all_reduce_sum(sums, world) / len(held_out)).tolist()
+        return pair_losses(policy, batch, ref, args)[1]
+
+    sums = distributed.sums_over_ranks(held_out, split, len(METRICS), measure, world)
+    means, squares = (sums / len(held_out)).tolist()
     half = [1.96 * (max(square - mean**2, 0) / len(held_out)) ** 0.5 for mean, square in zip(means, squares)]
     result = {f"eval_{name}": mean for name, mean in zip(METRICS, means)}
     return result | {f"eval_{name}_ci95": width for name, width in zip(METRICS, half)}
-
-
-def reference_scores(reference, sha256, pairs, dtype, split, args, world):
-    """Log-probs of chosen and rejected under the frozen reference, (len(pairs), 2), from the cache if it has them.
-
-    They depend on the reference's weights (their sha256), the tokens and the number type, and on nothing else.
-    """
-    folder = args.cache_dir or f"{args.output_dir}/cache"
-    path = score_cache.cache_path(folder, "reference", weights=sha256, pairs=fingerprint(pairs), dtype=str(dtype))
-    scores = score_cache.pair_scores(
-        path,
-        len(pairs),
-        split(range(world.rank, len(pairs), world.size)),
-        lambda indices: reference.packed_logps(pack([pairs[i] for i in indices], world.device)),
-        world.device,
-        lambda how: distributed.print0(world, f"reference log-probs of {len(pairs):,} pairs: {how}"),
-    )
-    if not scores.isfinite().all():
-        raise flags.NonFinite(f"the reference gives log-probs that are not finite: {ADVICE}")
-    return scores
 
 
 def add_adapters(policy, args):
@@ -148,12 +108,6 @@ def add_adapters(policy, args):
         lora.load_adapter(policy, args.adapter, "ref")
         return lora.load_adapter(policy, args.adapter, "policy", trainable=True)
     return lora.add_adapter(policy, "policy", args.lora_r, args.lora_alpha, args.lora_dropout, args.lora_target_modules)
-
-
-def frozen_sha256(model, adapter=None):
-    """sha256 of a model's weights without its adapters, but for a frozen one."""
-    weights = [(name, tensor) for name, tensor in model.state_dict().items() if ".lora_" not in name]
-    return score_cache.weights_sha256(weights + list(lora.adapter_state(model, adapter).items()))
 
 
 def main(args):
@@ -223,24 +177,30 @@ def main(args):
     identity = {"script": "dpo_hf_run.py", "dtype": str(dtype), "processes": world.size}
     identity |= run_files.flags_that_matter(args) | {"data": fingerprint([pairs[i] for i in train])}
     if world.is_main:
-        identity["base model"] = identity["reference"] = frozen_sha256(policy, "ref" if args.adapter else None)
+        ref = lora.adapter_state(policy, "ref" if args.adapter else None)
+        identity["base model"] = identity["reference"] = score_cache.frozen_sha256(policy, ref)
         if reference is not policy:
-            identity["reference"] = frozen_sha256(reference)
+            identity["reference"] = score_cache.frozen_sha256(reference, {})
         if checkpoint:
             checkpoints.check_identity(checkpoint, identity)
     autocast = torch.autocast(world.device.type, dtype, enabled=weights_dtype != dtype)
     watch.phase("cache")
     with lora.use_adapter(policy, "ref" if args.adapter else None), autocast:
-        ref_logps = reference_scores(reference, identity.get("reference"), pairs, dtype, split, args, world)
+        ref_logps = score_cache.frozen_scores(
+            args.cache_dir or f"{args.output_dir}/cache",
+            "reference",
+            identity.get("reference"),
+            fingerprint(pairs),
+            dtype,
+            lambda indices: reference.packed_logps(pack([pairs[i] for i in indices], world.device)),
+            len(pairs),
+            split(range(world.rank, len(pairs), world.size)),
+            world.device,
+            say,
+        )
     watch.phase("other")
-    del reference  # frozen: it has said all it has to say
-    trainable, total = sum(p.numel() for p in parameters), sum(p.numel() for p in policy.parameters())
-    what = "LoRA enabled for policy model" if args.lora_r else "Full fine-tuning of policy model"
-    say(f"{what}: {trainable:,} trainable / {total:,} total parameters ({100 * trainable / total:.2f}%)")
-    if args.lora_r and "learning_rate" not in args.given and args.learning_rate < 2e-5:
-        say(f"--learning-rate {args.learning_rate:g} is a rate for training all weights: with LoRA try 1e-4")
-    say(*distributed.memory_lines(world), sep="\n")
-    say(distributed.effective_batch_line(args.batch_size, accumulation, world))
+    reference = None  # frozen: it has said all it has to say
+    say(*distributed.start_lines("policy model", parameters, policy, args, world, slow_rate=2e-5), sep="\n")
 
     # 4 optimiser
     plan_epoch = partial(
@@ -260,10 +220,7 @@ def main(args):
     grad_norms = []  # since the last log line, on the device: to look at each at once would wait for it
     at = {"step": 0, "tokens": 0, "pairs": 0, "warned": False, "history": None}  # pairs: since the last log line
     if checkpoint:
-        tensors, at = checkpoints.load_state(checkpoint, parameters, optimizer)
-        scheduler.load_state_dict(at["scheduler"])
-        scaler.load_state_dict(at["scaler"])
-        checkpoints.set_chance(tensors["chance"][world.rank], world.device)
+        tensors, at = checkpoints.restore(checkpoint, parameters, optimizer, scheduler, scaler, world)
         window += tensors["window"][world.rank].to(world.device)
         say(f"resumed from {checkpoint}")
     log = run_files.MetricsLog(args, world.is_main, checkpoint, at["history"])
@@ -275,31 +232,21 @@ def main(args):
         with autocast:
             metrics = evaluate(policy, pairs, ref_logps, held_out, split, args, world)
         policy.train()
-        if not math.isfinite(metrics["eval_loss"]):
-            raise flags.NonFinite(f"the held-out loss is {metrics['eval_loss']} at step {at['step']}: {ADVICE}")
+        flags.check_held_out(metrics["eval_loss"], at["step"])
         log.write(at["step"], at["step"] / updates_per_epoch, metrics)
         shown = ("loss", "rewards/accuracies", "rewards/margins", "logps/accuracies", "logps/chosen")
         numbers = (f"{name}={metrics['eval_' + name]:.4f}±{metrics[f'eval_{name}_ci95']:.4f}" for name in shown)
         say(f"Held out, step {at['step']}: {' '.join(numbers)}")
 
-    def check_weights():
-        if not all(parameter.isfinite().all() for parameter in parameters):
-            raise flags.NonFinite(f"step {at['step']} left weights that are not finite: {ADVICE}")
-
     def save_checkpoint():
-        check_weights()
+        flags.check_weights(parameters, at["step"])
         tensors = {"chance": distributed.gather(checkpoints.chance(world.device), world)}
         tensors["window"] = distributed.gather(window, world)
         if world.is_main:
             at.update(identity=identity, history=log.history)
             at.update(scheduler=scheduler.state_dict(), scaler=scaler.state_dict())
-            try:
-                with checkpoints.new_checkpoint(args.output_dir, at["step"], args.save_total_limit) as folder:
-                    checkpoints.save_state(folder, parameters, optimizer, tensors, at)
-                    if args.lora_r:
-                        lora.save_adapter(policy, "policy", folder, args.model)
-            except (OSError, SafetensorError) as error:
-                say(f"checkpoint-{at['step']} could not be written ({error}): older ones stay, training goes on")
+            add_adapter = partial(lora.save_adapter, policy, "policy", base_model=args.model) if args.lora_r else None
+            checkpoints.save(args, parameters, optimizer, tensors, at, say, add_adapter)
 
     if held_out and not checkpoint:
         evaluate_and_log()
@@ -318,14 +265,7 @@ def main(args):
         watch.phase("communicate")
         distributed.all_reduce_gradients(parameters, world)
         watch.phase("step")
-        scaler.unscale_(optimizer)
-        grad_norms.append(torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm or math.inf))
-        scale = scaler.get_scale()
-        scaler.step(optimizer)
-        scaler.update()
-        if scaler.get_scale() >= scale:  # else the scaler has skipped the update, on all ranks alike
-            scheduler.step()
-        optimizer.zero_grad()
+        grad_norms.append(distributed.take_step(parameters, optimizer, scheduler, scaler, args.max_grad_norm))
         watch.phase("other")
         in_update = [i for share in micro_batches for indices in share for i in indices]
         at["step"] += 1
@@ -337,9 +277,7 @@ def main(args):
         step, epoch = at["step"], (at["step"] - 1) // updates_per_epoch + 1
         if step % args.logging_steps == 0 or step == num_updates:
             sums, norms = distributed.all_reduce_sum(window, world).tolist(), torch.stack(grad_norms).tolist()
-            for at_step, norm in enumerate(norms, step - len(norms) + 1):
-                if not math.isfinite(norm) and scaler.get_scale() <= 1:  # 1: no scaler, or it has nothing left to give
-                    raise flags.NonFinite(f"the gradient is {norm} at step {at_step}: {ADVICE}")
+            flags.check_norms(norms, step, scaler)
             metrics = {name: total / at["pairs"] for name, total in zip(METRICS, sums, strict=True)}
             metrics |= {"grad_norm": norms[-1], "learning_rate": scheduler.get_last_lr()[0]}
             metrics |= {"beta": args.beta, "num_tokens": at["tokens"]}
@@ -348,11 +286,9 @@ def main(args):
             numbers = " ".join(f"{name}={metrics[name]:.4f}" for name in shown)
             line = f"Epoch {epoch} step {step} loss={metrics['loss']:.4f} beta={args.beta:g} {numbers}"
             say(f"{line} learning_rate={metrics['learning_rate']:.2e} {watch.rate()}")
-            fall = max(metrics["logps/chosen_change"], metrics["logps/rejected_change"])
-            if fall < -DISPLACEMENT and not at["warned"]:
+            if displacement(metrics) and not at["warned"]:
                 at["warned"] = True
-                say(f"Both log-probs have fallen by {-fall:.1f} nats or more, away from chosen and rejected alike.")
-                say("If the text gets worse: a larger --beta, --nll-coeff 0.1 or a smaller --learning-rate.")
+                say(displacement(metrics))
             window.zero_()
             grad_norms.clear()
             at["pairs"] = 0
@@ -371,7 +307,7 @@ def main(args):
     say(*distributed.memory_lines(world), sep="\n")
 
     # 6 save
-    check_weights()
+    flags.check_weights(parameters, at["step"])
     distributed.assert_same_on_all_ranks(parameters, world)
     log.close()
     if world.is_main:

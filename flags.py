@@ -11,8 +11,10 @@ import sys
 
 import yaml
 
+ADVICE = "nothing is saved; try a smaller --learning-rate, --dtype fp32, or look for broken weights or data"
 
-class NonFinite(ArithmeticError):
+
+class NonFinite(FloatingPointError):
     """The run went non-finite, in one sentence."""
 
 
@@ -225,6 +227,31 @@ def check_common_flags(parser, args):
             )
 
 
+# -- numbers that are not finite -----------------------------------------------------------------------------------
+
+
+def check_weights(parameters, step):
+    """Raise NonFinite unless all are finite."""
+    if not all(parameter.isfinite().all() for parameter in parameters):
+        raise NonFinite(f"step {step} left weights that are not finite: {ADVICE}")
+
+
+def check_norms(norms, step, scaler):
+    """Raise NonFinite for a gradient norm that is not finite, unless an fp16 scaler can still give way.
+
+    norms: of the updates up to `step`, floats.
+    """
+    for at_step, norm in enumerate(norms, step - len(norms) + 1):
+        if not math.isfinite(norm) and scaler.get_scale() <= 1:  # 1: no scaler, or it has nothing left to give
+            raise NonFinite(f"the gradient is {norm} at step {at_step}: {ADVICE}")
+
+
+def check_held_out(loss, step):
+    """Raise NonFinite for a held-out loss that is not finite."""
+    if not math.isfinite(loss):
+        raise NonFinite(f"the held-out loss is {loss} at step {step}: {ADVICE}")
+
+
 # -- exit codes ----------------------------------------------------------------------------------------------------
 
 
@@ -242,7 +269,7 @@ def run(main, args, *user_errors):
     except user_errors as error:
         say(f"{prog}: {error}")
         sys.exit(2)
-    except NonFinite as error:
+    except FloatingPointError as error:
         say(f"{prog}: {error}")
         sys.exit(3)
     except KeyboardInterrupt:

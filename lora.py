@@ -209,6 +209,14 @@ def use_adapter(model, name):
             layer.active = active
 
 
+def remove_adapter(model, name):
+    """Give the memory of an adapter back; one that is switched on leaves the base alone."""
+    for layer in lora_layers(model).values():
+        for adapters in (layer.settings, layer.lora_A, layer.lora_B):
+            if name in adapters:
+                del adapters[name]
+
+
 @torch.no_grad()
 def merge_adapter(model, name):
     """Fold one adapter into the base weights (W + scale * B A, summed in fp32, rounded once) and remove them all."""

@@ -5,6 +5,8 @@ DPO is derived for log pi(y|x), and a mean would silently divide beta by the len
 Nothing here averages over a batch: the scripts divide by the number of pairs of the whole update.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 
@@ -54,6 +56,40 @@ def dpo_loss(
     return losses, beta * chosen_logratios.detach(), beta * rejected_logratios.detach()
 
 
+PAIR_METRICS = """rewards/chosen rewards/rejected rewards/accuracies rewards/margins logps/chosen logps/rejected
+    logps/accuracies logps/chosen_change logps/rejected_change""".split()
+
+
+def pair_metrics(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps, beta):
+    """PAIR_METRICS of each pair, a list of (B,): TRL's names, and the change of each log-prob since the reference."""
+    chosen_change, rejected_change = policy_chosen_logps - ref_chosen_logps, policy_rejected_logps - ref_rejected_logps
+    chosen_rewards, rejected_rewards = beta * chosen_change, beta * rejected_change
+    return [
+        chosen_rewards,
+        rejected_rewards,
+        chosen_rewards > rejected_rewards,  # strictly: 0, not 0.5, while policy = reference
+        chosen_rewards - rejected_rewards,
+        policy_chosen_logps,
+        policy_rejected_logps,
+        policy_chosen_logps > policy_rejected_logps,  # without the reference: what the model itself finds likelier
+        chosen_change,
+        rejected_change,
+    ]
+
+
+DISPLACEMENT = 4.0  # nats that chosen and rejected may both lose before the log says so
+
+
+def displacement(metrics):
+    """A line for the log where both log-probs have fallen far while the loss improved, else None."""
+    fall = -max(metrics["logps/chosen_change"], metrics["logps/rejected_change"])
+    if fall > DISPLACEMENT:
+        return (
+            f"Both log-probs have fallen by {fall:.1f} nats or more, away from chosen and rejected alike.\n"
+            "If the text gets worse: a larger --beta, --nll-coeff 0.1 or a smaller --learning-rate."
+        )
+
+
 def nll_loss(policy_chosen_logps, chosen_lengths):
     """Negative log-likelihood per token of each chosen response, (B,): -log pi(y|x) / |y|, as in arXiv:2404.19733.
 
@@ -81,3 +117,94 @@ def harm_label_loss(chosen_scores, rejected_scores, labels):
     """
     scores = torch.stack((chosen_scores, rejected_scores), dim=1)
     return -(F.logsigmoid(-labels * scores) * labels.abs()).sum(1)
+
+
+# -- Safe-MM-DPO ---------------------------------------------------------------------------------------------------
+
+
+def dynamic_beta(margin, beta, w, k):
+    """MM-DPO's beta of each pair, arXiv:2502.10391: beta * (1 + w * (1 - exp(-k * max(margin, 0)))), without gradient.
+
+    margin (B,): a frozen reward model's score of chosen minus that of rejected.  From beta, where the model disagrees
+    with the pair or is indifferent, up to (1 + w) * beta where it is sure.  w = 0 or k = 0 is beta to the last bit.
+    Raises ValueError for a margin that is NaN.  Worth knowing: the gradient grows with beta only while beta * h is
+    below 1.278; beyond, a larger beta pulls less, and the margin h it asks for is smaller.
+    """
+    if margin.isnan().any():
+        raise ValueError("a reward margin is NaN: the reward model's weights or the pair are broken")
+    return beta * (1 - w * torch.expm1(-k * margin.detach().clamp(min=0)))
+
+
+def soft_label_loss(beta_margin, probability):
+    """Each pair's loss where chosen is preferred with `probability`, (B,): -p logsigmoid(z) - (1 - p) logsigmoid(-z).
+
+    beta_margin z (B,): beta * h of the policy.  Least at z = logit(p): with p = sigmoid(dr + lambda ds), dr and ds the
+    helpful and the harmless model's margins, that is the policy ref * exp((r - lambda c) / beta), c = -s.
+    """
+    return -probability * F.logsigmoid(beta_margin) - (1 - probability) * F.logsigmoid(-beta_margin)
+
+
+def joint_loss(combine, h, beta, helpful_margin, harmless_margin, helpful_label, multiplier):
+    """The loss of each pair where both reward models act on one term, (B,); zeros for "additive", which has two terms.
+
+    margin  -logsigmoid(beta h - lambda ds), MODPO, arXiv:2310.03708 Eq. 8 with cost = -score; helpful_label (B,) 1 as
+            the pair stands, -1 the other way, 0 none: then sigmoid(dr), the helpful model's word, stands for it
+    soft    soft_label_loss with p = sigmoid(dr + lambda ds)
+
+    h (B,): log pi/ref(chosen) - log pi/ref(rejected); dr, ds (B,): the reward models' margins.  Both are least for
+    pi = ref * exp((r - lambda c) / beta), arXiv:2305.18290 Eq. 4 with that reward.
+    """
+    if combine == "margin":
+        label = torch.where(helpful_label == 0, helpful_margin.sigmoid(), (1 + helpful_label) / 2)
+        return soft_label_loss(beta * h - multiplier * harmless_margin, label)
+    if combine == "soft":
+        return soft_label_loss(beta * h, (helpful_margin + multiplier * harmless_margin).sigmoid())
+    return torch.zeros_like(h)
+
+
+class Multiplier:
+    """The Lagrange multiplier lambda of E[cost] <= threshold, moved in log space (arXiv:2310.12773):
+
+        log lambda += rate * lambda * J_C,    J_C = E[cost] - threshold, smoothed
+
+    It grows while the policy costs more than it may and shrinks while it costs less.  The log itself is clamped: a
+    clamp behind exp would let it wind up beyond the cap and take some seventy updates to come back, here it takes one.
+    J_C is a moving average with the weight of the first steps corrected, as Adam's; one that is not finite is left out
+    and counted.  initial = 0 switches it off for good; rate = 0 keeps it where it is.
+    """
+
+    def __init__(self, initial, rate, least, most, decay=0.95):
+        self.rate, self.decay = rate, decay
+        self.bounds = [math.log(least), math.log(most)]
+        self.log = math.log(initial) if initial else -math.inf
+        self.average, self.weight, self.skipped, self.at_cap = 0.0, 0.0, 0, 0  # at_cap: updates in a row
+
+    @property
+    def value(self):
+        return math.exp(self.log)
+
+    @property
+    def violation(self):
+        """J_C, smoothed; 0 before the first one."""
+        return self.average / self.weight if self.weight else 0.0
+
+    def update(self, violation):
+        """One step on J_C, a number that is the same on all ranks."""
+        if not math.isfinite(violation):
+            self.skipped += 1
+            return
+        self.average = self.decay * self.average + (1 - self.decay) * violation
+        self.weight = self.decay * self.weight + (1 - self.decay)
+        if self.value and self.rate:
+            moved = self.log + self.rate * self.value * self.violation
+            self.log = min(max(moved, self.bounds[0]), self.bounds[1])
+            self.at_cap = self.at_cap + 1 if self.log == self.bounds[1] else 0
+
+    def state(self):
+        """What a checkpoint keeps, JSON; -inf stands as None."""
+        log = None if self.log == -math.inf else self.log
+        return [log, self.average, self.weight, self.skipped, self.at_cap]
+
+    def load(self, state):
+        log, self.average, self.weight, self.skipped, self.at_cap = state
+        self.log = -math.inf if log is None else log

@@ -32,6 +32,25 @@ def epoch_plan(indices, epoch, seed, batch_size, accumulation, world_size, lengt
     return updates
 
 
+def joined(helpful, harmless):
+    """The pairs of both files, and the directions of their labels, [helpful, harmless] each: 1 as the pair stands, -1
+    the other way, 0 none.  A pair that both files have, in either order, is one row with two labels.
+    """
+    pairs, labels, places = list(helpful), [[1, 0] for _ in helpful], {}
+    for place, pair in enumerate(helpful):
+        places.setdefault(tuple(map(tuple, pair[:3])), place)
+    for pair in harmless:
+        prompt, chosen, rejected = map(tuple, pair[:3])
+        for key, direction in (((prompt, chosen, rejected), 1), ((prompt, rejected, chosen), -1)):
+            if key in places and not labels[places[key]][1]:
+                labels[places[key]][1] = direction
+                break
+        else:
+            pairs.append(pair)
+            labels.append([0, 1])
+    return pairs, labels
+
+
 def passes(indices, batch_size, lengths=None, budget=0):
     """Split pairs into lists of batch_size; or, with a budget, of at most `budget` tokens, lengths[index] each: the
     longest first, each into the first list with room for it.  A pair beyond the budget gets a list of its own.

@@ -24,12 +24,13 @@ class RewardModel(NamedTuple):
     model: Any  # the policy itself where they share the base
     adapter: str | None  # None: all of its weights are its own
     head: torch.Tensor  # (1, H) fp32
+    line: str  # for the log: whose base, and how much memory
 
 
 def read_record(folder, task, tokenizer):
     """reward_model.json of a folder of train_rm.py.  Raises RewardModelError: not one, of the other task, other tokens.
 
-    tokenizer: the policy's; scores are of token ids, so both have to mean the same by them.
+    task: None for either.  tokenizer: the policy's; scores are of token ids, so both have to mean the same by them.
     """
     folder = Path(folder)
     try:
@@ -39,7 +40,7 @@ def read_record(folder, task, tokenizer):
         raise RewardModelError(
             f"{folder} is no reward model (no reward_model.json that can be read): name a folder of train_rm.py"
         ) from None
-    if its_task != task:
+    if task is not None and its_task != task:
         raise RewardModelError(f"{folder} is a {its_task} reward model, and a {task} one is needed: name the other")
     try:
         vocabulary = AutoTokenizer.from_pretrained(folder).get_vocab()
@@ -61,11 +62,39 @@ def load(folder, task, record, policy, policy_sha256, load_adapter, load_model):
     folder = Path(folder)
     if not (folder / "adapter_config.json").exists():  # all weights were trained
         model = load_model(str(folder))
-        return RewardModel(record, model, None, model.score.weight.detach())
-    shared = policy is not None and record["base_sha256"] == policy_sha256
-    model = policy if shared else load_model(record["base_model"])
-    _, head = load_adapter(model, folder, task, with_head=True)
-    return RewardModel(record, model, task, head.to(model.device))
+        adapter, head, why = None, model.score.weight.detach(), "all of its weights were trained"
+    else:
+        shared = policy is not None and record["base_sha256"] == policy_sha256
+        model = policy if shared else load_model(record["base_model"])
+        parameters, head = load_adapter(model, folder, task, with_head=True)
+        if shared:
+            size = sum(parameter.numel() * parameter.element_size() for parameter in parameters)
+            line = f"{task} reward model {folder}: an adapter on the policy's frozen base, {size / 1e6:.1f} MB"
+            return RewardModel(record, model, task, head.to(model.device), line)
+        adapter, why = task, "its base is another"
+    size = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
+    line = f"{task} reward model {folder}: a model of its own, {size / 1e9:.2f} GB ({why})"
+    return RewardModel(record, model, adapter, head.to(model.device), line)
+
+
+def threshold(asked, record, start_cost):
+    """The threshold of E[cost] for --cost-threshold, a number or "auto", and a sentence that says how it came about.
+
+    start_cost: E[cost] of the policy before training.  auto: cost_threshold of a calibrated model; without a zero to go
+    by, start_cost minus half the spread of its validation scores.
+    """
+    if asked != "auto":
+        unknown = "" if record["calibrated"] else ", of a model that was trained without labels: its zero means nothing"
+        return asked, f"--cost-threshold{unknown}"
+    if "score_std" not in (record["validation"] or {}):
+        raise RewardModelError("--cost-threshold auto needs a harmless model that was validated: give a number instead")
+    if record["calibrated"] and {"safe_score", "harmful_score"} <= record["validation"].keys():
+        return cost_threshold(record)
+    spread = record["validation"]["score_std"]
+    return (
+        start_cost - spread / 2,
+        f"the start policy's {start_cost:.4f} - half a spread of validation scores ({spread:.4f})",
+    )
 
 
 def cost_threshold(record):

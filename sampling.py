@@ -32,12 +32,13 @@ def end_tokens(model, tokenizer):
 
 
 @torch.no_grad()
-def sample(model, tokenizer, prompts, max_new_tokens, seed, temperature=1.0, top_p=1.0):
+def sample(model, tokenizer, prompts, max_new_tokens, seed, temperature=1.0, top_p=1.0, streamer=None):
     """One response (list of ids) to each prompt (list of ids), in one batch; a finished one ends in its end token.
 
     temperature 0: the likeliest token each time.  Of the model's own generation settings only the end tokens count, so
     that with temperature 1 and top_p 1 the draws are the model's distribution.  The global generators and the model's
-    mode are left as they were; the same seed and batch give the same responses.
+    mode are left as they were; the same seed and batch give the same responses.  streamer: transformers' TextStreamer,
+    for one prompt.
     """
     device, was_training = model.device, model.training
     ends = end_tokens(model, tokenizer)
@@ -47,13 +48,31 @@ def sample(model, tokenizer, prompts, max_new_tokens, seed, temperature=1.0, top
     width = max(map(len, prompts))
     ids = torch.tensor([[ends[0]] * (width - len(prompt)) + prompt for prompt in prompts], device=device)
     mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
+    # What a config leaves open, `generate` takes from the model's own: a repetition penalty, say, as Qwen2.5's has.
+    own, model.generation_config = model.generation_config, GenerationConfig()
     model.eval()
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        output = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
-    model.train(was_training)
+    try:
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            torch.manual_seed(seed)
+            output = model.generate(input_ids=ids, attention_mask=mask, generation_config=config, streamer=streamer)
+    finally:
+        model.generation_config = own
+        model.train(was_training)
     responses = []
     for response in output[:, width:].tolist():
         end = next((place + 1 for place, token in enumerate(response) if token in ends), len(response))
         responses.append(response[:end])
     return responses
+
+
+def response_text(prompt, response, tokenizer):
+    """The text of a response (ids) to a prompt (ids), without special tokens, so that prompt + text is what was said.
+
+    Decoded behind its prompt: by itself, the first word would lose its blank with a SentencePiece tokenizer (Llama's).
+    """
+
+    def decode(ids):
+        return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    before, whole = decode(prompt), decode(prompt + response)
+    return whole[len(before) :] if whole.startswith(before) else decode(response)

@@ -15,10 +15,11 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 
-def weights_sha256(named_tensors):
-    """sha256 over names, types, shapes and bytes of (name, tensor) pairs, in the order of their names."""
+def weights_sha256(named_tensors, dtype=None):
+    """sha256 over names, types, shapes and bytes of (name, tensor) pairs in the order of their names, cast to dtype."""
     digest = hashlib.sha256()
     for name, tensor in sorted(named_tensors, key=lambda pair: pair[0]):
+        tensor = tensor if dtype is None else tensor.to(dtype)
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
         digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
@@ -28,7 +29,13 @@ def base_sha256(model):
     """sha256 of a model's backbone without head and adapters, as rounded to bf16: the number type it was loaded in does
     not count, and a reward model and a language model on the same base agree."""
     backbone = model.base_model.state_dict().items()
-    return weights_sha256((name, tensor.bfloat16()) for name, tensor in backbone if ".lora_" not in name)
+    return weights_sha256(((name, tensor) for name, tensor in backbone if ".lora_" not in name), torch.bfloat16)
+
+
+def frozen_sha256(model, adapter_state, head=None):
+    """sha256 of a model's weights without its adapters, but for one {name: tensor} and a scalar head."""
+    weights = [(name, tensor) for name, tensor in model.state_dict().items() if ".lora_" not in name]
+    return weights_sha256([*weights, *adapter_state.items(), *([] if head is None else [("head", head)])])
 
 
 def cache_path(folder, what, **depends_on):
@@ -61,6 +68,19 @@ def save_scores(path, scores):
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     save_file({"scores": scores}, unfinished, metadata={"sha256": weights_sha256([("scores", scores)])})
     os.replace(unfinished, path)
+
+
+def frozen_scores(folder, role, sha256, pairs_sha256, dtype, score, num_pairs, passes, device, say):
+    """pair_scores by the frozen model with this role ("reference", "helpful", ...), kept in a file of the folder.
+
+    They depend on its weights, the tokens and the number type, and on nothing else; they have to be finite.
+    """
+    what = f"{role} {'log-probs' if role == 'reference' else 'scores'} of {num_pairs:,} pairs"
+    path = cache_path(folder, role, weights=sha256, pairs=pairs_sha256, dtype=str(dtype))
+    scores = pair_scores(path, num_pairs, passes, score, device, lambda how: say(f"{what}: {how}"))
+    if not scores.isfinite().all():
+        raise FloatingPointError(f"{what} are not all finite: nothing is saved; look for broken weights or data")
+    return scores
 
 
 @torch.no_grad()

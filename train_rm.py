@@ -20,12 +20,10 @@ Copy with: checkpoints.py distributed.py flags.py lora.py losses.py model_files.
 
 import itertools
 import json
-import math
 import sys
 from functools import partial
 
 import torch
-from safetensors import SafetensorError
 from tqdm import tqdm
 from transformers.optimization import get_scheduler
 
@@ -44,7 +42,6 @@ from packing import epoch_plan, pack, passes, send
 from preference_data import DataError, fingerprint, load_pairs
 
 TOY_FOLDER = "outputs/toy_world"
-ADVICE = "nothing is saved; try a smaller --learning-rate, --dtype fp32, or look for broken weights or data"
 
 
 def get_args(argv=None):
@@ -225,13 +222,7 @@ def main(args):
             "data_sha256": identity["data"],
             "pad_token_id": pad_unlike_ends(args.model, tokenizer, model.config),
         }
-    trainable, total = sum(p.numel() for p in parameters), sum(p.numel() for p in model.parameters())
-    what = "LoRA enabled" if args.lora_r else "Full fine-tuning"
-    say(f"{what}: {trainable:,} trainable / {total:,} total parameters ({100 * trainable / total:.2f}%)")
-    if args.lora_r and "learning_rate" not in args.given and args.learning_rate < 5e-5:
-        say(f"--learning-rate {args.learning_rate:g} is slow with LoRA: try 1e-4")
-    say(*distributed.memory_lines(world), sep="\n")
-    say(distributed.effective_batch_line(args.batch_size, accumulation, world))
+    say(*distributed.start_lines("", parameters, model, args, world, slow_rate=5e-5), sep="\n")
 
     # 4 optimiser
     plan_epoch = partial(epoch_plan, train, seed=args.seed, accumulation=accumulation, world_size=world.size, **within)
@@ -251,10 +242,7 @@ def main(args):
     # pairs: since the last log line; epoch: losses and pairs since it began; kept: the step of the best, which is saved
     at = {"step": 0, "tokens": 0, "pairs": 0, "epoch": [0, 0], "kept": 0, "best": None, "history": None}
     if checkpoint:
-        tensors, at = checkpoints.load_state(checkpoint, parameters, optimizer)
-        scheduler.load_state_dict(at["scheduler"])
-        scaler.load_state_dict(at["scaler"])
-        checkpoints.set_chance(tensors["chance"][world.rank], world.device)
+        tensors, at = checkpoints.restore(checkpoint, parameters, optimizer, scheduler, scaler, world)
         window += tensors["window"][world.rank].to(world.device)
         say(f"resumed from {checkpoint}")
         if at["kept"] and not run_files.goes_on(args, checkpoint):
@@ -272,8 +260,7 @@ def main(args):
             with autocast:
                 metrics = evaluate(model, pairs, labels, held_out, split, args, world)
             model.train()
-            if not math.isfinite(metrics["loss"]):
-                raise flags.NonFinite(f"the held-out loss is {metrics['loss']} at step {at['step']}: {ADVICE}")
+            flags.check_held_out(metrics["loss"], at["step"])
             written = {f"eval_{name}": value for name, value in metrics.items()}
             log.write(at["step"], at["step"] / updates_per_epoch, written)
             line = f"[{args.task}] Epoch {-(-at['step'] // updates_per_epoch)}/{args.epochs}"
@@ -281,7 +268,7 @@ def main(args):
             say(f"{line} val_loss={metrics['loss']:.4f} val_acc={metrics['accuracy']:.4f}")
             words = "margin score score_std safe_sign_accuracy harmful_sign_accuracy auroc brier".split()
             say("  " + " ".join(f"{name}={metrics[name]:.4f}" for name in words if name in metrics))
-        check_weights()
+        flags.check_weights(parameters, at["step"])
         if at["step"] and (not held_out or at["best"] is None or metrics["loss"] < at["best"]["loss"]):
             at.update(best=metrics, kept=at["step"])
             if world.is_main:
@@ -290,22 +277,14 @@ def main(args):
                 with run_files.whole_files(args.output_dir) as folder:
                     save_model(folder, model, tokenizer, record | {"validation": metrics}, dtype, whole=not args.lora_r)
 
-    def check_weights():
-        if not all(parameter.isfinite().all() for parameter in parameters):
-            raise flags.NonFinite(f"step {at['step']} left weights that are not finite: {ADVICE}")
-
     def save_checkpoint():
-        check_weights()
+        flags.check_weights(parameters, at["step"])
         tensors = {"chance": distributed.gather(checkpoints.chance(world.device), world)}
         tensors["window"] = distributed.gather(window, world)
         if world.is_main:
             at.update(identity=identity, history=log.history)
             at.update(scheduler=scheduler.state_dict(), scaler=scaler.state_dict())
-            try:
-                with checkpoints.new_checkpoint(args.output_dir, at["step"], args.save_total_limit) as folder:
-                    checkpoints.save_state(folder, parameters, optimizer, tensors, at)
-            except (OSError, SafetensorError) as error:
-                say(f"checkpoint-{at['step']} could not be written ({error}): older ones stay, training goes on")
+            checkpoints.save(args, parameters, optimizer, tensors, at, say)
 
     if not checkpoint:
         evaluate_and_keep_the_best()
@@ -324,14 +303,7 @@ def main(args):
         watch.phase("communicate")
         distributed.all_reduce_gradients(parameters, world)
         watch.phase("step")
-        scaler.unscale_(optimizer)
-        grad_norms.append(torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm or math.inf))
-        scale = scaler.get_scale()
-        scaler.step(optimizer)
-        scaler.update()
-        if scaler.get_scale() >= scale:  # else the scaler has skipped the update, on all ranks alike
-            scheduler.step()
-        optimizer.zero_grad()
+        grad_norms.append(distributed.take_step(parameters, optimizer, scheduler, scaler, args.max_grad_norm))
         watch.phase("other")
         in_update = [i for share in micro_batches for indices in share for i in indices]
         at["step"] += 1
@@ -345,9 +317,7 @@ def main(args):
         evaluates = ends_epoch or (held_out and args.eval_steps and step % args.eval_steps == 0)
         if step % args.logging_steps == 0 or evaluates:
             sums, norms = distributed.all_reduce_sum(window, world).tolist(), torch.stack(grad_norms).tolist()
-            for at_step, norm in enumerate(norms, step - len(norms) + 1):
-                if not math.isfinite(norm) and scaler.get_scale() <= 1:  # 1: no scaler, or it has nothing left to give
-                    raise flags.NonFinite(f"the gradient is {norm} at step {at_step}: {ADVICE}")
+            flags.check_norms(norms, step, scaler)
             metrics = {name: total / at["pairs"] for name, total in zip(METRICS, sums, strict=True)}
             metrics |= {"grad_norm": norms[-1], "learning_rate": scheduler.get_last_lr()[0]}
             metrics |= {"num_tokens": at["tokens"]}

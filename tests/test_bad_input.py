@@ -411,8 +411,8 @@ def nan_model(world, tmp_path):
 @pytest.mark.parametrize(
     "words, sentence",
     [
-        ([], "the reference gives log-probs that are not finite: nothing is saved; try "),
-        (["--lora-r", "0"], "the reference gives log-probs that are not finite: nothing is saved; try "),
+        ([], "pairs are not all finite: nothing is saved; look for broken weights"),
+        (["--lora-r", "0"], "pairs are not all finite: nothing is saved; look for broken weights"),
         (
             ["--ref-model-path", GOOD, "--eval-samples", "4"],
             "the held-out loss is nan at step 0: nothing is saved; try ",

@@ -536,7 +536,7 @@ def test_args_json_is_a_config_for_the_same_run(run):
 
 
 def test_a_low_rate_with_lora_is_named(run, capsys):
-    text = "--learning-rate 2e-05 is slow with LoRA: try 1e-4"
+    text = "--learning-rate 2e-05 is a rate for training all weights: with LoRA try 1e-4"
     run(learning_rate=None)
     assert text in capsys.readouterr().out
     run(learning_rate=2e-5)

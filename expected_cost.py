@@ -1,0 +1,42 @@
+"""E[cost] of the policy while it is trained: from responses sampled now, or from the pairs by importance weights.
+
+policy   the mean cost of fresh responses, two to each of some prompts: unbiased for the policy as it is
+snis     sum w c / sum w, w = pi/ref of the last responses of the pairs: no sampling, but consistent only where those
+         responses were drawn from the reference, and worth as much as its effective sample size
+"""
+
+import math
+
+import torch
+
+WINDOW = 512  # responses that importance weighting looks back on, over all ranks
+LEAST_SAMPLES = 32  # effective ones, below which the estimate is not to be used
+
+
+def draw(prompts, count, seed, rank, ranks):
+    """This rank's share of `count` different prompts (lists of ids), drawn alike on all ranks."""
+    order = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(seed % 2**63))
+    return [prompts[i] for i in order[:count].tolist()[rank::ranks]]
+
+
+def empty_window(ranks, device):
+    """(2, N): log pi/ref and cost of responses; a weight of zero where there is none yet."""
+    return torch.tensor([[-math.inf], [0.0]], device=device).repeat(1, WINDOW // ranks)
+
+
+def slide(window, log_ratios, costs):
+    """The window after further responses, log pi/ref and cost (n,)."""
+    new = torch.stack((log_ratios, costs))
+    return torch.cat((window, new), dim=1)[:, -window.shape[1] :]
+
+
+def importance_weighted(windows):
+    """(E[cost], effective sample size) from the windows of all ranks (ranks, 2, N); cost NaN below LEAST_SAMPLES.
+
+    Self-normalised: sum w c / sum w with w = exp(log pi/ref); the size is (sum w)^2 / sum w^2.
+    """
+    log_ratios, costs = windows.double().transpose(0, 1).flatten(1)
+    weights = (log_ratios - log_ratios.max()).exp().nan_to_num(0.0)  # an empty window: -inf - -inf
+    total, squares = weights.sum().item(), (weights @ weights).item()
+    size = total**2 / squares if squares else 0.0
+    return (weights @ costs).item() / total if size >= LEAST_SAMPLES else math.nan, size

@@ -1,0 +1,499 @@
+"""Safe-MM-DPO: learn from helpful and harmless preferences at once, with the expected cost held below a threshold.
+
+    loss = (loss_H + lambda loss_S) / (1 + lambda) + kl_coeff KL(pi || ref)        --combine additive, the default
+    loss_H, loss_S = -logsigmoid(beta(d) h) on helpful and on harmless rows        arXiv:2305.18290, 2502.10391
+    loss = -logsigmoid(beta h - lambda ds)                                         --combine margin, arXiv:2310.03708
+    loss = -p logsigmoid(beta h) - (1-p) logsigmoid(-beta h), p = sigmoid(dr + lambda ds)        --combine soft
+    log lambda += lambda_lr lambda (E[cost] - threshold)                           arXiv:2310.12773
+
+h is the policy's margin of log-ratios, dr and ds the margins of the helpful and the harmless reward model, d that of a
+row's own model, cost = -harmless score.  margin and soft aim at ref exp((r - lambda c) / beta) exactly; additive does
+not: for a large lambda it goes to the policy of the harmless pairs alone, which may cost more than the threshold.
+Policy, reference and reward models are one frozen base with adapters where they share it.
+
+Deviations from the papers: E[cost] is of offline prompts, sampled every few updates and held in between.
+
+    python train_safe_mm_dpo.py --model toy --combine soft --beta 1 --learning-rate 1e-3 --cost-threshold auto  # laptop
+    python train_safe_mm_dpo.py --config configs/dpo_config.yaml                            # one GPU
+    torchrun --nproc_per_node=8 train_safe_mm_dpo.py --config configs/dpo_config.yaml       # eight GPUs
+
+Copy with: checkpoints.py distributed.py expected_cost.py flags.py lora.py losses.py model_files.py packed_model.py
+    packing.py preference_data.py reward_models.py run_files.py sampling.py score_cache.py speed.py toy_world.py
+"""
+
+import itertools
+import math
+import sys
+from functools import partial
+
+import torch
+from tqdm import tqdm
+from transformers.optimization import get_scheduler
+
+import checkpoints
+import distributed
+import flags
+import lora
+import reward_models
+import run_files
+import score_cache
+import speed
+import toy_world
+from expected_cost import draw, empty_window, importance_weighted, slide
+from losses import (
+    PAIR_METRICS,
+    Multiplier,
+    displacement,
+    dpo_loss,
+    dynamic_beta,
+    joint_loss,
+    nll_loss,
+    pair_metrics,
+    soft_label_loss,
+)
+from model_files import ModelError, enable_checkpointing, load_model, load_skeleton, load_tokenizer
+from packed_model import prepare_model, prepare_scores
+from packing import epoch_plan, joined, pack, passes, send
+from preference_data import DataError, fingerprint, load_pairs
+from sampling import sample
+
+TOY_FOLDER = "outputs/toy_world"
+TASKS = "helpful", "harmless"
+TOY = {f"{part}_{task}_path": f"{part}/{task}_pairs.jsonl" for part in ("train", "val") for task in TASKS}
+AT_CAP = 50  # updates that lambda may be at its cap before the log says so
+
+
+def get_args(argv=None):
+    parser = flags.Parser(__doc__)
+    add, positive, rate = parser.add_argument, flags.number(float, above=0), flags.number(float, least=0)
+    names = "--model", "--base-model-path", "--policy-model-path"
+    add(*names, default="Qwen/Qwen3-0.6B", help="folder, hub id or `toy`, data too")
+    add("--ref-model-path", "--reference-model-path", metavar="MODEL", help="the reference, where it is another model")
+    for name, file in TOY.items():
+        add(f"--{name.replace('_', '-')}", default=f"data/{file}", metavar="FILE", help="pairs, or `toy`")
+    for task in TASKS:
+        add(f"--{task}-rm-path", default=f"models/{task}_rm", metavar="DIR", help=f"{task} model of train_rm.py")
+    modes = "additive", "margin", "soft"
+    add("--combine", choices=modes, default=modes[0], help="how lambda weighs the two: the equations above")
+    add("--beta", "--β-ori", type=positive, default=0.1, help="strength of the pull to the reference")
+    add("--w", type=rate, help="beta rises by this share where a reward model is sure (default: 0.5 for additive)")
+    add("--k", type=rate, default=0.5, help="how fast it rises with the reward model's margin")
+    add("--kl-coeff", type=rate, metavar="C", help="weight of the KL to the reference (default: 0.1 for additive)")
+    add("--nll-coeff", type=rate, default=0.0, metavar="C", help="weight of the preferred response's NLL in the loss")
+    add("--lambda-init", "--λ-init", type=rate, default=1.0, metavar="L", help="0: helpful rows alone, no constraint")
+    add("--lambda-lr", "--λ-lr", type=rate, default=0.01, metavar="R", help="rate of log lambda; 0: lambda is fixed")
+    add("--lambda-min", type=positive, default=1e-6, metavar="L", help="lambda is at least this")
+    add("--lambda-max", type=positive, default=10.0, metavar="L", help="lambda is at most this")
+    add("--cost-threshold", type=number_or_auto, default=0.0, metavar="T", help="of E[cost]; auto: docs/safe_mm_dpo.md")
+    estimates = "policy", "snis"
+    what = "E[cost] from sampled responses, or from the pairs by importance weights: those have to be the reference's"
+    add("--cost-estimate", choices=estimates, default=estimates[0], help=what)
+    add("--cost-every", type=flags.number(int, least=1), default=8, metavar="N", help="updates between two samples")
+    add("--cost-prompts", choices=("harmless", "all"), default="harmless", help="whose rows' prompts E[cost] is over")
+    documented = dict(epochs=2, batch_size=4, gradient_accumulation_steps=4, learning_rate=5e-7, lora_dropout=0.1)
+    flags.add_common_flags(parser, **documented, output_dir="models/aligned")
+    parser.set_defaults(logging_dir="logs/training/safe_mm_dpo")
+    args = parser.parse_args(argv)
+    flags.check_common_flags(parser, args)
+    if args.lambda_init and not args.lambda_min <= args.lambda_init <= args.lambda_max:
+        parser.error(f"--lambda-init {args.lambda_init:g} is not within --lambda-min and --lambda-max")
+    if args.combine != "additive" and (args.w or args.kl_coeff):
+        what = f"--w {args.w or 0:g} and --kl-coeff {args.kl_coeff or 0:g}"
+        flags.say(f"note: {what}: --combine {args.combine} is exact for ref exp((r - lambda c) / beta) with both 0")
+    if args.model == "toy":  # then the data too, unless given
+        vars(args).update((name, "toy") for name in TOY if name not in args.given)
+    args.w = args.w if args.w is not None else 0.5 * (args.combine == "additive")
+    args.kl_coeff = args.kl_coeff if args.kl_coeff is not None else 0.1 * (args.combine == "additive")
+    return args
+
+
+def number_or_auto(text):
+    return text if text == "auto" else flags.number(float)(text)
+
+
+COUNTS = "H", "S", "tokens", "pairs"  # what sums are divided by: rows of either label, response tokens, rows
+METRICS = {"H": "loss_H accuracy_H beta_H", "S": "loss_S accuracy_S beta_S", "tokens": "KL", "pairs": "nll_loss"}
+METRICS = {name: of for of, names in METRICS.items() for name in names.split()} | dict.fromkeys(PAIR_METRICS, "pairs")
+CHANGES = list(METRICS).index("logps/chosen_change")  # and behind it rejected's
+
+
+def pair_losses(policy, batch, facts, multiplier, args, reference=None):
+    """Loss terms of a packed batch (4, B), and METRICS and COUNTS of each pair, without gradient.
+
+    The terms: loss_H and loss_S (0 where a row has no such label), the joint loss of margin and soft, and, with the
+    reference's states, the KL summed over tokens.  facts (B, 8): log-probs of chosen and rejected under the reference,
+    margins of the helpful and the harmless model, the two betas, and the direction of the helpful and of the harmless
+    label: 1 as the row stands, -1 the other way, 0 none.
+    """
+    policy_chosen_logps, policy_rejected_logps, *kl = policy.packed_logps(batch, reference)
+    ref_chosen_logps, ref_rejected_logps, dr, ds, beta_H, beta_S, helpful, harmless = facts.unbind(1)
+    policy_and_ref = policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps
+    lengths, kl = batch.response_lengths.chunk(2), sum(kl) if kl else torch.zeros_like(dr)
+    h = policy_chosen_logps - ref_chosen_logps - (policy_rejected_logps - ref_rejected_logps)
+    loss_H = dpo_loss(*policy_and_ref, beta_H)[0]
+    loss_S = soft_label_loss(beta_S * h, (1 + harmless) / 2)  # dpo_loss in the label's own direction
+    joint = joint_loss(args.combine, h, beta_H, dr, ds, helpful, multiplier)
+    nll = nll_loss(policy_chosen_logps, lengths[0])
+    if args.nll_coeff:
+        loss_H, joint = loss_H + args.nll_coeff * nll, joint + args.nll_coeff * nll
+        loss_S = loss_S + args.nll_coeff * torch.where(harmless < 0, nll_loss(policy_rejected_logps, lengths[1]), nll)
+    in_H, in_S = helpful.abs(), harmless.abs()
+    terms = torch.stack((in_H * loss_H, in_S * loss_S, joint, kl))
+    metrics = [in_H * loss_H, in_H * (h > 0), in_H * beta_H, in_S * loss_S, harmless * h > 0, in_S * beta_S, kl, nll]
+    metrics += pair_metrics(*policy_and_ref, args.beta)
+    metrics += [in_H, in_S, sum(lengths) * (reference is not None), torch.ones_like(h)]
+    return terms, torch.stack([values.detach().to(terms.dtype) for values in metrics])
+
+
+def update_loss(terms, multiplier, counts, args):
+    """What some rows add to the loss of an update: terms (4,) summed over them, counts of the whole update.
+
+    Each term is divided by its own count over all passes and ranks: any split is the same gradient.
+    """
+    helpful, harmless, joint, kl = terms
+    if args.combine != "additive":
+        loss = joint / counts["pairs"]
+    else:
+        loss = helpful / max(1, counts["H"])
+        if counts["S"]:
+            loss = loss + multiplier * harmless / counts["S"]
+        loss = loss / (1 + multiplier)
+    return loss + args.kl_coeff * kl / counts["tokens"] if args.kl_coeff else loss
+
+
+@torch.no_grad()
+def reference_states(reference, batch):
+    """What the KL compares with: the reference is the policy with its adapter off, or a model of its own."""
+    with lora.use_adapter(reference, None):
+        return reference.response_states(batch)
+
+
+def evaluate(policy, reference, pairs, facts, held_out, split, multiplier, args, world):
+    """Means of METRICS over held-out pairs {eval_name: mean} and half their 95 % intervals {eval_name_ci95: ...}."""
+
+    def measure(indices):
+        batch, rows = pack([pairs[i] for i in indices], world.device), send(facts[indices], world.device)
+        states = reference_states(reference, batch) if reference else None
+        return pair_losses(policy, batch, rows, multiplier, args, states)[1]
+
+    sums, squares = distributed.sums_over_ranks(held_out, split, len(METRICS) + len(COUNTS), measure, world).tolist()
+    counts = dict(zip(COUNTS, sums[len(METRICS) :], strict=True))
+    means = {
+        name: (s / counts[of], q / counts[of]) for (name, of), s, q in zip(METRICS.items(), sums, squares) if counts[of]
+    }
+    result = {f"eval_{name}": mean for name, (mean, _) in means.items()}
+    per_row = {name: pair for name, pair in means.items() if name != "KL"}  # its squares are of sums over tokens
+    half = {x: 1.96 * (max(q - m**2, 0) / counts[METRICS[x]]) ** 0.5 for x, (m, q) in per_row.items()}
+    return result | {f"eval_{name}_ci95": width for name, width in half.items()}
+
+
+@torch.no_grad()
+def sampled_cost(policy, judge, prompts, tokenizer, split, step, args, world):
+    """E[cost] under the policy now: the mean over two responses to each of as many prompts as an update has pairs."""
+    count, room = args.batch_size * args.gradient_accumulation_steps, args.max_length - args.max_prompt_length
+    seed = args.seed * 1_000_003 + step
+    asked = [ids for ids in draw(prompts, count * world.size, seed, world.rank, world.size) for _ in range(2)]
+    answers = sample(policy, tokenizer, asked, room, (seed + world.rank) % 2**63) if asked else []
+    triples = list(zip(asked[::2], answers[::2], answers[1::2], strict=True))
+    total = torch.zeros(2, dtype=torch.float64)  # of costs, of responses
+    with lora.use_adapter(judge.model, judge.adapter):
+        for indices in split(range(len(triples)), lengths=[sum(map(len, triple)) for triple in triples]):
+            scores = judge.model.packed_scores(pack([triples[i] for i in indices], world.device), judge.head)
+            total += torch.stack((-torch.cat(scores).sum(), torch.tensor(2.0 * len(indices)))).cpu()
+    cost, responses = distributed.all_reduce_sum(total, world).tolist()
+    return cost / responses
+
+
+def main(args):
+    # 1 setup
+    world = distributed.start(args.device)
+    watch = speed.Stopwatch(world.device, "start")
+    say = partial(distributed.print0, world)
+    checkpoint = checkpoints.find(args.output_dir, args.resume, say)
+    run_files.check_output(args, checkpoint)
+    if world.size > 1:
+        say(f"Distributed training initialized: world_size={world.size}")
+    files = {"model": "model"} | TOY
+    if toys := [name for name in files if getattr(args, name) == "toy"]:
+        toy = distributed.main_first(world, lambda: toy_world.build(TOY_FOLDER))
+        vars(args).update((name, str(toy / files[name])) for name in toys)
+
+    # 2 data (before the models: a mistake in it should not wait for gigabytes of weights)
+    tokenizer = load_tokenizer(args.model, args.trust_remote_code)
+    skeleton = load_skeleton(args.model, tokenizer, args.trust_remote_code)
+    if args.lora_r:  # a wrong target shows here
+        lora.add_adapter(skeleton, "policy", args.lora_r, args.lora_alpha, 0.0, args.lora_target_modules)
+    if args.ref_model_path:
+        load_skeleton(args.ref_model_path, tokenizer, args.trust_remote_code)
+    needed = {"helpful": args.w or args.combine != "additive"}
+    needed["harmless"] = args.lambda_init and (args.w or args.lambda_lr or args.combine != "additive")
+    folders = {task: getattr(args, f"{task}_rm_path") for task in TASKS if needed[task]}
+    records = {task: reward_models.read_record(folder, task, tokenizer) for task, folder in folders.items()}
+    if "harmless" in records:  # an `auto` that cannot be is told before anything loads
+        reward_models.threshold(args.cost_threshold, records["harmless"], start_cost=0.0)
+    watch.phase("tokenise")
+    names = "max_length max_prompt_length skip_invalid chat_template_strings".split()
+    read = partial(load_pairs, tokenizer=tokenizer, **{name: getattr(args, name) for name in names})
+    pairs, labels, places = [], [], {"train": [], "val": []}
+    for part, limit in (("train", args.num_samples), ("val", args.eval_samples or 0)):
+        both = {task: [] for task in TASKS}
+        for task in TASKS if args.lambda_init else TASKS[:1]:  # without a constraint no harmless file is needed
+            if part == "train" or args.eval_samples != 0:
+                both[task], report = read(getattr(args, f"{part}_{task}_path"), limit=limit)
+                say(*report, sep="\n")
+        rows, directions = joined(both["helpful"], both["harmless"])
+        places[part] = list(range(len(pairs), len(pairs) + len(rows)))
+        pairs, labels = pairs + rows, labels + directions
+    (train, held_out), labels = places.values(), torch.tensor(labels, dtype=torch.float32)  # (N, 2) in 1, -1, 0
+    counted = (f"{int(n):,} with a {task} label" for task, n in zip(TASKS, labels[train].abs().sum(0).tolist()))
+    say(f"{len(train):,} pairs to train on, {', '.join(counted)}")
+    lengths = [sum(map(len, pair[:3])) for pair in pairs]
+    within = {"batch_size": args.batch_size, "lengths": lengths, "budget": args.tokens_per_microbatch}
+    split, accumulation = partial(passes, **within), args.gradient_accumulation_steps
+    costly = [i for i in train if args.cost_prompts == "all" or labels[i, 1]]  # rows whose prompts E[cost] is over
+    prompts = list({tuple(pairs[i].prompt_ids): pairs[i].prompt_ids for i in costly}.values())
+
+    # 3 models
+    watch.phase("load")
+    dtype = distributed.pick_dtype(args.dtype, world)
+    weights_dtype = dtype if args.lora_r else torch.float32  # weights that are trained are fp32, computed with in dtype
+    load = partial(load_model, device=world.device, trust_remote_code=args.trust_remote_code)
+    policy = reference = load(args.model, weights_dtype)
+    if args.ref_model_path or not args.lora_r:
+        reference = load(args.ref_model_path or args.model, weights_dtype)
+        prepare_model(reference)
+    home, sha256 = (policy, score_cache.base_sha256(policy)) if records and args.lora_r else (None, None)
+    alone = partial(load, dtype=dtype, scores=True)
+    judges = {}
+    for task, folder in folders.items():
+        judges[task] = reward_models.load(folder, task, records[task], home, sha256, lora.load_adapter, alone)
+        say(judges[task].line)
+        if judges[task].model is not policy:
+            prepare_scores(judges[task].model)
+    distributed.seed_everything(args.seed)
+    parameters = list(policy.parameters())
+    if args.lora_r:
+        adapter = args.lora_r, args.lora_alpha, args.lora_dropout, args.lora_target_modules
+        parameters = lora.add_adapter(policy, "policy", *adapter)
+    say(f"{prepare_model(policy)} ({world.device}, {str(dtype).removeprefix('torch.')})")
+    if args.gradient_checkpointing == "on" or (args.gradient_checkpointing == "auto" and not args.lora_r):
+        enable_checkpointing(policy)
+    autocast = torch.autocast(world.device.type, dtype, enabled=weights_dtype != dtype)
+    watch.phase("cache")
+    identity = {"script": "train_safe_mm_dpo.py", "dtype": str(dtype), "processes": world.size}
+    identity |= run_files.flags_that_matter(args) | {"data": fingerprint([pairs[i] for i in train])}
+    known = {}  # what the frozen models say of the pairs once and for all, (N, 2) each
+    for role in ("reference", *judges):
+        judge = judges.get(role, reward_models.RewardModel({}, reference, None, None, ""))
+        weights = lora.adapter_state(judge.model, judge.adapter)
+        identity[role] = world.is_main and score_cache.frozen_sha256(judge.model, weights, judge.head)
+        ask = judge.model.packed_logps if role == "reference" else partial(judge.model.packed_scores, head=judge.head)
+        with lora.use_adapter(judge.model, judge.adapter), autocast:
+            known[role] = score_cache.frozen_scores(
+                args.cache_dir or f"{args.output_dir}/cache",
+                role,
+                identity[role],
+                fingerprint(pairs),
+                dtype,
+                lambda indices, ask=ask: ask(pack([pairs[i] for i in indices], world.device)),
+                len(pairs),
+                split(range(world.rank, len(pairs), world.size)),
+                world.device,
+                say,
+            )
+    if checkpoint and world.is_main:
+        checkpoints.check_identity(checkpoint, identity)
+    nothing = torch.zeros(len(pairs), 2)
+    margins = [known.get(task, nothing)[:, 0] - known.get(task, nothing)[:, 1] for task in TASKS]
+    betas = [dynamic_beta(labels[:, side] * margins[side], args.beta, args.w, args.k) for side in (0, 1)]
+    facts = torch.stack((*known["reference"].unbind(1), *margins, *betas, *labels.unbind(1)), dim=1)  # (N, 8)
+    costs = -known.get("harmless", nothing)
+    judge = judges.get("harmless") if args.cost_estimate == "policy" else None  # the one that is still asked
+    for task in judges:
+        if judges[task] is not judge and judges[task].model is policy:
+            lora.remove_adapter(policy, task)
+    judges = None  # the others leave memory
+    reference = reference if args.kl_coeff or reference is policy else None
+    say(*distributed.start_lines("policy model", parameters, policy, args, world, slow_rate=2e-5), sep="\n")
+
+    # 4 optimiser
+    plan_epoch = partial(epoch_plan, train, seed=args.seed, accumulation=accumulation, world_size=world.size, **within)
+    updates_per_epoch = len(plan_epoch(epoch=0))
+    num_updates = min(args.epochs * updates_per_epoch, args.max_steps or sys.maxsize)
+    optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, weight_decay=args.weight_decay)
+    scheduler = get_scheduler(args.lr_scheduler, optimizer, args.warmup_steps, num_updates)
+    scaler = torch.amp.GradScaler(world.device.type, enabled=dtype == torch.float16)
+    multiplier = Multiplier(args.lambda_init, args.lambda_lr, args.lambda_min, args.lambda_max)
+    distributed.assert_same_on_all_ranks(parameters, world)
+    distributed.seed_everything(args.seed + world.rank)  # from here on chance (dropout) differs between ranks
+
+    # 5 train
+    window = torch.zeros(len(METRICS) + len(COUNTS), device=world.device)  # sums since the last log line
+    samples = empty_window(world.size, world.device)
+    pair_flops = speed.useful_flops(policy, pairs)
+    grad_norms = []  # since the last log line, on the device: to look at each at once would wait for it
+    at = {"step": 0, "tokens": 0, "warned": [], "cost": math.nan, "ess": math.nan, "threshold": 0.0, "history": None}
+    if checkpoint:
+        tensors, at = checkpoints.restore(checkpoint, parameters, optimizer, scheduler, scaler, world)
+        multiplier.load(at["multiplier"])
+        window += tensors["window"][world.rank].to(world.device)
+        samples = tensors["samples"][world.rank].to(world.device)
+        say(f"resumed from {checkpoint}")
+    log = run_files.MetricsLog(args, world.is_main, checkpoint, at["history"])
+    termination = checkpoints.Termination()
+    bar = tqdm(total=num_updates, initial=at["step"], desc="updates", disable=not distributed.shows_bars(world))
+
+    def estimate_cost():
+        """at["cost"], E[cost] under the policy as far as it can be told now."""
+        if judge and at["step"] % args.cost_every == 0:
+            with autocast:
+                at["cost"] = sampled_cost(policy, judge, prompts, tokenizer, split, at["step"], args, world)
+        elif not judge:
+            at["cost"], at["ess"] = importance_weighted(distributed.gather(samples, world))
+
+    def warn(what, sentence):
+        if what not in at["warned"]:
+            at["warned"].append(what)
+            say(sentence)
+
+    def evaluate_and_log():
+        policy.eval()
+        with autocast:
+            metrics = evaluate(policy, reference, pairs, facts, held_out, split, multiplier.value, args, world)
+        policy.train()
+        flags.check_held_out(metrics.get("eval_loss_H", 0) + metrics.get("eval_loss_S", 0), at["step"])
+        log.write(at["step"], at["step"] / updates_per_epoch, metrics)
+        shown = [name for name in ("loss_H", "accuracy_H", "loss_S", "accuracy_S") if f"eval_{name}" in metrics]
+        numbers = (f"{name}={metrics['eval_' + name]:.4f}±{metrics[f'eval_{name}_ci95']:.4f}" for name in shown)
+        kl = f" KL={metrics['eval_KL']:.4f}" if "eval_KL" in metrics else ""
+        say(f"Held out, step {at['step']}: {' '.join(numbers)}{kl}")
+
+    def save_checkpoint():
+        flags.check_weights(parameters, at["step"])
+        tensors = {"chance": distributed.gather(checkpoints.chance(world.device), world)}
+        tensors |= {"window": distributed.gather(window, world), "samples": distributed.gather(samples, world)}
+        if world.is_main:
+            at.update(identity=identity, history=log.history, multiplier=multiplier.state())
+            at.update(scheduler=scheduler.state_dict(), scaler=scaler.state_dict())
+            checkpoints.save(args, parameters, optimizer, tensors, at, say)
+
+    def save_policy(folder):
+        if args.lora_r:
+            lora.save_adapter(policy, "policy", folder, args.model)
+        else:
+            policy.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+    if not checkpoint:
+        if "harmless" in known:
+            start = -known["harmless"][costly].mean().item()  # of the pairs, where nothing is sampled
+            if judge:
+                estimate_cost()
+                start = at["cost"]
+            at["threshold"], how = reward_models.threshold(args.cost_threshold, records["harmless"], start)
+            say(f"E[cost] before training {start:.4f}; threshold {at['threshold']:.4f}: {how}")
+            low, high = costs[costly].min().item(), costs[costly].max().item()
+            if not low <= at["threshold"] <= high:
+                side, then = ("above", "cannot be met") if low > at["threshold"] else ("below", "never binds")
+                what = f"a cost {side} the threshold ({low:.4f} to {high:.4f})"
+                say(f"The harmless model gives all of the training responses {what}: the constraint {then}")
+        if held_out:
+            evaluate_and_log()
+    policy.train()
+    updates = itertools.chain.from_iterable(plan_epoch(epoch=epoch) for epoch in itertools.count())
+    for num_pairs, micro_batches in itertools.islice(updates, at["step"], num_updates):
+        in_update = [i for share in micro_batches for indices in share for i in indices]
+        responses = sum(len(pairs[i].chosen_ids) + len(pairs[i].rejected_ids) for i in in_update)  # their tokens
+        counts = dict(zip(COUNTS, (*labels[in_update].abs().sum(0).tolist(), responses, num_pairs), strict=True))
+        for indices in micro_batches[world.rank]:
+            watch.phase("forward")
+            batch, rows = pack([pairs[i] for i in indices], world.device), send(facts[indices], world.device)
+            with autocast:
+                states = reference_states(reference, batch) if args.kl_coeff else None
+                terms, metrics = pair_losses(policy, batch, rows, multiplier.value, args, states)
+                loss = update_loss(terms.sum(1), multiplier.value, counts, args)
+            watch.phase("backward")
+            scaler.scale(loss).backward()
+            window += metrics.sum(1)
+            if args.cost_estimate == "snis":
+                counted = [place for place, i in enumerate(indices) if args.cost_prompts == "all" or labels[i, 1]]
+                changes = metrics[CHANGES : CHANGES + 2, counted]  # log pi/ref of chosen and rejected
+                samples = slide(samples, changes.flatten(), send(costs[indices][counted].t().flatten(), world.device))
+        watch.phase("communicate")
+        distributed.all_reduce_gradients(parameters, world)
+        watch.phase("step")
+        grad_norms.append(distributed.take_step(parameters, optimizer, scheduler, scaler, args.max_grad_norm))
+        watch.phase("cost")
+        at["step"] += 1
+        at["tokens"] += sum(lengths[i] for i in in_update)
+        if "harmless" in known:
+            estimate_cost()
+            multiplier.update(at["cost"] - at["threshold"])
+        watch.phase("other")
+        watch.work(num_pairs, sum(pair_flops[i] for i in in_update))
+        bar.update()
+
+        step, epoch = at["step"], (at["step"] - 1) // updates_per_epoch + 1
+        if step % args.logging_steps == 0 or step == num_updates:
+            sums, norms = distributed.all_reduce_sum(window, world).tolist(), torch.stack(grad_norms).tolist()
+            counts = dict(zip(COUNTS, sums[len(METRICS) :], strict=True))
+            metrics = {name: total / (counts[of] or math.nan) for (name, of), total in zip(METRICS.items(), sums)}
+            flags.check_norms(norms, step, scaler)
+            metrics |= {"lambda": multiplier.value, "J_C": multiplier.violation, "E_cost": at["cost"], "ess": at["ess"]}
+            metrics |= {"grad_norm": norms[-1], "learning_rate": scheduler.get_last_lr()[0], "num_tokens": at["tokens"]}
+            log.write(step, step / updates_per_epoch, metrics)
+            shown = "loss_H loss_S KL lambda J_C E_cost beta_H beta_S ess accuracy_H accuracy_S grad_norm".split()
+            numbers = " ".join(f"{name}={metrics[name]:.4f}" for name in shown if math.isfinite(metrics[name]))
+            say(f"Epoch {epoch} step {step} {numbers} learning_rate={metrics['learning_rate']:.2e} {watch.rate()}")
+            if fall := displacement(metrics):
+                warn("fall", fall)
+            if multiplier.at_cap >= AT_CAP:
+                met = f"E[cost] {at['cost']:.4f} is to be at most {at['threshold']:.4f}"
+                warn(
+                    "cap",
+                    f"lambda has been at its cap of {args.lambda_max:g} for {multiplier.at_cap} updates: {met}.\n"
+                    "Ask for less (--cost-threshold), allow more (--lambda-max), or weigh otherwise (--combine).",
+                )
+            window.zero_()
+            grad_norms.clear()
+        if held_out and (step == num_updates or (args.eval_steps and step % args.eval_steps == 0)):
+            evaluate_and_log()
+        if world.is_main and step % updates_per_epoch == 0:
+            flags.check_weights(parameters, step)
+            with run_files.whole_files(args.output_dir) as folder:
+                save_policy(folder / f"epoch_{epoch}")
+            say(f"Saved epoch {epoch} checkpoint to {args.output_dir}/epoch_{epoch}")
+        asked_to_end = distributed.on_any_rank(termination.asked, world)
+        if asked_to_end or (args.save_steps and step % args.save_steps == 0):
+            save_checkpoint()
+        if asked_to_end:
+            say(f"SIGTERM: ended after step {step}, --resume auto goes on from there")
+            distributed.stop()
+            sys.exit(143)
+    bar.close()
+    termination.close()
+    say("Seconds: " + ", ".join(f"{phase} {seconds:.1f}" for phase, seconds in watch.read().items()))
+    say(*distributed.memory_lines(world), sep="\n")
+
+    # 6 save
+    flags.check_weights(parameters, at["step"])
+    distributed.assert_same_on_all_ranks(parameters, world)
+    log.close()
+    if world.is_main:
+        with run_files.whole_files(args.output_dir) as folder:
+            save_policy(folder)
+            card = run_files.model_card(args, __file__, "Safe-MM-DPO", log.history, identity["data"], bool(args.lora_r))
+            run_files.save_run_record(folder, log, args, __file__, card)
+            if args.save_merged:
+                lora.merge_adapter(policy, "policy")
+                policy.save_pretrained(folder / "merged")
+                tokenizer.save_pretrained(folder / "merged")
+        say(f"saved to {args.output_dir}")
+    distributed.stop()
+
+
+USER_ERRORS = (DataError, ModelError, lora.AdapterError, distributed.DeviceError, run_files.RunFolderError)
+USER_ERRORS += (checkpoints.CheckpointError, reward_models.RewardModelError)
+
+if __name__ == "__main__":
+    flags.run(main, get_args(), *USER_ERRORS)
