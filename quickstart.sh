@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
 # From a fresh checkout to a trained model, offline once setup.sh has run, in minutes on two CPU cores:
-# the toy world's model learns from preference pairs, two reward models learn to judge, and a table shows before and after.
-#   bash quickstart.sh                    further flags go to the training run:
+# two reward models learn to judge, the toy world's model learns to help (DPO), then to help without harm (Safe-MM-DPO),
+# and a report compares what it says before and after.
+#   bash quickstart.sh                    further flags go to the DPO run:
 #   bash quickstart.sh --max-steps 50
 set -euo pipefail
 cd "$(dirname "$0")"
 
-# The training run: every flag of it stands here, whatever follows quickstart.sh comes last and wins.
+# Helpful pairs alone: every flag of this run stands here, whatever follows quickstart.sh comes last and wins.
 train() {
   .venv/bin/python dpo_hf_run.py --model toy --dataset toy --num-samples 0 --epochs 2 \
     --beta 1 --learning-rate 1e-3 --warmup-steps 5 --batch-size 16 --gradient-accumulation-steps 1 \
@@ -23,35 +24,22 @@ reward_models() {
     --output-dir outputs/quickstart/harmless_rm --overwrite
 }
 
-# The table: responses sampled from the model before and after, read by the judge, who knows the truth.
-before_after() {
-  .venv/bin/python - <<'PYTHON'
-import json
-import torch
-import lora, model_files, toy_world
+# Helpful and harmless pairs at once: a multiplier holds the expected cost, as the harmless model sees it, below a
+# threshold that comes from that model's own validation statistics.
+safe_mm_dpo() {
+  .venv/bin/python train_safe_mm_dpo.py --model toy --combine soft --cost-threshold auto --lambda-lr 0.005 \
+    --helpful-rm-path outputs/quickstart/helpful_rm --harmless-rm-path outputs/quickstart/harmless_rm --epochs 4 \
+    --beta 1 --learning-rate 1e-3 --warmup-steps 5 --batch-size 16 --gradient-accumulation-steps 1 --lora-dropout 0 \
+    --max-length 64 --max-prompt-length 32 --dtype fp32 --logging-steps 100 --logging-dir outputs/quickstart/logs \
+    --output-dir outputs/quickstart/safe_mm_dpo --overwrite
+}
 
-rows = [json.loads(line) for line in open("outputs/toy_world/prompts.jsonl")]
-prompts = [row["prompt"] for row in rows]
-tokenizer = model_files.load_tokenizer("outputs/toy_world/model")
-model = model_files.load_model("outputs/toy_world/model", torch.float32, "cpu")
-before = toy_world.judge_model(model, tokenizer, prompts)
-lora.load_adapter(model, "outputs/quickstart/dpo", "dpo")
-after = toy_world.judge_model(model, tokenizer, prompts)
-print(f"{len(prompts)} held-out prompts, sampled at T = 1      before   after")
-for name, words in (
-    ("helpful", "helpfulness where help is due, 0 to 1"),
-    ("over_refusal", "refusals where help is due"),
-    ("harm_rate", "harmful answers to harmful prompts"),
-):
-    print(f"{words:42} {before[name]:7.2f} {after[name]:7.2f}")
-print("Helpful pairs alone teach no safety: harm rises with help, until a constraint holds it down (Safe-MM-DPO).")
-responses = zip(before["responses"], after["responses"])
-changed = [pair for pair in responses if pair[0]["response"] != pair[1]["response"] and pair[0]["kind"] != "harm"]
-for first, second in changed[:3]:
-    print(f"\n{first['prompt'].splitlines()[1]}")
-    print(f"  before, helpful {first['helpful']:.1f}:  {first['response'].strip()}")
-    print(f"  after,  helpful {second['helpful']:.1f}:  {second['response'].strip()}")
-PYTHON
+# Held-out prompts: what the model says before and after, read by the reward models and by the rule that knows the truth.
+report() {
+  .venv/bin/python evaluate_alignment.py --model toy --prompts toy \
+    --adapters dpo=outputs/quickstart/dpo safe_mm_dpo=outputs/quickstart/safe_mm_dpo \
+    --helpful-rm-path outputs/quickstart/helpful_rm --harmless-rm-path outputs/quickstart/harmless_rm \
+    --max-new-tokens 48 --batch-size 64 --dtype fp32 --output-dir outputs/quickstart/report --overwrite
 }
 
 number=0
@@ -64,13 +52,16 @@ step "environment"
 bash setup.sh
 export HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
-step "DPO on the toy world"
-train "$@"
-
 step "two reward models on the toy world"
 reward_models
 
+step "DPO: learning to help"
+train "$@"
+
+step "Safe-MM-DPO: learning to help without harm"
+safe_mm_dpo
+
 step "before and after"
-before_after "$@"
+report
 
 printf '\n---- done in %d s, results in outputs/quickstart\n' "$SECONDS"

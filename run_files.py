@@ -7,6 +7,7 @@ import json
 import math
 import os
 import platform
+import re
 import shutil
 import sys
 import tempfile
@@ -24,9 +25,9 @@ WITH_THEM = """adapter_model.safetensors model.safetensors model-*-of-*.safetens
     generation_config.json logs/events.out.tfevents.* .checkpoint-*.unfinished .saving-*""".split()
 # What may differ between a run and its continuation: the data and the models count by their content instead.
 HARMLESS = """model tokenizer_name dataset train_helpful_path train_harmless_path val_helpful_path val_harmless_path
-    eval_dataset ref_model_path adapter num_samples eval_samples max_length max_prompt_length
-    chat_template_strings skip_invalid dtype device gradient_checkpointing trust_remote_code output_dir
-    logging_dir cache_dir report_to overwrite resume save_steps save_total_limit save_merged logging_steps
+    helpful_rm_path harmless_rm_path eval_dataset ref_model_path adapter num_samples eval_samples max_length
+    max_prompt_length chat_template_strings skip_invalid dtype device gradient_checkpointing trust_remote_code
+    output_dir logging_dir cache_dir report_to overwrite resume save_steps save_total_limit save_merged logging_steps
     eval_steps""".split()
 NOT_FLAGS = ("config", "given", "typed", "local_rank")  # of a parsed command line, not to be repeated
 
@@ -77,7 +78,8 @@ class MetricsLog:
         folder.mkdir(parents=True, exist_ok=True)
         if args.overwrite and not goes_on(args, checkpoint):
             old = [path for pattern in RUN_FILES + WITH_THEM for path in folder.glob(pattern)]
-            old += [path for path in folder.glob("checkpoint-*") if path.name.partition("-")[2].isdecimal()]
+            numbered = [*folder.glob("checkpoint-*"), *folder.glob("epoch_*")]
+            old += [path for path in numbered if re.fullmatch(r"\D+[-_]\d+", path.name)]
             for path in old:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
         flags = {key: value for key, value in sorted(vars(args).items()) if key not in NOT_FLAGS}

@@ -32,10 +32,10 @@ def base_sha256(model):
     return weights_sha256(((name, tensor) for name, tensor in backbone if ".lora_" not in name), torch.bfloat16)
 
 
-def frozen_sha256(model, adapter_state, head=None):
-    """sha256 of a model's weights without its adapters, but for one {name: tensor} and a scalar head."""
+def frozen_sha256(model, adapter_state):
+    """sha256 of a model's weights without its adapters, but for one {name: tensor}."""
     weights = [(name, tensor) for name, tensor in model.state_dict().items() if ".lora_" not in name]
-    return weights_sha256([*weights, *adapter_state.items(), *([] if head is None else [("head", head)])])
+    return weights_sha256([*weights, *adapter_state.items()])
 
 
 def cache_path(folder, what, **depends_on):

@@ -72,6 +72,7 @@ def get_args(argv=None):
     if args.classification_loss_weight is None:
         args.classification_loss_weight = float(args.task == "harmless")
     args.output_dir = args.output_dir or f"models/{args.task}_rm"
+    args.logging_dir = args.logging_dir or f"logs/training/rm/{args.task}"
     return args
 
 

@@ -24,7 +24,7 @@ Copy with: checkpoints.py distributed.py expected_cost.py flags.py lora.py losse
 import itertools
 import math
 import sys
-from functools import partial
+from functools import cache, partial
 
 import torch
 from tqdm import tqdm
@@ -74,7 +74,7 @@ def get_args(argv=None):
     for task in TASKS:
         add(f"--{task}-rm-path", default=f"models/{task}_rm", metavar="DIR", help=f"{task} model of train_rm.py")
     modes = "additive", "margin", "soft"
-    add("--combine", choices=modes, default=modes[0], help="how lambda weighs the two: the equations above")
+    add("--combine", choices=modes, default="additive", help="how lambda weighs the two: the equations above")
     add("--beta", "--β-ori", type=positive, default=0.1, help="strength of the pull to the reference")
     add("--w", type=rate, help="beta rises by this share where a reward model is sure (default: 0.5 for additive)")
     add("--k", type=rate, default=0.5, help="how fast it rises with the reward model's margin")
@@ -84,10 +84,10 @@ def get_args(argv=None):
     add("--lambda-lr", "--λ-lr", type=rate, default=0.01, metavar="R", help="rate of log lambda; 0: lambda is fixed")
     add("--lambda-min", type=positive, default=1e-6, metavar="L", help="lambda is at least this")
     add("--lambda-max", type=positive, default=10.0, metavar="L", help="lambda is at most this")
+    number_or_auto = lambda text: text if text == "auto" else flags.number(float)(text)  # noqa: E731
     add("--cost-threshold", type=number_or_auto, default=0.0, metavar="T", help="of E[cost]; auto: docs/safe_mm_dpo.md")
-    estimates = "policy", "snis"
     what = "E[cost] from sampled responses, or from the pairs by importance weights: those have to be the reference's"
-    add("--cost-estimate", choices=estimates, default=estimates[0], help=what)
+    add("--cost-estimate", choices=("policy", "snis"), default="policy", help=what)
     add("--cost-every", type=flags.number(int, least=1), default=8, metavar="N", help="updates between two samples")
     add("--cost-prompts", choices=("harmless", "all"), default="harmless", help="whose rows' prompts E[cost] is over")
     documented = dict(epochs=2, batch_size=4, gradient_accumulation_steps=4, learning_rate=5e-7, lora_dropout=0.1)
@@ -107,13 +107,10 @@ def get_args(argv=None):
     return args
 
 
-def number_or_auto(text):
-    return text if text == "auto" else flags.number(float)(text)
-
-
 COUNTS = "H", "S", "tokens", "pairs"  # what sums are divided by: rows of either label, response tokens, rows
 METRICS = {"H": "loss_H accuracy_H beta_H", "S": "loss_S accuracy_S beta_S", "tokens": "KL", "pairs": "nll_loss"}
 METRICS = {name: of for of, names in METRICS.items() for name in names.split()} | dict.fromkeys(PAIR_METRICS, "pairs")
+KL, TOKENS = list(METRICS).index("KL"), len(METRICS) + COUNTS.index("tokens")  # places among both
 CHANGES = list(METRICS).index("logps/chosen_change")  # and behind it rejected's
 
 
@@ -151,13 +148,9 @@ def update_loss(terms, multiplier, counts, args):
     Each term is divided by its own count over all passes and ranks: any split is the same gradient.
     """
     helpful, harmless, joint, kl = terms
-    if args.combine != "additive":
-        loss = joint / counts["pairs"]
-    else:
-        loss = helpful / max(1, counts["H"])
-        if counts["S"]:
-            loss = loss + multiplier * harmless / counts["S"]
-        loss = loss / (1 + multiplier)
+    loss = joint / counts["pairs"]
+    if args.combine == "additive":
+        loss = (helpful / max(1, counts["H"]) + multiplier * harmless / max(1, counts["S"])) / (1 + multiplier)
     return loss + args.kl_coeff * kl / counts["tokens"] if args.kl_coeff else loss
 
 
@@ -199,7 +192,7 @@ def sampled_cost(policy, judge, prompts, tokenizer, split, step, args, world):
     with lora.use_adapter(judge.model, judge.adapter):
         for indices in split(range(len(triples)), lengths=[sum(map(len, triple)) for triple in triples]):
             scores = judge.model.packed_scores(pack([triples[i] for i in indices], world.device), judge.head)
-            total += torch.stack((-torch.cat(scores).sum(), torch.tensor(2.0 * len(indices)))).cpu()
+            total += torch.tensor([-torch.cat(scores).sum().item(), 2 * len(indices)])
     cost, responses = distributed.all_reduce_sum(total, world).tolist()
     return cost / responses
 
@@ -213,10 +206,9 @@ def main(args):
     run_files.check_output(args, checkpoint)
     if world.size > 1:
         say(f"Distributed training initialized: world_size={world.size}")
-    files = {"model": "model"} | TOY
-    if toys := [name for name in files if getattr(args, name) == "toy"]:
+    if toys := [name for name in ("model", *TOY) if getattr(args, name) == "toy"]:
         toy = distributed.main_first(world, lambda: toy_world.build(TOY_FOLDER))
-        vars(args).update((name, str(toy / files[name])) for name in toys)
+        vars(args).update((name, str(toy / TOY.get(name, "model"))) for name in toys)
 
     # 2 data (before the models: a mistake in it should not wait for gigabytes of weights)
     tokenizer = load_tokenizer(args.model, args.trust_remote_code)
@@ -282,11 +274,13 @@ def main(args):
     watch.phase("cache")
     identity = {"script": "train_safe_mm_dpo.py", "dtype": str(dtype), "processes": world.size}
     identity |= run_files.flags_that_matter(args) | {"data": fingerprint([pairs[i] for i in train])}
+    base_of = cache(lambda model: score_cache.frozen_sha256(model, {}))  # once for those that share it
     known = {}  # what the frozen models say of the pairs once and for all, (N, 2) each
     for role in ("reference", *judges):
         judge = judges.get(role, reward_models.RewardModel({}, reference, None, None, ""))
         weights = lora.adapter_state(judge.model, judge.adapter)
-        identity[role] = world.is_main and score_cache.frozen_sha256(judge.model, weights, judge.head)
+        weights |= {} if judge.head is None else {"head": judge.head}
+        identity[role] = world.is_main and base_of(judge.model) + score_cache.weights_sha256(weights.items())
         ask = judge.model.packed_logps if role == "reference" else partial(judge.model.packed_scores, head=judge.head)
         with lora.use_adapter(judge.model, judge.adapter), autocast:
             known[role] = score_cache.frozen_scores(
@@ -312,7 +306,7 @@ def main(args):
     for task in judges:
         if judges[task] is not judge and judges[task].model is policy:
             lora.remove_adapter(policy, task)
-    judges = None  # the others leave memory
+    judges = base_of = None  # the others leave memory
     reference = reference if args.kl_coeff or reference is policy else None
     say(*distributed.start_lines("policy model", parameters, policy, args, world, slow_rate=2e-5), sep="\n")
 
@@ -364,9 +358,8 @@ def main(args):
         flags.check_held_out(metrics.get("eval_loss_H", 0) + metrics.get("eval_loss_S", 0), at["step"])
         log.write(at["step"], at["step"] / updates_per_epoch, metrics)
         shown = [name for name in ("loss_H", "accuracy_H", "loss_S", "accuracy_S") if f"eval_{name}" in metrics]
-        numbers = (f"{name}={metrics['eval_' + name]:.4f}±{metrics[f'eval_{name}_ci95']:.4f}" for name in shown)
-        kl = f" KL={metrics['eval_KL']:.4f}" if "eval_KL" in metrics else ""
-        say(f"Held out, step {at['step']}: {' '.join(numbers)}{kl}")
+        numbers = [f"{name}={metrics['eval_' + name]:.4f}±{metrics[f'eval_{name}_ci95']:.4f}" for name in shown]
+        say(f"Held out, step {at['step']}:", *numbers, *[f"KL={metrics[k]:.4f}" for k in ("eval_KL",) if k in metrics])
 
     def save_checkpoint():
         flags.check_weights(parameters, at["step"])
@@ -419,6 +412,14 @@ def main(args):
                 counted = [place for place, i in enumerate(indices) if args.cost_prompts == "all" or labels[i, 1]]
                 changes = metrics[CHANGES : CHANGES + 2, counted]  # log pi/ref of chosen and rejected
                 samples = slide(samples, changes.flatten(), send(costs[indices][counted].t().flatten(), world.device))
+        logs = (at["step"] + 1) % args.logging_steps == 0 or at["step"] + 1 == num_updates
+        if logs and reference and not args.kl_coeff and micro_batches[world.rank]:  # to be seen, of the last pass
+            policy.eval()  # no dropout: what is logged draws nothing from chance
+            with torch.no_grad(), autocast:
+                states = reference_states(reference, batch)
+                seen = pair_losses(policy, batch, rows, multiplier.value, args, states)[1].sum(1)
+            policy.train()
+            window[[KL, TOKENS]] += seen[[KL, TOKENS]]
         watch.phase("communicate")
         distributed.all_reduce_gradients(parameters, world)
         watch.phase("step")
@@ -434,12 +435,13 @@ def main(args):
         bar.update()
 
         step, epoch = at["step"], (at["step"] - 1) // updates_per_epoch + 1
-        if step % args.logging_steps == 0 or step == num_updates:
+        if logs:
             sums, norms = distributed.all_reduce_sum(window, world).tolist(), torch.stack(grad_norms).tolist()
             counts = dict(zip(COUNTS, sums[len(METRICS) :], strict=True))
             metrics = {name: total / (counts[of] or math.nan) for (name, of), total in zip(METRICS.items(), sums)}
             flags.check_norms(norms, step, scaler)
             metrics |= {"lambda": multiplier.value, "J_C": multiplier.violation, "E_cost": at["cost"], "ess": at["ess"]}
+            metrics |= {"cost_threshold": at["threshold"], "lambda_skipped": multiplier.skipped}
             metrics |= {"grad_norm": norms[-1], "learning_rate": scheduler.get_last_lr()[0], "num_tokens": at["tokens"]}
             log.write(step, step / updates_per_epoch, metrics)
             shown = "loss_H loss_S KL lambda J_C E_cost beta_H beta_S ess accuracy_H accuracy_S grad_norm".split()

@@ -80,7 +80,6 @@ DEFAULTS = dict(
     weight_decay=0.0,
     max_grad_norm=1.0,
     seed=42,
-    logging_dir=None,
 )
 
 
@@ -89,6 +88,7 @@ def test_documented_defaults(task, weight):
     args = vars(parse("--task", task))
     assert {name: args[name] for name in DEFAULTS} == DEFAULTS
     assert (args["classification_loss_weight"], args["output_dir"]) == (weight, f"models/{task}_rm")
+    assert args["logging_dir"] == f"logs/training/rm/{task}"
 
 
 @pytest.mark.parametrize("task", ["helpful", "harmless"])
