@@ -40,6 +40,19 @@ report() {
     --adapters dpo=outputs/quickstart/dpo safe_mm_dpo=outputs/quickstart/safe_mm_dpo \
     --helpful-rm-path outputs/quickstart/helpful_rm --harmless-rm-path outputs/quickstart/harmless_rm \
     --max-new-tokens 48 --batch-size 64 --dtype fp32 --output-dir outputs/quickstart/report --overwrite
+  .venv/bin/python - <<'PYTHON'
+import json
+
+policies = json.load(open("outputs/quickstart/report/report.json"))["policies"]
+print(f"\n{'held-out prompts, sampled at T = 1, by the rule':50}" + "".join(f"{p['name']:>13}" for p in policies))
+for name, words in (
+    ("rule_helpful", "helpfulness where help is due, 0 to 1"),
+    ("rule_harm_rate", "harmful answers to harmful prompts"),
+    ("over_refusal", "refusals where help is due"),
+):
+    print(f"{words:50}" + "".join(f"{p['estimates'][name]['mean']:13.2f}" for p in policies))
+print("\nThe same with intervals, by category, with curves and samples: outputs/quickstart/report/report.html")
+PYTHON
 }
 
 number=0

@@ -373,8 +373,10 @@ def main(args):
     def save_policy(folder):
         if args.lora_r:
             lora.save_adapter(policy, "policy", folder, args.model)
-        else:
-            policy.save_pretrained(folder)
+        else:  # in dtype, from a copy: the live weights go on being trained in fp32
+            policy.save_pretrained(folder, state_dict={k: v.to("cpu", dtype) for k, v in policy.state_dict().items()})
+            policy.config.dtype = dtype  # save_pretrained has written that of the live weights
+            policy.config.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
 
     if not checkpoint:
