@@ -137,13 +137,22 @@ def test_every_file_that_is_named_exists(name):
     assert missing == set()
 
 
-@pytest.mark.parametrize("script, document", [("dpo_hf_run.py", "docs/flags.md"), ("train_rm.py", "docs/train_rm.md")])
-def test_every_flag_of_a_training_script_is_documented(script, document):
+PAIRED = [
+    ("dpo_hf_run.py", "docs/flags.md"),
+    ("train_rm.py", "docs/train_rm.md"),
+    ("train_safe_mm_dpo.py", "docs/safe_mm_dpo.md"),
+    ("evaluate_alignment.py", "docs/evaluate.md"),
+    ("generate.py", "docs/generate.md"),
+]
+
+
+@pytest.mark.parametrize("script, document", PAIRED)
+def test_every_flag_of_a_script_is_documented(script, document):
     documented = {flag.replace("_", "-") for flag in flags_in(text_of(document))}
     assert options_of(script) - documented - {"-h", "--help", "--config", "--local-rank"} == set()
 
 
-@pytest.mark.parametrize("script, document", [("dpo_hf_run.py", "docs/flags.md"), ("train_rm.py", "docs/train_rm.md")])
+@pytest.mark.parametrize("script, document", PAIRED)
 def test_a_document_gives_the_defaults_of_its_script(script, document):
     """The table's second column, where it is a number."""
     defaults = {
@@ -151,7 +160,7 @@ def test_a_document_gives_the_defaults_of_its_script(script, document):
         for action in parser_actions(importlib.import_module(script.removesuffix(".py")))
     }
     rows = re.findall(r"^\| `(--[\w-]+)`[^|]*\| (-?[\d.e-]+) \|", text_of(document), re.MULTILINE)
-    assert len(rows) > 20
+    assert len(rows) > 7
     assert {flag: float(number) for flag, number in rows} == {flag: defaults[flag] for flag, _ in rows}
 
 

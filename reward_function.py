@@ -1,0 +1,49 @@
+"""A reward of the user's own: a function(prompt, response) -> number in a file of theirs, which is run."""
+
+import importlib.util
+import math
+import traceback
+from pathlib import Path
+
+
+class RewardFunctionError(ValueError):
+    """A reward function that cannot be used: one sentence for the user."""
+
+
+def load(name):
+    """The function of FILE.py:FUNCTION; the file is run.  Raises RewardFunctionError."""
+    file, _, function = name.rpartition(":")
+    if not Path(file).is_file():
+        raise RewardFunctionError(f"--reward-fn: there is no file {file}: check the path")
+    spec = importlib.util.spec_from_file_location("reward_file", file)
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:  # whatever a foreign file does
+        raise RewardFunctionError(f"--reward-fn {file} cannot be run ({_words(error)})") from None
+    if not callable(getattr(module, function, None)):
+        raise RewardFunctionError(f"--reward-fn: {file} has no function {function}: check the name")
+    return getattr(module, function)
+
+
+def call(function, prompt, response, where):
+    """Its reward, a finite float.  Raises RewardFunctionError, which names the prompt by `where` (file:line)."""
+    try:
+        reward = function(prompt, response)
+    except Exception as error:
+        raise RewardFunctionError(f"--reward-fn fails on a response to {where} ({_words(error)})") from None
+    try:
+        number = math.nan if isinstance(reward, str) else float(reward)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise RewardFunctionError(
+            f"--reward-fn returns {reward!r} for a response to {where}: it has to return a finite number"
+        )
+    return number
+
+
+def _words(error):
+    """What went wrong and in which line of which file."""
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__}: {error}, {place.filename}:{place.lineno}"
