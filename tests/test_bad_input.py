@@ -411,8 +411,11 @@ def nan_model(world, tmp_path):
 @pytest.mark.parametrize(
     "words, sentence",
     [
-        ([], "pairs are not all finite: nothing is saved; look for broken weights"),
-        (["--lora-r", "0"], "pairs are not all finite: nothing is saved; look for broken weights"),
+        ([], "reference log-probs of 24 pairs are not all finite: nothing is saved; look for broken weights"),
+        (
+            ["--lora-r", "0"],
+            "reference log-probs of 24 pairs are not all finite: nothing is saved; look for broken weights",
+        ),
         (
             ["--ref-model-path", GOOD, "--eval-samples", "4"],
             "the held-out loss is nan at step 0: nothing is saved; try ",
