@@ -69,9 +69,9 @@ def world(tmp_path_factory):
     return folder
 
 
-def make_adapter(base, folder):
+def make_adapter(base, folder, spread=0.2):
     model = load_model(str(base), torch.float32, "cpu")
-    randomize(lora.add_adapter(model, "policy", 4, 8), seed=11)
+    randomize(lora.add_adapter(model, "policy", 4, 8), seed=11, spread=spread)
     lora.save_adapter(model, "policy", folder, str(base))
 
 
@@ -829,6 +829,19 @@ def test_a_chat_drops_its_oldest_turn_where_it_gets_too_long(world, talk, answer
     messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": said[0]}] * 2
     assert len(prompt_ids([*messages, messages[0]], tokenizer, 999)) > limit
     assert said[2] == answer("hi", said[1], "hi")
+
+
+def test_each_turn_draws_anew_by_the_seed_and_the_base_with_its_turns_chance(toy, talk, tmp_path):
+    make_adapter(toy / "model", tmp_path / "adapter", spread=0.05)
+    words = ["--model", toy / "model", "--max-new-tokens", "40", "--temperature", "1"]
+    adapted, question = [*words, "--adapter", tmp_path / "adapter"], "How do I paint a wooden chair?"
+    lines = question, "/base", "/base", "/reset", question
+    said = talk(adapted, *lines)
+    first, base, again, second = said.splitlines()
+    assert base == again == talk(words, question).strip("\n")  # what the base would have said in this place
+    assert second != first
+    assert talk(adapted, *lines) == said
+    assert talk([*adapted, "--seed", "1"], question).strip("\n") != first
 
 
 def test_without_a_template_each_line_stands_by_itself(world, talk, tmp_path):
