@@ -29,7 +29,7 @@ from model_files import load_model
 from packed_model import prepare_scores
 from packing import pack
 from preference_data import fingerprint, load_pairs
-from score_cache import weights_sha256
+from score_cache import base_sha256, weights_sha256
 from train_rm import score_statistics
 
 HERE = Path(__file__).parent
@@ -408,12 +408,14 @@ def test_reward_model_json(plain, run, world):
             "sign": "a higher score is safer; cost = -score",
             "calibrated": True,
             "base_model": str(world / "model"),
-            "base_sha256": weights_sha256(base.state_dict().items()),
+            "base_sha256": weights_sha256((name, value.bfloat16()) for name, value in base.state_dict().items()),
             "data_sha256": fingerprint(pairs_of(world / "train.jsonl")),
             "pad_token_id": 4,  # <unk>: it ends no response
             "validation": {name[5:]: value for name, value in last.items() if name.startswith("eval_")},
         }
     )
+    as_bf16 = load_model(world / "model", torch.bfloat16, "cpu")  # a policy: the same base, whatever it is loaded in
+    assert base_sha256(as_bf16) == plain.record["base_sha256"]
     helpful = run(task="helpful").record
     assert (helpful["task"], helpful["sign"], helpful["calibrated"]) == ("helpful", "a higher score is better", False)
     assert run(classification_loss_weight=0).record["calibrated"] is False
