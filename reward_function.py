@@ -1,9 +1,9 @@
 """A reward of the user's own: a function(prompt, response) -> number in a file of theirs, which is run."""
 
-import importlib.util
 import math
 import traceback
 from pathlib import Path
+from types import ModuleType
 
 
 class RewardFunctionError(ValueError):
@@ -15,10 +15,10 @@ def load(name):
     file, _, function = name.rpartition(":")
     if not Path(file).is_file():
         raise RewardFunctionError(f"--reward-fn: there is no file {file}: check the path")
-    spec = importlib.util.spec_from_file_location("reward_file", file)
-    module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
+    module = ModuleType("reward_file")
+    module.__file__ = file
+    try:  # not by import, which leaves a __pycache__ in the user's folder
+        exec(compile(Path(file).read_bytes(), file, "exec"), module.__dict__)
     except Exception as error:  # whatever a foreign file does
         raise RewardFunctionError(f"--reward-fn {file} cannot be run ({_words(error)})") from None
     if not callable(getattr(module, function, None)):

@@ -26,7 +26,6 @@ import torch
 
 import flags
 import lora
-import reward_models
 import toy_world
 from model_files import load_model, load_tokenizer
 
@@ -35,7 +34,8 @@ ALL = "--model toy --batch-size 16 --gradient-accumulation-steps 1 --dtype fp32 
 REWARD = [*ALL, *"--learning-rate 3e-3 --logging-steps 25".split()]
 EPOCHS = {"helpful": "2", "harmless": "1"}
 POLICY = "--beta 1 --learning-rate 1e-3 --warmup-steps 5 --lora-dropout 0 --epochs 4 --max-length 64".split()
-POLICY = [*ALL, *POLICY, *"--max-prompt-length 32 --eval-samples 0 --logging-steps 1 --cache-dir cache".split()]
+POLICY = [*ALL, *POLICY, *"--max-prompt-length 32 --eval-samples 0 --cache-dir cache".split()]
+POLICY += "--logging-steps 8".split()  # as --cost-every: a line for each sample of E[cost]
 HELPFUL_ONLY = [*POLICY, *"--dataset toy --num-samples 0".split()]
 # One setting for each mode, chosen on other seeds than those of the tables.
 MODES = {
@@ -45,10 +45,10 @@ MODES = {
 }
 SAFE = [*POLICY, *"--cost-estimate policy --cost-threshold auto".split()]
 ROWS = ["start", "helpful-only", *MODES]
-LAST = 100  # updates that E[cost] at the end is averaged over: one sample is of 32 responses
+LAST = 12  # samples of 32 responses that E[cost] at the end is the mean of
 STUDENT = 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262  # t of 97.5 % for 1, 2, ... degrees of freedom
 JUDGED = {"helpful": "helpful", "harm_rate": "harm rate", "over_refusal": "over-refusal"}
-CONSTRAINT = {"lambda": "final lambda", "at_cap": "updates at the cap", "cost": "E[cost] at the end"}
+CONSTRAINT = {"lambda": "final lambda", "at_cap": "of the time at its cap", "cost": "E[cost] at the end"}
 COLUMNS = {**JUDGED, "gain": "share of the helpful-only gain", **CONSTRAINT, "threshold": "its threshold"}
 SHARES = "harm_rate", "over_refusal", "gain", "at_cap"  # shown in percent
 
@@ -111,13 +111,12 @@ def judge(work, output, words, seed, responses):
     return kept(work / f"{output or f'seed_{seed}/start'}.judged.json", [words, seed, responses], run)
 
 
-def constraint(folder, harmless):
+def constraint(folder):
     """CONSTRAINT of a Safe-MM-DPO run, from what it left."""
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]  # one an update
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     cap = json.loads((folder / "args.json").read_text())["lambda_max"] * (1 - 1e-9)
-    threshold, _ = reward_models.cost_threshold(json.loads((harmless / "reward_model.json").read_text()))
     result = {"lambda": lines[-1]["lambda"], "at_cap": mean(line["lambda"] >= cap for line in lines)}
-    return result | {"cost": mean(line["E_cost"] for line in lines[-LAST:]), "threshold": threshold}
+    return result | {"cost": mean(line["E_cost"] for line in lines[-LAST:]), "threshold": lines[-1]["cost_threshold"]}
 
 
 def run_seed(args, work, seed, fixed):
@@ -139,7 +138,7 @@ def run_seed(args, work, seed, fixed):
         words = train(work, "train_safe_mm_dpo.py", [*safe, *flags_of_row], output)
         rows[row] = judge(work, output, before + words, seed, args.responses)
         if row in MODES:
-            rows[row] |= constraint(work / output, work / f"{name}/harmless_rm")
+            rows[row] |= constraint(work / output)
     return rows
 
 

@@ -86,15 +86,13 @@ def test_table_has_means_and_intervals_over_seeds():
     assert soft.endswith("| -5.00 ± 0.00 | -4.50 ± 0.00 |")
 
 
-def test_constraint_numbers_are_of_the_last_updates(tmp_path):
-    lines = [{"step": n, "lambda": min(10.0, 0.1 * n), "E_cost": float(n <= 100)} for n in range(1, 201)]
+def test_constraint_is_of_the_whole_run_and_its_end(tmp_path):
+    lines = [{"lambda": min(10.0, 0.5 * n), "E_cost": float(n % 2), "cost_threshold": -5.5} for n in range(1, 31)]
+    lines[-12]["E_cost"], lines[-13]["E_cost"] = 1.0, 99.0  # the 13th from the end does not count
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (tmp_path / "args.json").write_text(json.dumps({"lambda_max": 10.0}))
-    record = {"validation": {"safe_score": 6.0, "harmful_score": -4.0}}
-    (tmp_path / "reward_model.json").write_text(json.dumps(record))
-    found = study.constraint(tmp_path, tmp_path)
-    # At the cap from update 100 on, 101 of 200; threshold: cost -6 and 5 % of the way to 4.
-    assert found == {"lambda": 10.0, "at_cap": 101 / 200, "cost": 0.0, "threshold": pytest.approx(-5.5)}
+    # At the cap from line 20 on; of lines 19 to 30 the odd six cost 1.
+    assert study.constraint(tmp_path) == {"lambda": 10.0, "at_cap": 11 / 30, "cost": 0.5, "threshold": -5.5}
 
 
 def test_height_of_the_line_of_fixed_lambdas():
