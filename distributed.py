@@ -227,9 +227,13 @@ def memory_lines(world):
 def start_lines(what, parameters, model, args, world, slow_rate):
     """What a run says before its first update: how much it trains, memory, and pairs per update."""
     trainable, total = sum(p.numel() for p in parameters), sum(p.numel() for p in model.parameters())
-    how = f"LoRA enabled{what and ' for ' + what}" if args.lora_r else f"Full fine-tuning{what and ' of ' + what}"
+    how, lora_r = f"Full fine-tuning{what and ' of ' + what}", getattr(args, "lora_r", None)  # None: a soft prompt
+    if lora_r is None:
+        how, total = f"{what}, the rest frozen", total + trainable
+    elif lora_r:
+        how = f"LoRA enabled{what and ' for ' + what}"
     lines = [f"{how}: {trainable:,} trainable / {total:,} total parameters ({100 * trainable / total:.2f}%)"]
-    if args.lora_r and "learning_rate" not in args.given and args.learning_rate < slow_rate:
+    if lora_r and "learning_rate" not in args.given and args.learning_rate < slow_rate:
         lines.append(f"--learning-rate {args.learning_rate:g} is a rate for training all weights: with LoRA try 1e-4")
     batch = effective_batch_line(args.batch_size, args.gradient_accumulation_steps, world)
     return [*lines, *memory_lines(world), batch]

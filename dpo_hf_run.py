@@ -35,8 +35,8 @@ import toy_world
 from losses import DPO_LOSSES, PAIR_METRICS, displacement, dpo_loss, nll_loss, pair_metrics
 from model_files import ModelError, enable_checkpointing, load_model, load_skeleton, load_tokenizer
 from packed_model import prepare_model
-from packing import epoch_plan, pack, passes, send
-from preference_data import DataError, fingerprint, hold_out, load_pairs
+from packing import epoch_plan, hold_out, pack, passes, send
+from preference_data import DataError, fingerprint, load_pairs
 
 TOY_FOLDER = "outputs/toy_world"
 

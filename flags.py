@@ -149,8 +149,9 @@ def add_common_flags(
     max_length=512,
     max_prompt_length=256,
     output_dir="outputs",
+    adapter=True,
 ):
-    """The flags that every training script has, with that script's documented defaults."""
+    """The flags that every training script has, with that script's documented defaults; adapter: those of LoRA too."""
     add, count, natural = parser.add_argument, number(int, least=0), number(int, least=1)
     rate, positive, share = number(float, least=0), number(float, above=0), number(float, least=0, below=1)
     # data
@@ -160,11 +161,14 @@ def add_common_flags(
     add("--max-prompt-length", type=natural, default=max_prompt_length, metavar="N", help="tokens of the prompt")
     add("--chat-template-strings", action="store_true", help="put plain strings through the chat template")
     add("--skip-invalid", action="store_true", help="leave malformed rows out instead of stopping at the first")
-    # LoRA
-    add("--lora-r", type=count, default=16, metavar="R", help="rank; 0: train all weights")
-    add("--lora-alpha", type=positive, default=32, metavar="A", help="the adapter is scaled by A / R")
-    add("--lora-dropout", type=share, default=lora_dropout, metavar="P", help="on the adapter's input")
-    add("--lora-target-modules", nargs="+", metavar="NAME", help="layers to adapt (default: all linears of the blocks)")
+    if adapter:
+        add("--lora-r", type=count, default=16, metavar="R", help="rank; 0: train all weights")
+        add("--lora-alpha", type=positive, default=32, metavar="A", help="the adapter is scaled by A / R")
+        add("--lora-dropout", type=share, default=lora_dropout, metavar="P", help="on the adapter's input")
+        what = "layers to adapt (default: all linears of the blocks)"
+        add("--lora-target-modules", nargs="+", metavar="NAME", help=what)
+        what = "also write a whole model, adapter merged, to OUTPUT_DIR/merged"
+        add("--save-merged", action="store_true", help=what)
     # optimisation
     names = "--epochs", "--num-epochs", "--num-train-epochs"
     add(*names, type=natural, default=epochs, metavar="N", help="passes over the data")
@@ -209,7 +213,6 @@ def add_common_flags(
     add("--save-total-limit", type=count, default=0, metavar="N", help="checkpoints to keep, the newest; 0: all")
     add("--resume", default="none", metavar="none|auto|DIR", help="go on from the newest whole checkpoint, or from DIR")
     add("--overwrite", action="store_true", help="replace the run that the output folder holds")
-    add("--save-merged", action="store_true", help="also write a whole model, adapter merged, to OUTPUT_DIR/merged")
 
 
 def check_common_flags(parser, args):
@@ -219,7 +222,7 @@ def check_common_flags(parser, args):
             f"--max-prompt-length {args.max_prompt_length} leaves no room for a response within "
             f"--max-length {args.max_length}: make it smaller"
         )
-    if args.lora_r == 0:
+    if getattr(args, "lora_r", None) == 0:
         idle = {"lora_target_modules", "lora_dropout", "lora_alpha", "save_merged", "adapter"} & args.typed
         if idle:  # a flag that does nothing is a misunderstanding: say so
             parser.error(

@@ -119,6 +119,19 @@ def harm_label_loss(chosen_scores, rejected_scores, labels):
     return -(F.logsigmoid(-labels * scores) * labels.abs()).sum(1)
 
 
+# -- preference-guided DPO --------------------------------------------------------------------------------------------
+
+
+def aligned_loss(margin, prompted_margin):
+    """relu(m_p - m) of each pair, (B,): m (B,) = log pi(chosen|x) - log pi(rejected|x), m_p the same behind a
+    preference prompt, without gradient: it pulls m up to what the prompt brings about, and no further.
+
+    Context distillation of a margin (arXiv:2112.00861 distils whole distributions).  The derivative by m is -1 where
+    m < m_p, else 0.
+    """
+    return torch.relu(prompted_margin.detach() - margin)
+
+
 # -- Safe-MM-DPO ---------------------------------------------------------------------------------------------------
 
 

@@ -69,6 +69,21 @@ def passes(indices, batch_size, lengths=None, budget=0):
     return rows
 
 
+def hold_out(pairs, num_samples, seed):
+    """Split off at least `num_samples` pairs for evaluation, where there are so many: indices (train, held out).
+
+    By whole prompts: none stands on both sides, and one always stays to train on.  The draw depends on the seed alone.
+    """
+    by_prompt = {}
+    for index, pair in enumerate(pairs):
+        by_prompt.setdefault(tuple(pair.prompt_ids), []).append(index)
+    groups, held = list(by_prompt.values()), set()
+    for group in torch.randperm(len(groups), generator=torch.Generator().manual_seed(seed)).tolist()[1:]:
+        if len(held) < num_samples:
+            held.update(groups[group])
+    return [index for index in range(len(pairs)) if index not in held], sorted(held)
+
+
 @dataclass(frozen=True)
 class PackedPairs:
     """B pairs in one row of T tokens without padding; N response tokens, all chosen ones first, then all rejected."""

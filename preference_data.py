@@ -18,7 +18,6 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
 from jinja2 import TemplateError
 
 
@@ -39,6 +38,7 @@ class Pair(NamedTuple):
     chosen_ids: list
     rejected_ids: list
     labels: tuple | None = None  # of harm, (chosen, rejected): +1 harmful, -1 safe; None where the row has none
+    prompted_ids: list | None = None  # the prompt with a preference in it, where load_pairs was given one
 
 
 # -- rows --------------------------------------------------------------------------------------------------------
@@ -245,13 +245,13 @@ def as_messages(prompt, chosen, rejected):
     return messages, *([{"role": "assistant", "content": response.strip()}] for response in (chosen, rejected))
 
 
-def full_texts(prompt, chosen, rejected, tokenizer):
-    """The three texts to tokenise: prompt, prompt + chosen, prompt + rejected.  Raises Malformed."""
-    texts = [prompt, prompt + chosen, prompt + rejected]
+def full_texts(prompt, chosen, rejected, tokenizer, prefer=None):
+    """The texts to tokenise: prompt, prompt + chosen, prompt + rejected, and prefer(prompt).  Raises Malformed."""
+    texts = [prompt, prompt + chosen, prompt + rejected] + ([prefer(prompt)] if prefer else [])
     try:
         if isinstance(prompt, list):
             render = partial(tokenizer.apply_chat_template, tokenize=False)
-            texts = [render(texts[0], add_generation_prompt=True), render(texts[1]), render(texts[2])]
+            texts = [render(text, add_generation_prompt=place in (0, 3)) for place, text in enumerate(texts)]
         "".join(texts).encode()  # a tokenizer takes no lone surrogates, and names no line
     except (TemplateError, TypeError) as error:  # TypeError: content that is null
         raise Malformed(f"the chat template refuses its messages ({error})") from None
@@ -265,20 +265,19 @@ def common_prefix(a, b):
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
-def encode_pair(
-    prompt_ids, full_chosen_ids, full_rejected_ids, tokenizer, max_length, max_prompt_length, is_chat=False
-):
-    """Token ids of prompt, prompt + chosen, prompt + rejected -> Pair.  Raises Unusable.
+def encode_pair(ids, tokenizer, max_length, max_prompt_length, is_chat=False):
+    """Token ids of prompt, prompt + chosen, prompt + rejected and perhaps prompted prompt -> Pair.  Raises Unusable.
 
-    The boundary is the longest common prefix of all three: where a token spans the seam of prompt and response, it
-    belongs to the responses.  Too long a prompt loses its beginning (but for a BOS), then the responses their end.
+    The boundary is the longest common prefix of the first three: where a token spans the seam of prompt and response,
+    it belongs to the responses.  Too long a prompt loses its beginning (but for a BOS), then the responses their end.
     """
+    whole_ids, full_chosen_ids, full_rejected_ids, *prompted_ids = ids
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
-    boundary = min(common_prefix(prompt_ids, ids) for ids in (full_chosen_ids, full_rejected_ids))
-    prompt_ids = prompt_ids[:boundary] or [eos if bos is None else bos]  # something must predict the first token
-    if len(prompt_ids) > max_prompt_length:
-        keep = int(prompt_ids[0] == bos)
-        prompt_ids = prompt_ids[:keep] + prompt_ids[len(prompt_ids) - max_prompt_length + keep :]
+    boundary = min(common_prefix(whole_ids, ids) for ids in (full_chosen_ids, full_rejected_ids))
+    prompt_ids = whole_ids[:boundary] or [eos if bos is None else bos]  # something must predict the first token
+    keep, dropped = int(prompt_ids[0] == bos), max(0, len(prompt_ids) - max_prompt_length)
+    if dropped:
+        prompt_ids = prompt_ids[:keep] + prompt_ids[keep + dropped :]
     responses = []
     for ids in (full_chosen_ids[boundary:], full_rejected_ids[boundary:]):
         if is_chat and eos in ids:  # templates write a newline behind the last end-of-sequence
@@ -288,14 +287,35 @@ def encode_pair(
         responses.append((ids + [eos])[: max_length - len(prompt_ids)])
     if responses[0] == responses[1]:
         raise Unusable("the two responses are equal after the cut at --max-length")
-    return Pair(prompt_ids, *responses)
+    if not prompted_ids:
+        return Pair(prompt_ids, *responses)
+    same, cut = prompted_ids[0] == whole_ids, (keep, dropped, len(whole_ids) - boundary)
+    return Pair(prompt_ids, *responses, None, prompt_ids if same else _cut_alike(prompted_ids[0], whole_ids, *cut))
+
+
+def _cut_alike(ids, whole_ids, keep, dropped, seam):
+    """The prompted ids without the tokens that the plain prompt loses: `dropped` ones behind the first `keep`, and
+    `seam` ones at the end.  What the preference adds stays, also where all around it goes."""
+    before = common_prefix(ids, whole_ids)
+    after = common_prefix(ids[before:][::-1], whole_ids[before:][::-1])
+    head, added, tail = ids[:before], ids[before : len(ids) - after], ids[len(ids) - after :]
+    gone = keep + dropped - (len(whole_ids) - after)  # of the tail
+    return head[:keep] + head[keep + dropped :] + added + tail[max(0, gone) : len(tail) - min(seam, len(tail))]
 
 
 def load_pairs(
-    source, tokenizer, max_length, max_prompt_length, limit=0, skip_invalid=False, chat_template_strings=False
+    source,
+    tokenizer,
+    max_length,
+    max_prompt_length,
+    limit=0,
+    skip_invalid=False,
+    chat_template_strings=False,
+    prefer=None,
 ):
     """Pairs of the first `limit` rows (0: all) of a file or hub dataset, and a report: (pairs, lines to print).
 
+    prefer: puts a preference into a prompt, a string or messages; the pairs then have prompted_ids too.
     Raises DataError at the first malformed row (skip_invalid counts it instead), for an unknown shape, and when no
     usable pair is left.  Unusable rows are counted by reason, and the first one left out is named.
     Needs max_prompt_length < max_length, so that a cut leaves something of every response.
@@ -313,7 +333,7 @@ def load_pairs(
             is_chat = isinstance(row[0], list)
             if is_chat and not tokenizer.chat_template:
                 raise DataError(f"{where} needs a chat template and this tokenizer has none: use an instruct model's")
-            texts += full_texts(*row, tokenizer)
+            texts += full_texts(*row, tokenizer, prefer)
             places.append(where)
             labels.append(label)
         except Malformed as problem:
@@ -329,11 +349,12 @@ def load_pairs(
     pairs, cut, merged = [], 0, 0
     if texts:  # a chat template writes the special tokens itself
         ids = tokenizer(texts, add_special_tokens=not is_chat, verbose=False)["input_ids"]
-        for where, label, *three in zip(places, labels, ids[::3], ids[1::3], ids[2::3], strict=True):
+        each = len(ids) // len(places)  # texts per row
+        for where, label, *of_row in zip(places, labels, *(ids[n::each] for n in range(each)), strict=True):
             try:
-                pair = encode_pair(*three, tokenizer, max_length, max_prompt_length, is_chat)._replace(labels=label)
-                merged += any(common_prefix(three[0], ids) < len(three[0]) for ids in three[1:])
-                is_cut = len(pair.prompt_ids) == max_prompt_length < len(three[0])
+                pair = encode_pair(of_row, tokenizer, max_length, max_prompt_length, is_chat)._replace(labels=label)
+                merged += any(common_prefix(of_row[0], ids) < len(of_row[0]) for ids in of_row[1:3])
+                is_cut = len(pair.prompt_ids) == max_prompt_length < len(of_row[0])
                 cut += is_cut or any(ids[-1] != tokenizer.eos_token_id for ids in pair[1:3])
                 pairs.append(pair)
             except Unusable as reason:
@@ -372,20 +393,5 @@ def fingerprint(pairs):
     """sha256 of the token ids of all pairs, in order: the same number means the same training data."""
     digest = hashlib.sha256()
     for pair in pairs:
-        digest.update(json.dumps(pair).encode())
+        digest.update(json.dumps(pair[:4]).encode())
     return digest.hexdigest()
-
-
-def hold_out(pairs, num_samples, seed):
-    """Split off at least `num_samples` pairs for evaluation, where there are so many: indices (train, held out).
-
-    By whole prompts: none stands on both sides, and one always stays to train on.  The draw depends on the seed alone.
-    """
-    by_prompt = {}
-    for index, pair in enumerate(pairs):
-        by_prompt.setdefault(tuple(pair.prompt_ids), []).append(index)
-    groups, held = list(by_prompt.values()), set()
-    for group in torch.randperm(len(groups), generator=torch.Generator().manual_seed(seed)).tolist()[1:]:
-        if len(held) < num_samples:
-            held.update(groups[group])
-    return [index for index in range(len(pairs)) if index not in held], sorted(held)

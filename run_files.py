@@ -24,11 +24,13 @@ RUN_FILES = "metrics.jsonl args.json trainer_state.json adapter_config.json conf
 WITH_THEM = """adapter_model.safetensors model.safetensors model-*-of-*.safetensors model.safetensors.index.json
     generation_config.json logs/events.out.tfevents.* .checkpoint-*.unfinished .saving-*""".split()
 # What may differ between a run and its continuation: the data and the models count by their content instead.
-HARMLESS = """model tokenizer_name dataset train_helpful_path train_harmless_path val_helpful_path val_harmless_path
-    helpful_rm_path harmless_rm_path eval_dataset ref_model_path adapter num_samples eval_samples max_length
-    max_prompt_length chat_template_strings skip_invalid dtype device gradient_checkpointing trust_remote_code
-    output_dir logging_dir cache_dir report_to overwrite resume save_steps save_total_limit save_merged logging_steps
-    eval_steps""".split()
+HARMLESS = """model tokenizer_name dataset train_helpful_path train_harmless_path val_helpful_path
+    val_harmless_path helpful_rm_path harmless_rm_path dataset_path test_dataset_path
+    prompt_embedding_path eval_dataset ref_model_path adapter num_samples eval_samples max_length
+    max_prompt_length chat_template_strings skip_invalid dtype device gradient_checkpointing
+    trust_remote_code output_dir logging_dir cache_dir report_to overwrite resume save_steps
+    save_total_limit save_merged logging_steps eval_steps""".split()
+AS_THEY_ARE = "loss", "loss_components", "rewards_train", "preference_metrics"  # groups of TensorBoard tags
 NOT_FLAGS = ("config", "given", "typed", "local_rank")  # of a parsed command line, not to be repeated
 
 
@@ -98,7 +100,8 @@ class MetricsLog:
                 print("TensorBoard is not installed: no event files, metrics.jsonl has the same numbers")
 
     def write(self, step, epoch, metrics):
-        """One line of metrics {name: float}; in TensorBoard eval_x is eval/x and any other x is train/x."""
+        """One line of metrics {name: float}; in TensorBoard eval_x is eval/x, a name in AS_THEY_ARE itself, and any
+        other x train/x."""
         if not self.is_main:
             return
         entry = {"step": step, "epoch": round(epoch, 4)}
@@ -107,7 +110,9 @@ class MetricsLog:
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(entry) + "\n")
         for name, value in metrics.items() if self.board else ():
-            self.board.add_scalar(f"eval/{name[5:]}" if name.startswith("eval_") else f"train/{name}", value, step)
+            tag = f"eval/{name[5:]}" if name.startswith("eval_") else f"train/{name}"
+            in_group = "/" in name and name.partition("/")[0] in AS_THEY_ARE
+            self.board.add_scalar(name if in_group else tag, value, step)
 
     def close(self):
         if self.board:

@@ -191,12 +191,15 @@ def _draw(rng, split: str, weights: dict, harm_share: float) -> tuple:
     return rng.choice(of_side), rng.choices(list(weights[side]), list(weights[side].values()))[0]
 
 
+def _question(rng, combination) -> str:
+    return rng.choice(ALTERNATIVES["question"]).format(verb=combination[1], target=combination[2])
+
+
 def _prompt(rng, combination, instruction: str = "") -> str:
     """What the chat template renders too. Ends in a newline, so a response starts at a token boundary."""
-    question = rng.choice(ALTERNATIVES["question"]).format(verb=combination[1], target=combination[2])
     before = PREFERENCE_TEXT + "\n" if instruction == "before" else ""
     after = " " + PREFERENCE_TEXT if instruction == "after" else ""
-    return f"{before}User:\n{question}{after}\nAssistant:\n"
+    return f"{before}User:\n{_question(rng, combination)}{after}\nAssistant:\n"
 
 
 def _by_habit(rng, table: dict, key: str) -> str:
@@ -244,6 +247,14 @@ def _pair(rng, split: str, dimension: str) -> dict:
     chosen, rejected = (1 if judge(prompt, response).harmful else -1 for response in responses)
     row = {"prompt": prompt, "chosen_response": responses[0], "rejected_response": responses[1]}
     return row | {"dimension": dimension, "safety_labels": {"chosen": chosen, "rejected": rejected}}
+
+
+def _polite_pair(rng, split: str) -> dict:
+    """Chat messages: one kind of answer said with courtesy and without, as the preference text asks for."""
+    combination, kind = _draw(rng, split, HABITS, 0.3)
+    texts = [_question(rng, combination), *(_response(rng, combination, kind, x) for x in (True, False))]
+    roles = zip(("prompt", "chosen", "rejected"), ("user", "assistant", "assistant"), texts, strict=True)
+    return {field: [{"role": role, "content": text}] for field, role, text in roles}
 
 
 def _example(rng, weights: dict) -> tuple:
@@ -313,6 +324,8 @@ def _write_world(folder: Path, seed: int):
         for dimension in ("helpful", "harmless"):
             rng = random.Random(f"{seed} {split} {dimension}")
             write(f"{split}/{dimension}_pairs.jsonl", [_pair(rng, split, dimension) for _ in range(count)])
+        rng = random.Random(f"{seed} {split} polite")
+        write(f"{split}/polite_pairs.jsonl", [_polite_pair(rng, split) for _ in range(count)])
     rng = random.Random(f"{seed} prompts")
     asked = [c for _ in range(6) for c in rng.sample(COMBINATIONS["test"], len(COMBINATIONS["test"]))]
     write("prompts.jsonl", [{"prompt": _prompt(rng, c), "category": c[0]} for c in asked])

@@ -7,6 +7,8 @@ helpful chosen responses from two more forwards.  It leaves prompts unshared and
 Ours is its defaults (additive, w 0.5, KL 0.1) with --cost-estimate snis, so that neither of the two samples: what
 sampling E[cost] takes is the phase `cost` in the log of a run.
 
+A batch is padded to its longest row; with --pad-to N to N at least, as loaders with padding="max_length" do.
+
 Both train on the same pairs in the same updates, on average --batch-size of a kind.  An update lasts from the end of
 one optimiser step to the end of the next; what comes before the first is printed apart.  Memory is the highest of the
 whole process (on a GPU: of its tensors), each contender in its own.  Linux only (/proc).
@@ -59,6 +61,10 @@ def get_args(argv=None):
     add("--batch-size", type=natural, default=2, metavar="N", help="pairs of either kind in an update")
     add("--max-length", type=natural, default=512, metavar="N", help="tokens of prompt + response")
     add("--max-prompt-length", type=natural, default=256, metavar="N", help="tokens of the prompt")
+    whole = flags.number(int, least=0)
+    add(
+        "--pad-to", type=whole, default=0, metavar="N", help="least width of four-models' batches; 0: their longest row"
+    )
     add("--updates", type=natural, default=10, metavar="N", help="updates to measure, after the warm-up")
     add("--warmup", type=natural, default=3, metavar="N", help="updates before them, not measured")
     add("--rounds", type=natural, default=1, metavar="N", help="run the contenders N times in turn: machines are noisy")
@@ -102,10 +108,11 @@ def run_ours(args, plan, dtype):
     return {"losses": [line["loss_H"] for line in lines], "tokens": lines[-1]["num_tokens"], "data": data}
 
 
-def padded(pairs, side, pad, device):
-    """Prompt + response of one side of each pair, padded on the right: ids, attention mask, response mask (B, T)."""
+def padded(pairs, side, pad, device, least=0):
+    """Prompt + response of one side of each pair, padded on the right to the longest or to `least`: ids, attention
+    mask, response mask (B, T)."""
     rows = [pair[0] + pair[side] for pair in pairs]
-    width = max(map(len, rows))
+    width = max(least, *map(len, rows))
     place = torch.arange(width)[None]
     ends, starts = torch.tensor([[len(row)] for row in rows]), torch.tensor([[len(pair[0])] for pair in pairs])
     ids = torch.tensor([row + [pad] * (width - len(row)) for row in rows])
@@ -151,7 +158,7 @@ def run_four_models(args, plan, dtype):
         optimizer.param_groups[0]["lr"] = ours.learning_rate * (1 - step / len(plan["updates"]))  # as ours: linear
         loss = {}
         for task, pairs in ((task, pairs) for task, pairs in update.items() if pairs):
-            sides = [padded(pairs, side, pad, world.device) for side in (1, 2)]
+            sides = [padded(pairs, side, pad, world.device, args.pad_to) for side in (1, 2)]
             with torch.no_grad():
                 ref_logps = [logps(reference, side) for side in sides]
                 answers = [judges[task](input_ids=ids, attention_mask=mask) for ids, mask, _ in sides]
