@@ -43,7 +43,7 @@ import run_files
 import score_cache
 import toy_world
 from model_files import ModelError, load_model, load_skeleton, load_tokenizer
-from packed_model import prepare_model, prepare_scores
+from packed_model import logps_of, prepare_model, prepare_scores
 from packing import pack, passes
 from preference_data import DataError, Malformed, as_messages, parse_row, read_rows
 from sampling import end_tokens, prompt_ids, response_text, sample
@@ -193,8 +193,8 @@ def measured(model, adapter, judges, prompts, responses, args):
     for indices in passes(range(len(pairs)), args.batch_size):
         batch = pack([pairs[i] for i in indices], model.device)
         with lora.use_adapter(model, None):
-            base_logps = logps = model.packed_logps(batch)
-            reference = None if adapter is None else model.response_states(batch)
+            reference = model.response_states(batch)
+            base_logps = logps = logps_of(batch, *reference)
         kl = [torch.zeros_like(side) for side in base_logps]  # of the base to itself
         if adapter is not None:
             with lora.use_adapter(model, adapter):

@@ -220,13 +220,13 @@ def packed_logps(model, batch, reference=None):
 
     reference: `response_states(batch)` of another model or of this one with its adapter off; then also the KL to it,
     exact at each token, summed over response tokens: (chosen_logps, rejected_logps, chosen_kl, rejected_kl).
-    A method of the model (`prepare_model` binds it), backbone and head in one call: a sharded model gathers its
-    parameters around registered methods only.
+    A method of the model (`prepare_model` binds it): a sharded model gathers its parameters around methods only.
     """
-    return _logps(batch, *response_states(model, batch), reference)
+    return logps_of(batch, *response_states(model, batch), reference)
 
 
-def _logps(batch, states, weight, softcap, reference=None):
+def logps_of(batch, states, weight, softcap, reference=None):
+    """packed_logps from response_states that are at hand."""
     return _sum_responses(token_logps(states, weight, batch.targets, softcap, reference=reference), batch)
 
 
@@ -341,8 +341,8 @@ def prepare_model(model):
         setattr(type(model), method.__name__, method)
     return _choose_path(
         model,
-        lambda batch: torch.stack(_logps(batch, *plain_states(model, batch))),
-        lambda batch, layout: torch.stack(_logps(batch, *response_states(model, batch, layout))),
+        lambda batch: torch.stack(logps_of(batch, *plain_states(model, batch))),
+        lambda batch, layout: torch.stack(logps_of(batch, *response_states(model, batch, layout))),
     )
 
 

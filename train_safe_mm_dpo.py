@@ -382,9 +382,11 @@ def main(args):
     if not checkpoint:
         if "harmless" in known:
             start = -known["harmless"][costly].mean().item()  # of the pairs, where nothing is sampled
-            if judge:
-                estimate_cost()
-                start = at["cost"]
+            if judge:  # an uncalibrated `auto` stands on it: from several draws
+                draws = 4 if args.cost_threshold == "auto" and not records["harmless"]["calibrated"] else 1
+                ask = partial(sampled_cost, policy, judge, prompts, tokenizer, split, args=args, world=world)
+                with autocast:
+                    start = at["cost"] = sum(ask(step=-n) for n in range(draws)) / draws
             at["threshold"], how = reward_models.threshold(args.cost_threshold, records["harmless"], start)
             say(f"E[cost] before training {start:.4f}; threshold {at['threshold']:.4f}: {how}")
             low, high = costs[costly].min().item(), costs[costly].max().item()
@@ -481,7 +483,7 @@ def main(args):
 
     # 6 save
     flags.check_weights(parameters, at["step"])
-    distributed.assert_same_on_all_ranks(parameters, world)
+    distributed.assert_same_on_all_ranks([*parameters, torch.tensor([multiplier.value], device=world.device)], world)
     log.close()
     if world.is_main:
         with run_files.whole_files(args.output_dir) as folder:

@@ -36,7 +36,7 @@ import lora
 import preference_data as data
 from model_files import ModelError, load_model, load_tokenizer
 from packed_model import prepare_scores
-from packing import pack, passes
+from packing import hold_out, pack, passes
 
 TASKS = "helpful", "harmless"
 LENGTHS = 512, 256  # train_rm.py's --max-length and --max-prompt-length
@@ -132,7 +132,7 @@ def bradley_terry(features, penalty):
 
 def train_bigrams(pairs, texts, seed):
     """(weights (BUCKETS,), penalty): the penalty with the least loss on a tenth of the pairs, by whole prompts."""
-    parts = data.hold_out(pairs, -(-len(pairs) // 10), seed)
+    parts = hold_out(pairs, -(-len(pairs) // 10), seed)
     fit, choose = (bigram_features([texts[i] for i in part]) for part in parts)
     penalty = min(PENALTIES, key=lambda p: -F.logsigmoid(linear_margins(choose, bradley_terry(fit, p))).mean())
     return bradley_terry(bigram_features(texts), penalty), penalty

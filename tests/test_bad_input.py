@@ -21,7 +21,8 @@ from transformers import TrainerState
 
 import dpo_hf_run
 import run_files
-from preference_data import fingerprint, hold_out, load_pairs
+from packing import hold_out
+from preference_data import fingerprint, load_pairs
 
 pytestmark = pytest.mark.usefixtures("script_name")
 

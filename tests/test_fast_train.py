@@ -1,0 +1,482 @@
+"""fast_train.sh and scripts/gpu_nodes.sh: the commands they print and start, which GPUs they take, what they refuse.
+
+A folder of fake tools stands for the machine: nvidia-smi that lists GPUs, ssh that runs a command here, a .venv whose
+python writes down what it was called with.
+"""
+
+import importlib.util
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+
+import pytest
+from test_docs import ROOT
+
+import train_with_preference_prompt
+
+CONF = "PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True"
+LORA = "--lora-r 16 --lora-alpha 32"
+TEXT = "请提供一个有用、诚实、无害且简洁的回答。"
+DOCUMENTED = (
+    "train_with_preference_prompt.py --model Qwen/Qwen2.5-1.5B-Instruct --dataset-path data/train/helpful_pairs.jsonl "
+    f"--preference-text '{TEXT}' --beta 0.05 --alpha 0.1 --learning-rate 5e-4 --num-epochs 1 --batch-size 1 "
+    f"--gradient-accumulation-steps 512 --dtype auto {LORA} --lora-dropout 0.1 --max-length 300 "
+    "--max-prompt-length 128 --output-dir model_output/Preference_Guided_DPO "
+    "--logging-dir logs/Preference_Guided_DPO"
+)
+TOY = (
+    "train_with_preference_prompt.py --model toy --dataset-path toy --test-dataset-path toy "
+    "--preference-text 'Please answer politely and briefly.' --beta 0.05 --alpha 0.1 --learning-rate 1e-3 "
+    f"--num-epochs 1 --batch-size 16 --gradient-accumulation-steps 1 --dtype fp32 {LORA} --lora-dropout 0 "
+    "--max-length 300 --max-prompt-length 128 --output-dir outputs/fast_train_toy "
+    "--logging-dir outputs/fast_train_toy/logs --overwrite"
+)
+NOTE = "fast_train.sh: no GPU here, MODEL_PATH is as it was: the toy world, with settings that it learns from\n"
+SOLO, TORCHRUN = ".venv/bin/python", ".venv/bin/python -m torch.distributed.run"
+ONE_NODE = f"{TORCHRUN} --standalone"
+TOOLS = "bash cat cksum dirname env grep sleep sort touch"
+
+
+def write_tool(path, text):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"#!/bin/bash\n{text}\n")
+    path.chmod(0o755)
+
+
+class Machine:
+    """A copy of the scripts on a machine of its own: its GPUs (None: without a tool that counts them), its name."""
+
+    def __init__(self, folder):
+        self.folder, self.tools = folder / "project", folder / "tools"
+        (self.folder / "scripts").mkdir(parents=True)
+        self.tools.mkdir()
+        for name in ("fast_train.sh", "setup.sh", "requirements.txt", "pyproject.toml", "scripts/gpu_nodes.sh"):
+            shutil.copy(ROOT / name, self.folder / name)
+        for name in TOOLS.split():
+            (self.tools / name).symlink_to(shutil.which(name))
+
+    def make_venv(self, python):
+        """A .venv that setup.sh finds whole, with `python`, the text of a shell script."""
+        write_tool(self.folder / ".venv/bin/python", python)
+        key = "cat requirements.txt pyproject.toml | cksum >.venv/core.stamp"
+        subprocess.run(key, shell=True, cwd=self.folder, check=True)
+
+    def run(self, *words, gpus=None, variables=None):
+        """(exit code, stdout, stderr) of fast_train.sh, called from another folder."""
+        smi = self.tools / "nvidia-smi"
+        smi.unlink(missing_ok=True)
+        if gpus is not None:
+            lines = "".join(f"GPU {n}: NVIDIA H (UUID: GPU-{n})\\n  MIG 1g.5gb Device 0:\\n" for n in range(gpus))
+            write_tool(smi, f"printf '{lines}'")
+        environment = {"PATH": str(self.tools), "HOSTNAME": "here.lan", "HOME": "/", "LC_ALL": "C.UTF-8"}
+        environment |= variables or {}
+        done = subprocess.run(
+            ["bash", self.folder / "fast_train.sh", *words],
+            cwd="/",
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        return done.returncode, done.stdout, done.stderr
+
+    def printed(self, *words, gpus=None, **variables):
+        """What --dry-run prints on stdout, without its line ends at the end."""
+        code, out, err = self.run("--dry-run", *words, gpus=gpus, variables=variables)
+        assert (code, err) in ((0, ""), (0, NOTE)), err
+        return out.rstrip("\n")
+
+    def refused(self, *words, gpus=None, **variables):
+        """The one sentence on stderr, without the script's name."""
+        code, out, err = self.run(*words, gpus=gpus, variables=variables)
+        assert (code, out, err.count("\n")) == (2, "", 1), (code, out, err)
+        assert not (self.folder / ".venv").exists()  # setup.sh has not run
+        return err.removeprefix("fast_train.sh: ").rstrip("\n")
+
+
+@pytest.fixture(scope="module")
+def machine(tmp_path_factory):
+    """A machine to print commands on: no test writes there."""
+    return Machine(tmp_path_factory.mktemp("machine"))
+
+
+@pytest.fixture
+def own_machine(tmp_path):
+    return Machine(tmp_path)
+
+
+def parsed(line):
+    """The arguments of the printed command, as the script itself reads them."""
+    words = shlex.split(line)
+    return train_with_preference_prompt.get_args(words[words.index("train_with_preference_prompt.py") + 1 :])
+
+
+# -- the command -------------------------------------------------------------------------------------------------------
+
+
+def test_unedited_without_a_gpu_it_is_the_toy_world(machine):
+    assert machine.run("--dry-run") == (0, f"{CONF} {SOLO} {TOY}\n", NOTE)
+    assert machine.run("--dry-run", gpus=0) == (0, f"{CONF} {SOLO} {TOY}\n", NOTE)
+    hidden = {"CUDA_VISIBLE_DEVICES": "-1"}
+    assert machine.run("--dry-run", gpus=4, variables=hidden) == (0, f"{CONF} {SOLO} {TOY}\n", NOTE)
+    assert not (machine.folder / ".venv").exists()
+
+
+def test_unedited_with_gpus_it_is_the_documents_run_on_all_of_them(machine):
+    assert machine.run("--dry-run", gpus=1) == (0, f"{CONF} CUDA_VISIBLE_DEVICES=0 {SOLO} {DOCUMENTED}\n", "")
+    four = f"{CONF} CUDA_VISIBLE_DEVICES=0,1,2,3 {ONE_NODE} --nproc-per-node=4 {DOCUMENTED}\n"
+    assert machine.run("--dry-run", gpus=4) == (0, four, "")
+
+
+@pytest.mark.parametrize(
+    "launcher, nodes, begins",
+    [
+        ("", "localhost:1,2", f"CUDA_VISIBLE_DEVICES=1,2 {ONE_NODE} --nproc-per-node=2"),
+        ("torchrun", "localhost:2", f"CUDA_VISIBLE_DEVICES=2 {ONE_NODE} --nproc-per-node=1"),
+        ("", "localhost:2", f"CUDA_VISIBLE_DEVICES=2 {SOLO}"),
+        ("python", "localhost:2", f"CUDA_VISIBLE_DEVICES=2 {SOLO}"),
+        ("deepspeed", "localhost:1,2", "deepspeed --include=localhost:1,2"),
+        ("deepspeed", "localhost", "deepspeed --include=localhost:0,1,2,3"),
+        ("deepspeed", "node1:0,1,node2:0,1", "deepspeed --include=node1:0,1@node2:0,1"),
+    ],
+)
+def test_launchers(machine, launcher, nodes, begins):
+    line = machine.printed(gpus=4, LAUNCHER=launcher, GPU_NODES=nodes)
+    assert line == f"{CONF} {begins} {DOCUMENTED}"
+
+
+def test_embedding_mode(machine):
+    text = f"--preference-text '{TEXT}'"
+    changed = DOCUMENTED.replace(text, "--use-prompt-embedding --prompt-embedding-path '/a b/prompt_embeddings.pt'")
+    line = machine.printed(gpus=1, TRAINING_MODE="embedding", PROMPT_EMBEDDING_PATH="/a b/prompt_embeddings.pt")
+    assert line == f"{CONF} CUDA_VISIBLE_DEVICES=0 {SOLO} {changed}"
+    args = parsed(line)
+    assert args.use_prompt_embedding and args.prompt_embedding_path == "/a b/prompt_embeddings.pt"
+    assert args.preference_text is None
+
+
+def test_deepspeed_takes_its_hostfile_and_port_and_the_venvs_own_comes_first(own_machine):
+    write_tool(own_machine.folder / ".venv/bin/deepspeed", "")
+    nodes = {"LAUNCHER": "deepspeed", "GPU_NODES": "node1:0@node2:0", "HOSTFILE": "/hosts", "RDZV_PORT": "1234"}
+    words = ".venv/bin/deepspeed --include=node1:0@node2:0 --hostfile=/hosts --master_port=1234"
+    assert own_machine.printed(**nodes) == f"{CONF} {words} {DOCUMENTED}"
+
+
+@pytest.mark.parametrize(
+    "variable, value, name, parsed_value",
+    [
+        ("MODEL_PATH", "/models/a b", "model", "/models/a b"),
+        ("DATASET_PATH", "my pairs.jsonl", "dataset_path", "my pairs.jsonl"),
+        ("TEST_DATASET_PATH", "t.jsonl", "test_dataset_path", "t.jsonl"),
+        (
+            "PREFERENCE_TEXT",
+            """It's "brief", $HOME `x` & 短\\""",
+            "preference_text",
+            """It's "brief", $HOME `x` & 短\\""",
+        ),
+        ("BETA", "0.3", "beta", 0.3),
+        ("ALPHA", "0.7", "alpha", 0.7),
+        ("LEARNING_RATE", "1e-5", "learning_rate", 1e-5),
+        ("NUM_EPOCHS", "3", "epochs", 3),
+        ("BATCH_SIZE", "4", "batch_size", 4),
+        ("GRADIENT_ACCUM_STEPS", "64", "gradient_accumulation_steps", 64),
+        ("DTYPE", "bf16", "dtype", "bf16"),
+        ("LORA_R", "8", "lora_r", 8),
+        ("LORA_ALPHA", "5", "lora_alpha", 5),
+        ("LORA_DROPOUT", "0.2", "lora_dropout", 0.2),
+        ("MAX_LENGTH", "500", "max_length", 500),
+        ("MAX_PROMPT_LENGTH", "99", "max_prompt_length", 99),
+        ("OUTPUT_DIR", "/out", "output_dir", "/out"),
+        ("LOGGING_DIR", "/logs", "logging_dir", "/logs"),
+    ],
+)
+@pytest.mark.parametrize("gpus", [1, None], ids=["GPU", "toy"])
+def test_a_setting_from_the_environment_counts_and_the_others_stay(machine, gpus, variable, value, name, parsed_value):
+    if gpus is None and variable == "MODEL_PATH":
+        pytest.skip("with a model of one's own it is not the toy world: the next test")
+    args = vars(parsed(machine.printed(gpus=gpus, **{variable: value})))
+    base = vars(parsed(DOCUMENTED if gpus else TOY))
+    changed = {key for key in base if args[key] != base[key]} - {"overwrite"}
+    assert (changed, args[name]) == ({name}, parsed_value)
+    assert args["overwrite"] == (gpus is None and variable != "OUTPUT_DIR")  # nobody's folder but the toy world's own
+
+
+def test_a_model_of_ones_own_without_a_gpu_gets_the_documents_settings(machine, own_machine):
+    expected = DOCUMENTED.replace("Qwen/Qwen2.5-1.5B-Instruct", "/m")
+    assert machine.printed(MODEL_PATH="/m") == f"{CONF} {SOLO} {expected}"
+    script = own_machine.folder / "fast_train.sh"
+    script.write_text(script.read_text().replace("${MODEL_PATH:-Qwen/Qwen2.5-1.5B-Instruct}", "/m"))
+    assert own_machine.printed() == f"{CONF} {SOLO} {expected}"
+
+
+def test_edits_in_the_file_count_in_the_toy_world_too(own_machine):
+    script = own_machine.folder / "fast_train.sh"
+    text = script.read_text().replace('"${LEARNING_RATE:-5e-4}"', "2e-3").replace('"${BETA:-0.05}"', "0.5")
+    script.write_text(text)
+    expected = TOY.replace("--beta 0.05", "--beta 0.5").replace("--learning-rate 1e-3", "--learning-rate 2e-3")
+    assert own_machine.printed() == f"{CONF} {SOLO} {expected}"
+
+
+def test_a_documented_value_that_was_asked_for_counts_in_the_toy_world_too(machine):
+    assert machine.printed(LEARNING_RATE="5e-4") == f"{CONF} {SOLO} {TOY.replace('1e-3', '5e-4')}"
+
+
+def test_the_toy_world_on_gpus(machine):
+    assert machine.printed(gpus=1, MODEL_PATH="toy") == f"{CONF} CUDA_VISIBLE_DEVICES=0 {SOLO} {TOY}"
+    line = machine.printed(GPU_NODES="localhost:0,1", MODEL_PATH="toy")
+    assert line == f"{CONF} CUDA_VISIBLE_DEVICES=0,1 {ONE_NODE} --nproc-per-node=2 {TOY}"
+
+
+def test_lora_r_0_leaves_the_flags_of_lora_out(machine):
+    line = machine.printed(gpus=1, LORA_R="0")
+    assert line.endswith(DOCUMENTED.replace(f"{LORA} --lora-dropout 0.1", "--lora-r 0"))
+    assert parsed(line).lora_r == 0
+
+
+def test_further_flags_come_last_and_win(machine):
+    line = machine.printed("--beta", "0.4", "--teacher", "ref", "--cache-dir", "a b", gpus=1)
+    assert line.endswith(f"{DOCUMENTED} --beta 0.4 --teacher ref --cache-dir 'a b'")
+    assert (parsed(line).beta, parsed(line).teacher, parsed(line).cache_dir) == (0.4, "ref", "a b")
+
+
+@pytest.mark.parametrize(
+    "variables, begins",
+    [
+        ({"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:64"}, "PYTORCH_CUDA_ALLOC_CONF=max_split_size_mb:64 "),
+        ({"PYTORCH_CUDA_ALLOC_CONF": ""}, "PYTORCH_CUDA_ALLOC_CONF='' "),
+        ({"PYTORCH_ALLOC_CONF": "max_split_size_mb:64"}, "PYTORCH_ALLOC_CONF=max_split_size_mb:64 "),
+        ({"CUDA_ALLOC_CONF": "max_split_size_mb:64"}, f"{CONF} "),
+    ],
+)
+def test_an_allocator_setting_of_the_user_is_kept(machine, variables, begins):
+    assert machine.printed(**variables) == f"{begins}{SOLO} {TOY}"
+
+
+# -- node lists --------------------------------------------------------------------------------------------------------
+
+NODES = "--nnodes=2 --node-rank={} --rdzv-backend=c10d --rdzv-id=run --rdzv-endpoint=node1:29400"
+TWO_NODES = [f"CUDA_VISIBLE_DEVICES=0,1 {TORCHRUN} {NODES.format(rank)} --nproc-per-node=2" for rank in (0, 1)]
+
+
+@pytest.mark.parametrize(
+    "nodes, gpus, visible, begins",
+    [
+        ("localhost:1,2", 4, None, [f"CUDA_VISIBLE_DEVICES=1,2 {ONE_NODE} --nproc-per-node=2"]),
+        ("localhost:2,1", 4, None, [f"CUDA_VISIBLE_DEVICES=2,1 {ONE_NODE} --nproc-per-node=2"]),
+        ("localhost:7", None, None, [f"CUDA_VISIBLE_DEVICES=7 {SOLO}"]),  # nothing counts them
+        ("localhost", 3, None, [f"CUDA_VISIBLE_DEVICES=0,1,2 {ONE_NODE} --nproc-per-node=3"]),
+        ("127.0.0.1:1,0", 2, None, [f"CUDA_VISIBLE_DEVICES=1,0 {ONE_NODE} --nproc-per-node=2"]),
+        ("here:1,0", 2, None, [f"CUDA_VISIBLE_DEVICES=1,0 {ONE_NODE} --nproc-per-node=2"]),
+        ("here.lan", 2, None, [f"CUDA_VISIBLE_DEVICES=0,1 {ONE_NODE} --nproc-per-node=2"]),
+        ("localhost:0,2", 8, "4,5,6", [f"CUDA_VISIBLE_DEVICES=4,6 {ONE_NODE} --nproc-per-node=2"]),
+        ("localhost", 8, "GPU-a,GPU-b", [f"CUDA_VISIBLE_DEVICES=GPU-a,GPU-b {ONE_NODE} --nproc-per-node=2"]),
+        ("localhost", 8, "6, 3,-1,2", [f"CUDA_VISIBLE_DEVICES=6,3 {ONE_NODE} --nproc-per-node=2"]),
+        ("node1:0,1,node2:0,1", 1, "7", TWO_NODES),  # what is here says nothing of them
+        ("node1:0,1@node2:0,1", None, None, TWO_NODES),
+        ("node1:3", 1, None, [f"CUDA_VISIBLE_DEVICES=3 {SOLO}"]),
+        ("node1:3,2", 1, None, [f"CUDA_VISIBLE_DEVICES=3,2 {ONE_NODE} --nproc-per-node=2"]),
+        ("node1", 1, None, [f"{ONE_NODE} --nproc-per-node=gpu"]),
+        ("node1@node2", 1, None, [f"{TORCHRUN} {NODES.format(rank)} --nproc-per-node=gpu" for rank in (0, 1)]),
+        ("node1:2@here:0", 8, "5", [f"CUDA_VISIBLE_DEVICES={d} {TORCHRUN} {NODES.format(r)} --nproc-per-node=1"
+                                    for r, d in enumerate((2, 5))]),
+    ],
+)  # fmt: skip
+def test_a_node_list(machine, nodes, gpus, visible, begins):
+    mask = {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}
+    out = machine.printed(gpus=gpus, GPU_NODES=nodes, **mask)
+    lines = [line for line in out.splitlines() if not line.startswith("# on ")]
+    assert lines == [f"{CONF} {begin} {DOCUMENTED}" for begin in begins]
+    hosts = [host.partition(":")[0] for host in nodes.replace(",node2", "@node2").split("@")]
+    elsewhere = [f"# on {host}:" for host in hosts] if "node1" in nodes else []
+    assert out.splitlines()[::2] == (elsewhere or lines)
+
+
+def test_what_other_machines_have_to_be_told(machine):
+    told = {"NCCL_SOCKET_IFNAME": "eth 0", "HF_HUB_OFFLINE": "1", "HF_TOKEN": "secret", "GLOO_X": "y"}
+    out = machine.printed(GPU_NODES="node1@node2", RDZV_PORT="1234", RDZV_ID="second", **told)
+    assert f"{CONF} GLOO_X=y HF_HUB_OFFLINE=1 NCCL_SOCKET_IFNAME='eth 0' {TORCHRUN} --nnodes=2 " in out
+    assert out.count("--rdzv-id=second --rdzv-endpoint=node1:1234 ") == 2
+    assert "secret" not in out
+    assert "NCCL" not in machine.printed(**told)  # a process of this shell has it
+
+
+@pytest.mark.parametrize(
+    "nodes, reason",
+    [
+        (" ", "has a space"),
+        ("localhost:0, 1", "has a space"),
+        ("localhost:", "localhost has an empty slot"),
+        ("localhost:0,", "localhost has an empty slot"),
+        ("localhost:0,,1", "localhost has an empty slot"),
+        ("localhost:,1", "localhost has an empty slot"),
+        (":0,1", "has an empty host"),
+        ("node1:0@", "has an empty host"),
+        ("@node1:0", "has an empty host"),
+        ("node1:0@@node2:0", "has an empty host"),
+        (",node1:0", "has an empty host"),
+        ("localhost:a", "a is no slot of localhost"),
+        ("localhost:0-2", "0-2 is no slot of localhost"),
+        ("localhost:-1", "-1 is no slot of localhost"),
+        ("localhost:01", "01 is no slot of localhost"),
+        ("localhost:99999999999999999999", "99999999999999999999 is no slot of localhost"),
+        ("localhost:1,1", "has slot 1 of localhost twice"),
+        ("node1:0,1@node2:3,3", "has slot 3 of node2 twice"),
+        ("node1:0@node1:1", "has node1 twice"),
+        ("localhost:4", "slot 4 is beyond the 4 GPUs that nvidia-smi counts"),
+        ("node1:0@here:4", "slot 4 is beyond the 4 GPUs that nvidia-smi counts"),
+        ("node1:0,1@node2:0", "every node has to have as many slots as node1"),
+        ("node1:0,1,node2:0", "every node has to have as many slots as node1"),
+        ("node1@node2:0", "every node has to have as many slots as node1"),
+        ("localhost:0@node2:0", "localhost is another machine on each"),
+        ("node1:29500:0,1", "ports and IPv6 addresses have no place in it"),
+        ("fe80:0:0:0:0:0:0:1", "ports and IPv6 addresses have no place in it"),
+        ("::1", "an IPv6 address cannot be told from slots"),
+        ("[::1]:0", "an IPv6 address cannot be told from slots"),
+        ("0,1", "0 is a number where a host has to stand"),
+        ("localhost,1", "write localhost:1 for a slot"),
+        ("-oProxyCommand=x:0", "is no list of hosts and slots"),
+        ("-o:0", "a host does not begin as -o does"),
+        ("localhost:*", "is no list of hosts and slots"),
+        ("$(touch x):0", "has a space"),
+        ("$PATH", "is no list of hosts and slots"),
+    ],
+)
+def test_a_node_list_that_is_refused_with_its_reason(machine, nodes, reason):
+    sentence = machine.refused(gpus=4, GPU_NODES=nodes)
+    assert sentence.startswith("GPU_NODES ") and nodes in sentence and reason in sentence
+    assert machine.refused("--dry-run", gpus=4, GPU_NODES=nodes) == sentence
+
+
+@pytest.mark.parametrize(
+    "gpus, variables, sentence",
+    [
+        (1, {"TRAINING_MODE": "texts"}, "TRAINING_MODE is text or embedding, not texts"),
+        (
+            1,
+            {"TRAINING_MODE": "embedding"},
+            "TRAINING_MODE=embedding needs PROMPT_EMBEDDING_PATH, a soft prompt: learn_prompt.py makes one",
+        ),
+        (1, {"LAUNCHER": "mpirun"}, "LAUNCHER is torchrun, deepspeed or python, not mpirun"),
+        (1, {"LAUNCH": "slurm"}, "LAUNCH is print or ssh, not slurm"),
+        (
+            4,
+            {"LAUNCHER": "python"},
+            "LAUNCHER=python is one process, and GPU_NODES localhost is more than one GPU: name one, or use torchrun",
+        ),
+        (
+            1,
+            {"LAUNCHER": "deepspeed"},
+            "there is no deepspeed: bash setup.sh && .venv/bin/python -m pip install deepspeed, or LAUNCHER=torchrun",
+        ),
+    ],
+)
+def test_a_wrong_setting_is_one_sentence_before_anything_starts(machine, gpus, variables, sentence):
+    assert machine.refused(gpus=gpus, **variables) == sentence
+
+
+@pytest.mark.parametrize(
+    "gpus, variables, sentence",
+    [
+        (None, {}, "LAUNCHER=deepspeed has to be told the GPUs by number, as in GPU_NODES=localhost:0,1"),
+        (
+            4,
+            {"CUDA_VISIBLE_DEVICES": "GPU-a"},
+            "LAUNCHER=deepspeed knows GPUs by number, and CUDA_VISIBLE_DEVICES names them: GPU-a",
+        ),
+    ],
+)
+def test_deepspeed_needs_numbers(machine, gpus, variables, sentence):
+    assert machine.refused("--dry-run", gpus=gpus, LAUNCHER="deepspeed", **variables) == sentence
+
+
+def test_slots_beyond_the_visible_ones(machine):
+    sentence = machine.refused(gpus=8, GPU_NODES="localhost:2", CUDA_VISIBLE_DEVICES="4,6")
+    assert sentence.endswith("slot 2 is beyond the 2 GPUs of CUDA_VISIBLE_DEVICES=4,6 (from 0)")
+
+
+# -- runs --------------------------------------------------------------------------------------------------------------
+
+RECORDS = """if [ "$1" = -c ]; then exit 0; fi  # setup.sh asks for the packages
+printf '%s\\0' "$PYTORCH_CUDA_ALLOC_CONF" "$CUDA_VISIBLE_DEVICES" "$@" >>"$PWD/called"
+"""
+
+
+def calls(machine):
+    return (machine.folder / "called").read_text().split("\0")[:-1]
+
+
+def test_what_is_printed_is_what_runs_and_what_a_shell_makes_of_it(own_machine):
+    own_machine.make_venv(RECORDS)
+    settings = {"GPU_NODES": "localhost:2,1", "PREFERENCE_TEXT": """It's "brief", $HOME `x` & 短\\"""}
+    code, out, err = own_machine.run("--cache-dir", "a b", gpus=4, variables=settings)
+    assert (code, err) == (0, "")
+    assert out == own_machine.printed("--cache-dir", "a b", gpus=4, **settings) + "\n"
+    ran = calls(own_machine)
+    assert ran[:6] == ["expandable_segments:True", "2,1", "-m", "torch.distributed.run", "--standalone", ran[5]]
+    assert ran[-2:] == ["--cache-dir", "a b"] and settings["PREFERENCE_TEXT"] in ran
+    (own_machine.folder / "called").unlink()
+    subprocess.run(["bash", "-c", out], cwd=own_machine.folder, check=True, env={"PATH": os.environ["PATH"]})
+    assert calls(own_machine) == ran
+
+
+def test_the_exit_code_is_that_of_the_run(own_machine):
+    own_machine.make_venv('if [ "$1" = -c ]; then exit 0; fi; exit 3')
+    assert own_machine.run()[0] == 3
+
+
+def test_other_machines_are_left_alone_unless_ssh_is_asked_for(own_machine):
+    own_machine.make_venv(RECORDS)
+    code, out, err = own_machine.run(variables={"GPU_NODES": "node1:0,1@here:0,1"})
+    assert (code, err, out.count("\n")) == (0, "", 4)
+    assert not (own_machine.folder / "called").exists()
+
+
+def test_ssh_starts_every_node_in_the_same_folder(own_machine):
+    own_machine.make_venv(RECORDS.replace("called", "called_$CUDA_VISIBLE_DEVICES"))
+    write_tool(own_machine.tools / "ssh", """printf '%s ' "${@:1:4}" >>/proc/self/fd/2; cd /; exec bash -c "${@:5}" """)
+    settings = {"GPU_NODES": "node1:4,5@here:0,1", "LAUNCH": "ssh", "PREFERENCE_TEXT": "It's brief"}
+    code, out, err = own_machine.run("--max-steps", "3", gpus=2, variables=settings)
+    assert (code, err) == (0, "-tt -o BatchMode=yes node1 ")
+    assert out == own_machine.printed("--max-steps", "3", gpus=2, **settings) + "\n"
+    for rank, devices in enumerate(("4,5", "0,1")):
+        ran = (own_machine.folder / f"called_{devices}").read_text().split("\0")[:-1]
+        assert f"--node-rank={rank}" in ran and "It's brief" in ran and ran[-2:] == ["--max-steps", "3"]
+
+
+def test_a_node_that_fails_ends_the_others(own_machine):
+    own_machine.make_venv('if [ "$1" = -c ]; then exit 0; fi; exec sleep 40')
+    write_tool(own_machine.tools / "ssh", "exit 255")
+    begin = time.monotonic()
+    code, _, err = own_machine.run(variables={"GPU_NODES": "here:0@node2:0", "LAUNCH": "ssh"})
+    assert (code, err) == (255, "fast_train.sh: a node ended with exit code 255: the others are ended too\n")
+    assert time.monotonic() - begin < 20
+
+
+def test_no_line_evaluates_text_or_asks():
+    for name in ("fast_train.sh", "scripts/gpu_nodes.sh"):
+        code = [line.partition("#")[0] for line in (ROOT / name).read_text("utf-8").splitlines()]
+        words = {word for line in code for word in line.replace(";", " ").split()}
+        assert not words & {"eval", "nohup", "read", "select"}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("pip") is None, reason="setup.sh would make an environment without pip")
+def test_unedited_it_trains_the_toy_world(own_machine, toy):
+    for path in ROOT.glob("*.py"):
+        shutil.copy(path, own_machine.folder)
+    (own_machine.folder / "outputs").mkdir()
+    (own_machine.folder / "outputs/toy_world").symlink_to(toy)
+    own_machine.make_venv(f'exec {sys.executable} "$@"')
+    offline = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    for _ in range(2):  # the second takes the first one's place
+        code, out, err = own_machine.run("--max-steps", "3", "--eval-samples", "8", variables=offline)
+        assert (code, err) == (0, NOTE)
+        assert out.startswith(f"{CONF} {SOLO} {TOY} --max-steps 3 --eval-samples 8\n")
+    folder = own_machine.folder / "outputs/fast_train_toy"
+    args = json.loads((folder / "args.json").read_text())
+    assert (args["dataset_path"], args["max_steps"]) == ("outputs/toy_world/train/polite_pairs.jsonl", 3)
+    assert (folder / "adapter_model.safetensors").exists()
