@@ -296,8 +296,11 @@ def encode_pair(ids, tokenizer, max_length, max_prompt_length, is_chat=False):
 def _cut_alike(ids, whole_ids, keep, dropped, seam):
     """The prompted ids without the tokens that the plain prompt loses: `dropped` ones behind the first `keep`, and
     `seam` ones at the end.  What the preference adds stays, also where all around it goes."""
-    before = common_prefix(ids, whole_ids)
-    after = common_prefix(ids[before:][::-1], whole_ids[before:][::-1])
+    before, after = common_prefix(ids, whole_ids), common_prefix(ids[::-1], whole_ids[::-1])
+    if after >= len(whole_ids) - 1:  # in front of all, or behind a BOS; what it begins with may be what all begins with
+        before = min(before, len(whole_ids) - after)
+    else:
+        after = common_prefix(ids[before:][::-1], whole_ids[before:][::-1])
     head, added, tail = ids[:before], ids[before : len(ids) - after], ids[len(ids) - after :]
     gone = keep + dropped - (len(whole_ids) - after)  # of the tail
     return head[:keep] + head[keep + dropped :] + added + tail[max(0, gone) : len(tail) - min(seam, len(tail))]

@@ -100,7 +100,7 @@ def read_soft_prompt(path, width):
     if not isinstance(found, torch.Tensor) or found.ndim not in (1, 2) or not found.is_floating_point():
         what = f"{found.dtype} {tuple(found.shape)}" if isinstance(found, torch.Tensor) else type(found).__name__
         raise PromptError(f"{path} holds {what}: a soft prompt is n vectors of numbers, (n, {width})")
-    vectors = found.detach().reshape(-1, found.shape[-1]).float()
+    vectors = found.detach().reshape(len(found) if found.ndim == 2 else 1, found.shape[-1]).float()
     if vectors.shape[1] != width or not len(vectors):
         what = f"{len(vectors)} vectors of width {vectors.shape[1]}"
         raise PromptError(f"{path} holds {what}, and embeddings here have {width}: learn the soft prompt on this model")
@@ -118,8 +118,9 @@ def _read_safetensors(path):
             config = json.loads((path / "adapter_config.json").read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise PromptError(f"{path} is no folder of a soft prompt (adapter_config.json: {error})") from None
-        if config.get("peft_type") != "PROMPT_TUNING":
-            raise PromptError(f"{path} holds a {config.get('peft_type')} adapter, and a soft prompt is PROMPT_TUNING")
+        kind = config.get("peft_type") if isinstance(config, dict) else None
+        if kind != "PROMPT_TUNING":
+            raise PromptError(f"{path} holds an adapter of the type {kind}, and a soft prompt is PROMPT_TUNING")
     try:
         with safe_open(file, "pt") as tensors:
             position = (tensors.metadata() or {}).get("preference_position", "prefix" if path.is_dir() else None)

@@ -35,33 +35,28 @@ read_flags() {
   done
 }
 
-# quoted WORD: as a shell reads it back; bare where nothing in it needs quotes.
-quoted() {
-  local rest=$1 text=""
-  case $1 in
-    "" | *[!A-Za-z0-9_@%+=:,./-]*)
-      while [ "$rest" != "${rest#*\'}" ]; do
-        text="$text${rest%%\'*}'\\''"
-        rest=${rest#*\'}
-      done
-      printf "'%s'" "$text$rest"
-      ;;
-    *) printf '%s' "$1" ;;
-  esac
-}
-
-# command_line WORD...: the words on one line, to be pasted into a shell.
-command_line() {
-  local word apart="" name
+# set_line WORD...: sets line, the words as a shell reads them back; bare where nothing in them needs quotes.
+set_line() {
+  local word name rest apart=""
+  line=""
   for word in "$@"; do
+    line=$line$apart apart=" " rest=$word
     name=${word%%=*}
     case $name in
-      "$word" | *[!A-Za-z0-9_]*) printf '%s%s' "$apart" "$(quoted "$word")" ;;
-      *) printf '%s%s=%s' "$apart" "$name" "$(quoted "${word#*=}")" ;; # NAME='a value' is still an assignment
+      "$word" | "" | *[!A-Za-z0-9_]*) ;;
+      *) line=$line$name= rest=${word#*=} ;; # NAME='a value' is still an assignment
     esac
-    apart=" "
+    case $rest in
+      "" | *[!A-Za-z0-9_@%+=:,./-]*)
+        line="$line'"
+        while [ "$rest" != "${rest#*\'}" ]; do
+          line="$line${rest%%\'*}'\\''" rest=${rest#*\'}
+        done
+        line="$line$rest'"
+        ;;
+      *) line=$line$rest ;;
+    esac
   done
-  echo
 }
 
 # -- reading a list ----------------------------------------------------------------------------------------------------
@@ -276,19 +271,23 @@ on_nodes() {
   local node pids=()
   if one_command; then
     set_words 0 "$@"
-    command_line "${words[@]}"
+    set_line "${words[@]}"
+    echo "$line"
     if starts_something; then exec env "${words[@]}"; fi
     return
   fi
   for ((node = 0; node < node_count; node++)); do
     set_words "$node" "$@"
     echo "# on ${node_hosts[node]}:"
-    command_line "${words[@]}"
+    set_line "${words[@]}"
+    echo "$line"
     if ! starts_something; then continue; fi
     if is_here "${node_hosts[node]}"; then
       env "${words[@]}" &
     else # with a terminal, so that the run there ends when this ssh does
-      ssh -tt -o BatchMode=yes "${node_hosts[node]}" "cd $(quoted "$PWD") && $(command_line "${words[@]}")" </dev/null &
+      local over_there=$line
+      set_line cd "$PWD"
+      ssh -tt -o BatchMode=yes "${node_hosts[node]}" "$line && $over_there" </dev/null &
     fi
     pids[node]=$!
   done

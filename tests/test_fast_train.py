@@ -166,43 +166,42 @@ def test_deepspeed_takes_its_hostfile_and_port_and_the_venvs_own_comes_first(own
     assert own_machine.printed(**nodes) == f"{CONF} {words} {DOCUMENTED}"
 
 
-@pytest.mark.parametrize(
-    "variable, value, name, parsed_value",
-    [
-        ("MODEL_PATH", "/models/a b", "model", "/models/a b"),
-        ("DATASET_PATH", "my pairs.jsonl", "dataset_path", "my pairs.jsonl"),
-        ("TEST_DATASET_PATH", "t.jsonl", "test_dataset_path", "t.jsonl"),
-        (
-            "PREFERENCE_TEXT",
-            """It's "brief", $HOME `x` & 短\\""",
-            "preference_text",
-            """It's "brief", $HOME `x` & 短\\""",
-        ),
-        ("BETA", "0.3", "beta", 0.3),
-        ("ALPHA", "0.7", "alpha", 0.7),
-        ("LEARNING_RATE", "1e-5", "learning_rate", 1e-5),
-        ("NUM_EPOCHS", "3", "epochs", 3),
-        ("BATCH_SIZE", "4", "batch_size", 4),
-        ("GRADIENT_ACCUM_STEPS", "64", "gradient_accumulation_steps", 64),
-        ("DTYPE", "bf16", "dtype", "bf16"),
-        ("LORA_R", "8", "lora_r", 8),
-        ("LORA_ALPHA", "5", "lora_alpha", 5),
-        ("LORA_DROPOUT", "0.2", "lora_dropout", 0.2),
-        ("MAX_LENGTH", "500", "max_length", 500),
-        ("MAX_PROMPT_LENGTH", "99", "max_prompt_length", 99),
-        ("OUTPUT_DIR", "/out", "output_dir", "/out"),
-        ("LOGGING_DIR", "/logs", "logging_dir", "/logs"),
-    ],
-)
-@pytest.mark.parametrize("gpus", [1, None], ids=["GPU", "toy"])
-def test_a_setting_from_the_environment_counts_and_the_others_stay(machine, gpus, variable, value, name, parsed_value):
-    if gpus is None and variable == "MODEL_PATH":
-        pytest.skip("with a model of one's own it is not the toy world: the next test")
-    args = vars(parsed(machine.printed(gpus=gpus, **{variable: value})))
-    base = vars(parsed(DOCUMENTED if gpus else TOY))
-    changed = {key for key in base if args[key] != base[key]} - {"overwrite"}
-    assert (changed, args[name]) == ({name}, parsed_value)
-    assert args["overwrite"] == (gpus is None and variable != "OUTPUT_DIR")  # nobody's folder but the toy world's own
+AWKWARD = """It's "brief", $HOME `x` & 短\\"""
+SETTINGS = [  # variable, its value, the argument, what the script reads
+    ("DATASET_PATH", "my pairs.jsonl", "dataset_path", "my pairs.jsonl"),
+    ("TEST_DATASET_PATH", "t.jsonl", "test_dataset_path", "t.jsonl"),
+    ("PREFERENCE_TEXT", AWKWARD, "preference_text", AWKWARD),
+    ("BETA", "0.3", "beta", 0.3),
+    ("ALPHA", "0.7", "alpha", 0.7),
+    ("LEARNING_RATE", "1e-5", "learning_rate", 1e-5),
+    ("NUM_EPOCHS", "3", "epochs", 3),
+    ("BATCH_SIZE", "4", "batch_size", 4),
+    ("GRADIENT_ACCUM_STEPS", "64", "gradient_accumulation_steps", 64),
+    ("DTYPE", "bf16", "dtype", "bf16"),
+    ("LORA_R", "8", "lora_r", 8),
+    ("LORA_ALPHA", "5", "lora_alpha", 5),
+    ("LORA_DROPOUT", "0.2", "lora_dropout", 0.2),
+    ("MAX_LENGTH", "500", "max_length", 500),
+    ("MAX_PROMPT_LENGTH", "99", "max_prompt_length", 99),
+    ("OUTPUT_DIR", "/out", "output_dir", "/out"),
+    ("LOGGING_DIR", "/logs", "logging_dir", "/logs"),
+]
+
+
+@pytest.mark.parametrize("model", ["/models/a b", "toy"])
+def test_every_setting_may_come_from_the_environment(machine, model):
+    settings = {variable: value for variable, value, _, _ in SETTINGS}
+    args = vars(parsed(machine.printed(MODEL_PATH=model, **settings)))
+    assert args["model"] == model
+    assert [args[name] for _, _, name, _ in SETTINGS] == [value for *_, value in SETTINGS]
+    assert not args["overwrite"]  # nobody's folder but the toy world's own
+
+
+def test_one_setting_leaves_the_others(machine):
+    assert machine.printed(BETA="0.3") == f"{CONF} {SOLO} {TOY.replace('--beta 0.05', '--beta 0.3')}"
+    line = machine.printed(gpus=1, BETA="0.3", BATCH_SIZE="4")
+    changed = DOCUMENTED.replace("--beta 0.05", "--beta 0.3").replace("--batch-size 1", "--batch-size 4")
+    assert line == f"{CONF} CUDA_VISIBLE_DEVICES=0 {SOLO} {changed}"
 
 
 def test_a_model_of_ones_own_without_a_gpu_gets_the_documents_settings(machine, own_machine):
@@ -348,7 +347,6 @@ def test_what_other_machines_have_to_be_told(machine):
 def test_a_node_list_that_is_refused_with_its_reason(machine, nodes, reason):
     sentence = machine.refused(gpus=4, GPU_NODES=nodes)
     assert sentence.startswith("GPU_NODES ") and nodes in sentence and reason in sentence
-    assert machine.refused("--dry-run", gpus=4, GPU_NODES=nodes) == sentence
 
 
 @pytest.mark.parametrize(
@@ -411,7 +409,7 @@ def calls(machine):
 
 def test_what_is_printed_is_what_runs_and_what_a_shell_makes_of_it(own_machine):
     own_machine.make_venv(RECORDS)
-    settings = {"GPU_NODES": "localhost:2,1", "PREFERENCE_TEXT": """It's "brief", $HOME `x` & 短\\"""}
+    settings = {"GPU_NODES": "localhost:2,1", "PREFERENCE_TEXT": AWKWARD}
     code, out, err = own_machine.run("--cache-dir", "a b", gpus=4, variables=settings)
     assert (code, err) == (0, "")
     assert out == own_machine.printed("--cache-dir", "a b", gpus=4, **settings) + "\n"

@@ -629,7 +629,7 @@ def test_fingerprint_is_equal_on_reload_and_changes_with_any_token_and_any_order
     pairs = load(path)[0]
     assert fingerprint(pairs) == fingerprint(load(path)[0])
     numbers = {fingerprint(pairs), fingerprint(pairs[::-1]), fingerprint(pairs[:-1])}
-    numbers.add(fingerprint([Pair(p, r, c) for p, c, r, _ in pairs]))
+    numbers.add(fingerprint([Pair(p, r, c) for p, c, r, *_ in pairs]))
     changes = 0
     for part in range(3):
         for place in range(len(pairs[2][part])):

@@ -159,6 +159,9 @@ def test_padded_batches_mark_the_response():
     assert roles.padded(PAIRS, 2, 0, "cpu")[0].tolist() == [[5, 6, 7, 10], [11, 16, 17, 0]]
     assert mask.tolist() == [[1] * 5] * 2
     assert response.int().tolist() == [[0, 0, 0, 1, 1], [0, 1, 1, 1, 1]]
+    ids, mask, response = roles.padded(PAIRS, 2, 0, "cpu", least=6)
+    assert ids.tolist() == [[5, 6, 7, 10, 0, 0], [11, 16, 17, 0, 0, 0]]
+    assert mask.sum(1).tolist() == [4, 3] and response.shape == (2, 6)
 
 
 def test_log_probs_and_kl_of_padded_batches():

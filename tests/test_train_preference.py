@@ -1,0 +1,381 @@
+"""train_with_preference_prompt.py: its loss against plain fp64 forwards, identities, ranks, resume, files, mistakes, and
+what it does to the toy world.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import random_pairs, run_script, tiny_model
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from test_checkpoints import ask_to_end
+from test_flags import LN2, ROOT, one_line, write_model, write_world
+from test_packed_model import double_model
+from test_preference_prompt import Code
+from transformers import AutoModelForCausalLM, TrainerState
+
+import learn_prompt
+import lora
+import toy_world
+import train_with_preference_prompt as script
+from model_files import load_model, load_tokenizer
+from packed_model import prepare_model
+from packing import pack
+from preference_data import load_pairs
+from preference_prompt import use_soft_prompt, with_virtual_tokens
+
+QUICK = """--dtype fp32 --device cpu --report-to none --learning-rate 1e-2 --batch-size 4 --max-length 64
+    --gradient-accumulation-steps 2 --max-prompt-length 32 --eval-samples 0 --logging-steps 1""".split()
+TEXT = "Be nice!"
+
+
+@pytest.fixture(autouse=True)
+def script_name(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train_with_preference_prompt.py"])
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A tiny Qwen3 with a tokenizer of characters and 24 pairs of strings; other/: the same with other weights."""
+    folder = write_world(tmp_path_factory.mktemp("world"))
+    write_model(folder / "other", seed=5)
+    vectors = 0.3 * torch.randn(4, 32, generator=torch.Generator().manual_seed(0))
+    save_file({"prompt_embeddings": vectors}, folder / "soft.safetensors", metadata={"preference_position": "prefix"})
+    return folder
+
+
+@pytest.fixture
+def train(world, tmp_path, capsys):
+    """train(name, words ...) -> (folder, log, lines of metrics.jsonl)."""
+
+    def run(name, *words, text=TEXT):
+        where = ["--model", world / "model", "--dataset-path", world / "pairs.jsonl", "--output-dir", tmp_path / name]
+        where += [] if text is None else ["--preference-text", text]
+        capsys.readouterr()
+        run_script([*where, "--logging-dir", tmp_path / name / "logs", *QUICK, *words], script)
+        return tmp_path / name, capsys.readouterr().out, lines(tmp_path / name)
+
+    return run
+
+
+def lines(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def adapter(folder):
+    return (folder / "adapter_model.safetensors").read_bytes()
+
+
+SOFT = ["--use-prompt-embedding", "--prompt-embedding-path"]
+
+# -- the loss ---------------------------------------------------------------------------------------------------------
+
+
+def plain_logps(model, prompt, response, vectors=None, logits=False):
+    """log p(response | prompt) by one forward of transformers, or the log-probs of all tokens at response positions."""
+    embed = model.get_input_embeddings()
+    states = embed(torch.tensor(prompt + response))[None]
+    states = states if vectors is None else torch.cat((vectors[None].to(states), states), 1)
+    start = states.shape[1] - len(response) - 1
+    table = model(inputs_embeds=states, use_cache=False).logits[0, start:-1].log_softmax(-1)
+    return table if logits else table.gather(1, torch.tensor(response)[:, None]).sum()
+
+
+def by_hand(policy, reference, pairs, prompts, args, vectors=None, teacher=None):
+    """{metric: (B,)} and the loss of the update, in the words of DESIGN 4; teacher: (B, 2) constants instead of a pass."""
+    rows = {"dpo_loss": [], "aligned_loss": [], "pref_delta_chosen": [], "pref_delta_rejected": [], "nll_loss": []}
+    kl, tokens = 0, 0
+    for place, ((prompt, chosen, rejected, *_), prompted) in enumerate(zip(pairs, prompts)):
+        pc, pr = (plain_logps(policy, prompt, response) for response in (chosen, rejected))
+        with torch.no_grad():
+            rc, rr = (plain_logps(reference, prompt, response) for response in (chosen, rejected))
+            tc, tr = (plain_logps(policy, prompted, response, vectors) for response in (chosen, rejected))
+            tc, tr = (tc, tr) if teacher is None else teacher[place]
+        rows["dpo_loss"].append(-F.logsigmoid(args.beta * ((pc - rc) - (pr - rr))))
+        rows["aligned_loss"].append(((tc - tr) - (pc - pr)).clamp(min=0))
+        rows["pref_delta_chosen"].append(tc - pc.detach())
+        rows["pref_delta_rejected"].append(tr - pr.detach())
+        rows["nll_loss"].append(-pc / len(chosen))
+        for response in (chosen, rejected):
+            p = plain_logps(policy, prompt, response, logits=True)
+            q = plain_logps(reference, prompt, response, logits=True).detach()
+            kl, tokens = kl + (p.exp() * (p - q)).sum(), tokens + len(response)
+    rows = {name: torch.stack(values) for name, values in rows.items()}
+    rows["log_pref_advantage"] = rows["pref_delta_chosen"] - rows["pref_delta_rejected"]
+    rows["pref_advantage_ratio"] = rows["log_pref_advantage"].exp()
+    loss = (rows["dpo_loss"] + args.alpha * rows["aligned_loss"] + args.nll_coeff * rows["nll_loss"]).mean()
+    rows["kl_div"] = kl / tokens
+    return {name: value.detach() for name, value in rows.items()}, loss + args.lambda_kl * kl / tokens
+
+
+def moved_policy(name="qwen3"):
+    """A double model with a LoRA policy that has left its base, and an untouched base."""
+    model, base = double_model(name), double_model(name)
+    torch.manual_seed(3)
+    parameters = lora.add_adapter(model, "policy", 4, 8)
+    model.double()
+    for parameter in parameters:
+        parameter.data.normal_(0, 0.1)
+    return model, base, parameters
+
+
+@pytest.mark.parametrize("soft", [False, True], ids=["text", "soft prompt"])
+@pytest.mark.parametrize("teacher", ["policy", "ref"])
+def test_the_loss_and_its_gradient_are_those_of_plain_forwards_in_fp64(teacher, soft):
+    """The teacher's pass stands under no_grad in `by_hand`: with a gradient through it the sums below would differ."""
+    args = SimpleNamespace(beta=0.3, alpha=0.7, lambda_kl=0.4, nll_coeff=0.2, teacher=teacher)
+    policy, base, parameters = moved_policy()
+    pairs, vectors = random_pairs([(5, 4, 3), (2, 3, 5), (9, 1, 6), (4, 6, 2)]), None
+    put = lambda prompt: [3, 9, 27, *prompt]  # noqa: E731
+    if soft:
+        vectors = torch.randn(3, 32, dtype=torch.float64)
+        put = lambda prompt: with_virtual_tokens(prompt, 3, "prefix")  # noqa: E731
+    behind = [pair._replace(prompt_ids=put(pair.prompt_ids)) for pair in pairs]
+    given = None
+    if teacher == "ref":
+        with torch.no_grad():
+            prompts = [pair.prompt_ids if soft else row.prompt_ids for pair, row in zip(pairs, behind)]
+            given = [[plain_logps(base, p, pair[side], vectors) for side in (1, 2)] for p, pair in zip(prompts, pairs)]
+    prompts = [pair.prompt_ids if soft else row.prompt_ids for pair, row in zip(pairs, behind)]
+    expected, loss = by_hand(policy, base, pairs, prompts, args, vectors, given)
+    assert (expected["aligned_loss"] > 0).sum() in (1, 2, 3), "some pairs above the teacher's margin, some below"
+    expected_gradient = torch.autograd.grad(loss, parameters)
+
+    prepare_model(policy)
+    if soft:
+        use_soft_prompt(policy, vectors)
+    facts = torch.full((4, 4), float("nan"), dtype=torch.float64)
+    with torch.no_grad():
+        facts[:, :2] = torch.tensor([[plain_logps(base, p[0], p[side]) for side in (1, 2)] for p in pairs])
+    if given:
+        facts[:, 2:] = torch.tensor(given)
+    batch, states = pack(pairs), script.reference_states(policy, pack(pairs))
+    prompted = pack(behind) if teacher == "policy" else None
+    losses, kl, metrics = script.pair_losses(policy.train(), batch, prompted, facts, args, states)
+    assert policy.training
+    total = losses.sum() / 4 + args.lambda_kl * kl[0].sum() / kl[1].sum()
+    torch.testing.assert_close(total, loss, rtol=1e-10, atol=1e-10)
+    for ours, theirs in zip(torch.autograd.grad(total, parameters), expected_gradient):
+        torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-9)
+    found = dict(zip((name.rpartition("/")[2] for name in script.METRICS), metrics))
+    for name in expected.keys() - {"kl_div"}:
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-9, atol=1e-9)
+    assert not metrics.requires_grad and kl[1].tolist() == [7, 8, 7, 8]
+
+
+def test_the_first_update_of_a_run_is_that_of_plain_forwards(train, world):
+    """Against another reference, so that nothing is 0 or ln 2: what the log says of 8 pairs in 2 passes."""
+    words = ["--ref-model-path", world / "other", "--num-samples", 8, "--max-steps", 1, "--alpha", 0.5]
+    _, _, (line,) = train("run", *words, "--lambda-kl", 0.3, "--beta", 0.2, "--nll-coeff", 0.1)
+    args = SimpleNamespace(beta=0.2, alpha=0.5, lambda_kl=0.3, nll_coeff=0.1)
+    policy, reference = (load_model(world / name, torch.float64, "cpu") for name in ("model", "other"))
+    pairs, _ = load_pairs(str(world / "pairs.jsonl"), load_tokenizer(world / "model"), 64, 32, limit=8)
+    prompts = [pair.prompt_ids + [ord(letter) for letter in f" {TEXT}"] for pair in pairs]
+    with torch.no_grad():
+        expected, loss = by_hand(policy, reference, pairs, prompts, args)
+    for key, value in line.items():
+        name = key.rpartition("/")[2]
+        if name in expected:
+            assert value == pytest.approx(expected[name].mean().item(), rel=1e-4, abs=1e-4), key
+    assert line["loss"] == line["loss/train"] == pytest.approx(loss.item(), rel=1e-4)
+    assert line["loss_components/kl_div"] > 0.1 and line["loss_components/aligned_loss"] > 0.1
+    assert line["rewards_train/accuracy"] == line["rewards/accuracies"]
+
+
+# -- identities -------------------------------------------------------------------------------------------------------
+
+
+def test_an_empty_text_changes_nothing_exactly(train):
+    words = ["--preference-text", "", "--lora-dropout", 0, "--epochs", 3, "--eval-samples", 4, "--alpha", 2]
+    folder, log, metrics = train("empty", *words, text=None)
+    assert len(metrics) == 9 + 2  # 20 pairs, 8 to an update, and two evaluations
+    for line in metrics:
+        before = "eval_" if "eval_loss" in line else ""
+        names = (
+            "loss_components/aligned_loss preference_metrics/pref_delta_chosen preference_metrics/pref_delta_rejected"
+        )
+        assert [line[before + name] for name in names.split()] == [0, 0, 0]
+        assert line[f"{before}preference_metrics/pref_advantage_ratio"] == 1
+        assert f"{before}preference_metrics/gap_closed" not in line  # 0 / 0
+    assert metrics[-1]["eval_loss"] < LN2 - 0.01
+    plain, _, _ = train("plain", *words, "--alpha", 0, text=None)
+    assert adapter(folder) == adapter(plain)
+
+
+@pytest.mark.parametrize(
+    "how", [["--lora-dropout", 0.1], ["--lora-r", 0, "--learning-rate", 1e-3]], ids=["LoRA", "all"]
+)
+def test_without_its_own_terms_it_is_dpo_hf_run_byte_for_byte(train, world, tmp_path, how):
+    words = ["--epochs", 2, "--eval-samples", 4, "--beta", 0.3, "--warmup-steps", 2, "--nll-coeff", 0.1, *how]
+    ours, _, metrics = train("ours", *words, "--alpha", 0, "--lambda-kl", 0)
+    data = ["--model", world / "model", "--dataset", world / "pairs.jsonl", "--num-samples", 0]
+    run_script([*data, *QUICK, *words, "--output-dir", tmp_path / "dpo"])
+    weights = "model.safetensors" if "--lora-r" in how else "adapter_model.safetensors"
+    assert (ours / weights).read_bytes() == (tmp_path / "dpo" / weights).read_bytes()
+    for mine, other in zip(metrics, lines(tmp_path / "dpo"), strict=True):
+        for key in mine.keys() & other.keys():
+            assert mine[key] == pytest.approx(other[key], rel=1e-6), key
+    assert metrics[-1]["eval_loss"] < LN2 - 0.01
+    for name, more in {"alpha": ["--lambda-kl", 0], "kl": ["--alpha", 0]}.items():
+        other, _, _ = train(name, *words, *more)  # and each term does something
+        assert (other / weights).read_bytes() != (ours / weights).read_bytes()
+
+
+def test_the_reference_as_teacher_is_the_base_without_adapter_all_along(train, world):
+    """Every update sees the same 8 pairs: what the text is worth to the base stays, the policy moves towards it."""
+    words = ["--num-samples", 8, "--epochs", 4, "--teacher", "ref", "--alpha", 1, "--eval-samples", 8]
+    folder, _, metrics = train("ref", *words, "--test-dataset-path", world / "pairs.jsonl")
+    base = load_model(world / "model", torch.float64, "cpu")
+    trained = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(world / "model"), folder).double()
+    pairs, _ = load_pairs(str(world / "pairs.jsonl"), load_tokenizer(world / "model"), 64, 32, limit=8)
+    text = [ord(letter) for letter in f" {TEXT}"]
+
+    @torch.no_grad()
+    def margins(model, extra):
+        logps = [[plain_logps(model, pair[0] + extra, pair[side]) for side in (1, 2)] for pair in pairs]
+        return torch.tensor(logps).diff(dim=1)[:, 0].neg()
+
+    teacher, start, end = margins(base, text), margins(base, []), margins(trained, [])
+    for line in metrics:
+        before = "eval_" if "eval_loss" in line else ""
+        gap = line[f"{before}preference_metrics/pref_gap"]
+        assert gap == pytest.approx((teacher - start).mean().item(), abs=1e-4)
+    first, last = (line["eval_loss_components/aligned_loss"] for line in (metrics[0], metrics[-1]))
+    assert first == pytest.approx((teacher - start).relu().mean().item(), abs=1e-4)
+    assert last == pytest.approx((teacher - end).relu().mean().item(), abs=1e-4)
+    closed = (end - start).mean() / (teacher - start).mean()
+    assert metrics[-1]["eval_preference_metrics/gap_closed"] == pytest.approx(closed.item(), rel=1e-4, abs=1e-4)
+    assert abs(last - first) > 0.1
+
+
+# -- soft prompts -----------------------------------------------------------------------------------------------------
+
+
+def test_a_soft_prompt_of_the_texts_own_embeddings_is_the_text_mode(train, world, tmp_path):
+    """Plain strings get ` text` behind them: so do the vectors before the response.  The adapters agree to rounding."""
+    model = load_model(world / "model", torch.float32, "cpu")
+    vectors = model.get_input_embeddings()(torch.tensor([ord(letter) for letter in f" {TEXT}"])).detach()
+    torch.save(vectors, tmp_path / "text.pt")
+    words = ["--eval-samples", 4, "--max-steps", 4, "--alpha", 1]
+    text, _, expected = train("text", *words)
+    where = [*SOFT, tmp_path / "text.pt", "--preference-position"]
+    soft, log, metrics = train("soft", *words, *where, "before-response", text=None)
+    assert f"soft prompt: {len(TEXT) + 1} vectors of width 32, before-response" in log
+    for ours, theirs in zip(metrics, expected, strict=True):
+        assert ours == {key: pytest.approx(value, rel=1e-5, abs=1e-5) for key, value in theirs.items()}
+    ours, theirs = (load_file(folder / "adapter_model.safetensors") for folder in (soft, text))
+    assert max((ours[key] - theirs[key]).abs().max().item() for key in ours) < 1e-5
+    prefix, _, _ = train("prefix", *words, *where, "prefix", text=None)
+    assert adapter(prefix) != adapter(soft)
+
+
+def test_the_position_a_soft_prompt_was_trained_for_is_its_default(train, world):
+    words = [*SOFT, world / "soft.safetensors", "--max-steps", 1]
+    default, log, _ = train("default", *words, text=None)
+    assert "prefix, from" in log and "note:" not in log
+    prefix, _, _ = train("prefix", *words, "--preference-position", "prefix", text=None)
+    behind, log, _ = train("behind", *words, "--preference-position", "before-response", text=None)
+    assert "note: this soft prompt was trained for --preference-position prefix, and is used before-response" in log
+    assert adapter(default) == adapter(prefix) != adapter(behind)
+
+
+# -- ranks, resume ----------------------------------------------------------------------------------------------------
+
+
+def test_two_ranks_are_one_process(train, world, tmp_path):
+    """20 pairs, 8 to an update, the last one short: losses and KL are divided by what the whole update has."""
+    words = ["--eval-samples", 4, "--alpha", 1, "--lora-dropout", 0, "--learning-rate", 1e-3, "--epochs", 2]
+    one, _, expected = train("one", *words)
+    assert len(expected) == 6 + 2
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", ROOT / f"{script.__name__}.py"]
+    where = ["--model", world / "model", "--dataset-path", world / "pairs.jsonl", "--preference-text", TEXT]
+    where += ["--output-dir", tmp_path / "two", "--logging-dir", tmp_path / "logs"]
+    command = [sys.executable, *launcher, *where, *QUICK, *words, "--gradient-accumulation-steps", 1]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "world_size=2" in done.stdout
+    ours, theirs = (load_file(folder / "adapter_model.safetensors") for folder in (tmp_path / "two", one))
+    assert max((ours[key] - theirs[key]).abs().max().item() for key in ours) < 1e-5
+    assert max(value.abs().max().item() for key, value in theirs.items() if "lora_B" in key) > 1e-3
+    for mine, other in zip(lines(tmp_path / "two"), expected, strict=True):
+        assert mine == {key: pytest.approx(value, abs=2e-4, rel=1e-4) for key, value in other.items()}
+
+
+@pytest.mark.parametrize("soft", [False, True], ids=["text", "soft prompt"])
+def test_resumed_is_uninterrupted(train, world, tmp_path, monkeypatch, soft):
+    words = ["--eval-samples", 4, "--epochs", 2, "--lora-dropout", 0.2, "--alpha", 1, "--logging-steps", 2]
+    words += ["--save-steps", 100, *([*SOFT, world / "soft.safetensors"] if soft else [])]
+    options = {"text": None if soft else TEXT}
+    whole, _, _ = train("whole", *words, **options)
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as ended:
+        ask_to_end(patch, 3)
+        train("broken", *words, **options)
+    assert ended.value.code == 143
+    resumed, log, _ = train("broken", *words, "--resume", "auto", **options)
+    assert f"resumed from {resumed / 'checkpoint-3'}" in log
+    for name in ("adapter_model.safetensors", "metrics.jsonl"):
+        assert (resumed / name).read_bytes() == (whole / name).read_bytes()
+
+
+def test_a_checkpoint_of_another_preference_is_refused(train, world, tmp_path, capsys):
+    words = ["--eval-samples", 4, "--save-steps", 1, "--max-steps", 2]
+    train("one", *words)
+    save_file({"weight": torch.ones(4, 32)}, tmp_path / "other.safetensors")
+    train("two", *words, *SOFT, world / "soft.safetensors", text=None)
+    for name, more in {"one": {"text": "Be rude!"}, "two": {"text": None}}.items():
+        with pytest.raises(SystemExit) as ended:
+            soft = [] if name == "one" else [*SOFT, tmp_path / "other.safetensors", "--preference-position", "prefix"]
+            train(name, *words, *soft, "--resume", "auto", **more)
+        assert ended.value.code == 2 and "is of another run: preference" in one_line(capsys)
+
+
+# -- what a run leaves --------------------------------------------------------------------------------------------------
+
+
+def test_files_and_the_documented_loading_code(train, world):
+    folder, log, _ = train("run", "--eval-samples", 4, "--save-merged")
+    left = {path.name for path in folder.iterdir()}
+    documented = (
+        "adapter_config.json adapter_model.safetensors tokenizer.json trainer_state.json args.json metrics.jsonl"
+    )
+    assert left >= {*documented.split(), "README.md", "train_with_preference_prompt.py", "merged"}
+    assert not [path for path in folder.rglob("*") if path.suffix in (".bin", ".pt", ".pth", ".pkl")]
+    args = json.loads((folder / "args.json").read_text())
+    assert args["preference_text"] == TEXT and args["alpha"] == 0.1
+    state = TrainerState.load_from_json(folder / "trainer_state.json")
+    assert state.global_step == 3 and state.log_history == lines(folder)
+    ours = load_model(world / "model", torch.float32, "cpu")
+    lora.load_adapter(ours, folder, "policy")
+    peft = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(world / "model"), folder)
+    merged = AutoModelForCausalLM.from_pretrained(folder / "merged")
+    ids = load_tokenizer(folder)("a0? abab", return_tensors="pt")["input_ids"]
+    base = load_model(world / "model", torch.float32, "cpu")
+    with torch.no_grad():
+        logits = [model(input_ids=ids).logits for model in (ours, peft, merged, base)]
+    torch.testing.assert_close(logits[1], logits[0], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(logits[2], logits[0], rtol=1e-4, atol=1e-4)
+    assert (logits[3] - logits[0]).abs().max() > 0.1
+    assert "LoRA enabled for policy model:" in log and "Effective batch size: 8" in log
+
+
+def test_tensorboard_has_the_documented_tags(train, tmp_path):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    words = ["--eval-samples", 4, "--report-to", "tensorboard", "--logging-dir", tmp_path / "events"]
+    _, _, metrics = train("run", *words)
+    events = accumulator.EventAccumulator(str(tmp_path / "events")).Reload()
+    tags = """loss/train loss_components/dpo_loss loss_components/aligned_loss loss_components/kl_div
+        rewards_train/accuracy preference_metrics/pref_advantage_ratio preference_metrics/pref_delta_chosen
+        preference_metrics/pref_delta_rejected"""
+    for tag in tags.split():
+        logged = [(event.step, event.value) for event in events.Scalars(tag)]
+        expected = [(line["step"], pytest.approx(line[tag], rel=1e-6)) for line in metrics if tag in line]
+        assert logged == expected and len(logged) == 3
+    (first, _) = events.Scalars("eval/preference_metrics/pref_advantage_ratio")
+    assert first.value == pytest.approx(metrics[0]["eval_preference_metrics/pref_advantage_ratio"], rel=1e-6)
