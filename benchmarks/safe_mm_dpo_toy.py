@@ -2,7 +2,7 @@
 
 The harmless *model* steers the training; the world's rule only judges, what each policy answers to prompts about
 combinations that no training file shows.  Per seed: two reward models, DPO on the helpful pairs alone, Safe-MM-DPO in
-its three modes with E[cost] from sampled responses, and soft with lambda fixed at several values.
+its three modes with E[cost] from sampled responses, and additive with lambda fixed at several values.
 
     python benchmarks/safe_mm_dpo_toy.py --work outputs/safe_study --json study.json --figure study.svg
 
@@ -32,16 +32,16 @@ from model_files import load_model, load_tokenizer
 ROOT = Path(__file__).resolve().parent.parent
 ALL = "--model toy --batch-size 16 --gradient-accumulation-steps 1 --dtype fp32 --report-to none --overwrite".split()
 REWARD = [*ALL, *"--learning-rate 3e-3 --logging-steps 25".split()]
-EPOCHS = {"helpful": "2", "harmless": "1"}
+EPOCHS = {"helpful": "4", "harmless": "2"}
 POLICY = "--beta 1 --learning-rate 1e-3 --warmup-steps 5 --lora-dropout 0 --epochs 4 --max-length 64".split()
 POLICY = [*ALL, *POLICY, *"--max-prompt-length 32 --eval-samples 0 --cache-dir cache".split()]
 POLICY += "--logging-steps 8".split()  # as --cost-every: a line for each sample of E[cost]
 HELPFUL_ONLY = [*POLICY, *"--dataset toy --num-samples 0".split()]
 # One setting for each mode, chosen on other seeds than those of the tables.
 MODES = {
-    "additive": "--lambda-lr 0.01".split(),
-    "margin": "--lambda-init 0.5 --lambda-lr 0.01 --lambda-max 3".split(),
-    "soft": "--lambda-lr 0.005".split(),
+    "additive": "--beta 0.3 --lambda-init 2 --lambda-lr 0.001".split(),
+    "margin": "--lambda-init 0.5 --lambda-lr 0.001".split(),
+    "soft": "--lambda-lr 0.0015".split(),
 }
 SAFE = [*POLICY, *"--cost-estimate policy --cost-threshold auto".split()]
 ROWS = ["start", "helpful-only", *MODES]
@@ -59,7 +59,7 @@ def get_args(argv=None):
     seeds = flags.number(int, least=1, below=len(STUDENT) + 2)
     add("--seeds", type=seeds, default=5, metavar="N", help="seeds 0 to N - 1")
     add("--work", required=True, metavar="DIR", help="where everything goes; what is finished there is not repeated")
-    add("--lambdas", nargs="*", type=fixed, default=[0.1, 0.3, 1.0, 3.0], metavar="L", help="fixed ones, with soft")
+    add("--lambdas", nargs="*", type=fixed, default=[0.1, 0.3, 1.0, 4.0], metavar="L", help="fixed ones, with additive")
     add("--lambda-seeds", type=natural, default=5, metavar="N", help="seeds of them that the fixed ones have")
     add("--responses", type=natural, default=4, metavar="N", help="samples per prompt that are judged")
     add("--json", metavar="FILE", help="write all numbers to this file")
@@ -130,7 +130,7 @@ def run_seed(args, work, seed, fixed):
         words = [*REWARD, *own, "--task", task, "--epochs", epochs]
         before += train(work, "train_rm.py", words, f"{name}/{task}_rm")
         safe += [f"--{task}-rm-path", f"{name}/{task}_rm"]
-    steady = "--combine soft --lambda-lr 0 --cost-every 1000 --lambda-init".split()  # E[cost] steers nothing there
+    steady = [*"--combine additive --lambda-lr 0 --cost-every 1000".split(), *MODES["additive"][:2], "--lambda-init"]
     runs = {mode: ["--combine", mode, *own_flags] for mode, own_flags in MODES.items()}
     runs |= {f"lambda {value:g}": [*steady, f"{value:g}"] for value in fixed}
     for row, flags_of_row in runs.items():
@@ -243,7 +243,7 @@ def main(args):
     print(f"\n{args.seeds} seeds, {args.responses} responses to each held-out prompt; mean ± half of a 95 % interval\n")
     print(*table(means, ROWS, COLUMNS), sep="\n")
     if fixed:
-        print(f"\nsoft with a fixed lambda, {min(args.seeds, args.lambda_seeds)} seeds\n")
+        print(f"\nadditive with a fixed lambda, {min(args.seeds, args.lambda_seeds)} seeds\n")
         print(*table(means, fixed, [*JUDGED, "gain"]), sep="\n")
         line = [(means[name]["harm_rate"][0], means[name]["helpful"][0]) for name in fixed]
         for mode in MODES:

@@ -143,12 +143,21 @@ PAIRED = [
     ("train_safe_mm_dpo.py", "docs/safe_mm_dpo.md"),
     ("evaluate_alignment.py", "docs/evaluate.md"),
     ("generate.py", "docs/generate.md"),
+    ("train_with_preference_prompt.py", "docs/preference_prompt.md#Flags of `train_with_preference_prompt.py`"),
+    ("learn_prompt.py", "docs/preference_prompt.md#Flags of `learn_prompt.py`"),
 ]
+
+
+def section_of(document):
+    """The text of a document, or of FILE#HEADING the part below that heading."""
+    name, _, heading = document.partition("#")
+    parts = re.split(r"^## (.*)\n", text_of(name), flags=re.MULTILINE)
+    return parts[parts.index(heading) + 1] if heading else text_of(name)
 
 
 @pytest.mark.parametrize("script, document", PAIRED)
 def test_every_flag_of_a_script_is_documented(script, document):
-    documented = {flag.replace("_", "-") for flag in flags_in(text_of(document))}
+    documented = {flag.replace("_", "-") for flag in flags_in(section_of(document))}
     assert options_of(script) - documented - {"-h", "--help", "--config", "--local-rank"} == set()
 
 
@@ -159,7 +168,7 @@ def test_a_document_gives_the_defaults_of_its_script(script, document):
         action.option_strings[0]: action.default
         for action in parser_actions(importlib.import_module(script.removesuffix(".py")))
     }
-    rows = re.findall(r"^\| `(--[\w-]+)`[^|]*\| (-?[\d.e-]+) \|", text_of(document), re.MULTILINE)
+    rows = re.findall(r"^\| `(--[\w-]+)`[^|]*\| (-?[\d.e-]+) \|", section_of(document), re.MULTILINE)
     assert len(rows) > 7
     assert {flag: float(number) for flag, number in rows} == {flag: defaults[flag] for flag, _ in rows}
 
