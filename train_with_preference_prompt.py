@@ -75,9 +75,7 @@ def get_args(argv=None):
     add("--preference-position", choices=positions, help=what)
     add("--teacher", choices=("policy", "ref"), default="policy", help="whose margin behind the preference is the aim")
     add("--alpha", type=rate, default=0.1, metavar="A", help="weight of the pull to the teacher's margin")
-    add(
-        "--lambda-kl", type=rate, default=0.1, metavar="L", help="weight of the KL to the reference, without preference"
-    )
+    add("--lambda-kl", type=rate, default=0.1, metavar="L", help="weight of the KL to the reference, on plain prompts")
     add("--beta", "--β-ori", type=positive, default=0.05, help="strength of DPO's pull to the reference")
     add("--nll-coeff", type=rate, default=0.0, metavar="C", help="weight of chosen's NLL in the loss")
     documented = dict(batch_size=1, gradient_accumulation_steps=512, learning_rate=5e-4, lora_dropout=0.1)
@@ -105,15 +103,15 @@ OWN = """loss_components/dpo_loss loss_components/aligned_loss preference_metric
     preference_metrics/pref_delta_rejected preference_metrics/log_pref_advantage
     preference_metrics/pref_advantage_ratio preference_metrics/pref_gap preference_metrics/gap_closed""".split()
 METRICS = ["loss", *OWN, *PAIR_METRICS, "nll_loss"]  # in the order of pair_losses
-GAP, CLOSED = METRICS[7:9]
-KL = "loss_components/kl_div"
+GAP, CLOSED = OWN[-2:]
+KL = "loss_components/kl_div"  # a mean over response tokens: behind METRICS come its sum and the number of these
 DOCUMENTED = {"loss/train": "loss", "rewards_train/accuracy": "rewards/accuracies"}
 SHOWN = ["loss", *OWN[:2], KL, "rewards/accuracies", "rewards/margins", "logps/chosen", *OWN[4:6], CLOSED]
 
 
 def pair_losses(policy, batch, prompted, facts, args, reference=None):
-    """Losses of a packed batch without the KL (B,); its KL and its response tokens, sums over each pair, (2, B); and
-    the METRICS of each pair (len(METRICS), B), without gradient.
+    """Losses of a packed batch without the KL (B,); the KL, a sum over each pair's response tokens (B,); and METRICS,
+    KL and response tokens of each pair (len(METRICS) + 2, B), without gradient.
 
     facts (B, 4): log-probs of chosen and rejected under the reference, and under it behind the preference, NaN where
     nobody asks.  prompted: the pairs behind the preference, packed, where the policy is the teacher, else None.
@@ -141,15 +139,13 @@ def pair_losses(policy, batch, prompted, facts, args, reference=None):
     deltas = teacher[0] - policy_chosen_logps, teacher[1] - policy_rejected_logps
     advantage = deltas[0] - deltas[1]  # its exponential may overflow: the mean of the logarithm is the one to trust
     metrics = [losses, dpo, aligned, *deltas, advantage, advantage.exp(), gap, margin - ref_margin]
-    metrics += [*pair_metrics(*policy_and_ref, args.beta), nll]
-    kl = torch.stack(
-        (sum(kl) if kl else torch.zeros_like(losses), (chosen_lengths + rejected_lengths).to(losses.dtype))
-    )
+    kl = sum(kl) if kl else torch.zeros_like(losses)
+    metrics += [*pair_metrics(*policy_and_ref, args.beta), nll, kl, chosen_lengths + rejected_lengths]
     return losses, kl, torch.stack([values.detach().to(losses.dtype) for values in metrics])
 
 
 def as_means(sums, num_pairs, args):
-    """{metric: mean} of sums over pairs, of METRICS, KL and response tokens; those that nobody knows (NaN) left out.
+    """{metric: mean} of sums over pairs of METRICS, KL and response tokens; without those of OWN that nobody asked for.
 
     gap_closed becomes a share: of what the preference is worth to the reference, what the policy has without it.
     """
@@ -159,7 +155,7 @@ def as_means(sums, num_pairs, args):
     if args.lambda_kl:
         means[KL] = kl / num_tokens
         means["loss"] += args.lambda_kl * means[KL]
-    return {name: mean for name, mean in means.items() if not math.isnan(mean)}
+    return {name: mean for name, mean in means.items() if name not in OWN or not math.isnan(mean)}
 
 
 @torch.no_grad()
@@ -176,7 +172,7 @@ def evaluate(policy, reference, pairs, prompted_pairs, facts, held_out, split, a
         batch, rows = pack([pairs[i] for i in indices], world.device), send(facts[indices], world.device)
         prompted = pack([prompted_pairs[i] for i in indices], world.device) if args.teacher == "policy" else None
         states = reference_states(reference, batch) if reference else None
-        return torch.cat(pair_losses(policy, batch, prompted, rows, args, states)[:0:-1])
+        return pair_losses(policy, batch, prompted, rows, args, states)[2]
 
     sums, squares = distributed.sums_over_ranks(held_out, split, len(METRICS) + 2, measure, world)
     means, squares = (sums / len(held_out)).tolist(), (squares / len(held_out)).tolist()
@@ -345,7 +341,8 @@ def main(args):
         flags.check_held_out(metrics["eval_loss"], at["step"])
         log.write(at["step"], at["step"] / updates_per_epoch, metrics)
         shown = [name for name in SHOWN if f"eval_{name}" in metrics]
-        numbers = (f"{name.rpartition('/')[2]}={metrics['eval_' + name]:.4f}" for name in shown)
+        half = [f"±{metrics[key]:.4f}" if (key := f"eval_{name}_ci95") in metrics else "" for name in shown]
+        numbers = (f"{name.rpartition('/')[2]}={metrics['eval_' + name]:.4f}{ci95}" for name, ci95 in zip(shown, half))
         say(f"Held out, step {at['step']}: {' '.join(numbers)}")
 
     def save_checkpoint():
@@ -376,10 +373,10 @@ def main(args):
             # Divided by the pairs of the whole update: any split into passes and ranks is the same gradient.
             loss = losses.sum() / num_pairs
             if args.lambda_kl:
-                loss = loss + args.lambda_kl * kl[0].sum() / num_tokens
+                loss = loss + args.lambda_kl * kl.sum() / num_tokens
             watch.phase("backward")
             scaler.scale(loss).backward()
-            window += torch.cat((metrics, kl.detach())).sum(1)
+            window += metrics.sum(1)
         watch.phase("communicate")
         distributed.all_reduce_gradients(parameters, world)
         watch.phase("step")

@@ -50,6 +50,7 @@ def get_args(argv=None):
     add("--train-pairs", type=natural, default=300, metavar="N", help="rows of each file to train on")
     add("--test-pairs", type=natural, default=250, metavar="N", help="rows of each file to measure on")
     add("--learning-rate", type=flags.number(float, above=0), default=5e-4, metavar="LR", help="of all runs")
+    add("--kl-coeff", type=flags.number(float, least=0), default=0.0, metavar="C", help="a KL costs a forward more")
     add("--max-length", type=natural, default=256, metavar="N", help="tokens of prompt + response")
     add("--max-prompt-length", type=natural, default=128, metavar="N", help="tokens of the prompt")
     add("--json", metavar="FILE", help="write all numbers to this file")
@@ -71,6 +72,7 @@ def train(args, name, words):
         ]
     words += ["--max-length", args.max_length, "--max-prompt-length", args.max_prompt_length, "--eval-samples", 0]
     words += ["--epochs", 1, "--lora-dropout", 0, "--logging-steps", 1, "--report-to", "none", "--overwrite"]
+    words += ["--kl-coeff", args.kl_coeff]
     words += ["--cache-dir", f"{args.work}/cache", "--output-dir", output]
     words = [sys.executable, ROOT / "train_safe_mm_dpo.py", *words]
     print(*words[1:], flush=True)

@@ -53,18 +53,13 @@ def test_a_text_in_messages_and_in_strings():
         for prompt in ("How?", "", talk):
             assert with_text(prompt, "", position) is prompt
     assert json.dumps(talk) == before, "the row itself must not change"
-
-
-def test_a_text_behind_the_user_of_a_talk_without_one():
     with pytest.raises(PromptError, match="no message of a user .* use --preference-position system"):
         with_text([system("s"), assistant("b")], "T", "user")
 
 
 def test_virtual_tokens_stand_before_or_behind_the_prompt():
-    prompt = [7, 8]
-    assert with_virtual_tokens(prompt, 3, "prefix") == [-1, -2, -3, 7, 8]
-    assert with_virtual_tokens(prompt, 3, "before-response") == [7, 8, -1, -2, -3]
-    assert prompt == [7, 8]
+    assert with_virtual_tokens([7, 8], 3, "prefix") == [-1, -2, -3, 7, 8]
+    assert with_virtual_tokens([7, 8], 3, "before-response") == [7, 8, -1, -2, -3]
 
 
 # -- a soft prompt in a model -----------------------------------------------------------------------------------------
@@ -199,8 +194,7 @@ def test_what_is_written_is_read_back_with_its_place(tmp_path):
 
 
 def test_a_folder_that_peft_wrote(tmp_path):
-    config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
-    model = get_peft_model(tiny_model("llama"), config)
+    model = get_peft_model(tiny_model("llama"), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
     model.save_pretrained(tmp_path / "peft")
     vectors, position = read_soft_prompt(tmp_path / "peft", 32)
     assert position == "prefix" and vectors.shape == (3, 32)
@@ -282,7 +276,10 @@ BAD = {  # name of the file -> (how it is made, what the sentence says)
     "torn.pt": (lambda path: torn(path, 700), ""),
     "garbage.safetensors": (lambda path: path.write_bytes(b"\x93garbage" * 9), "cannot be read as safetensors"),
     "empty folder": (lambda path: path.mkdir(), "is no folder of a soft prompt"),
-    "LoRA": (lambda path: peft_folder(path, '{"peft_type": "LORA"}'), "adapter of the type LORA, and a soft prompt is PROMPT_TUN"),
+    "LoRA": (
+        lambda path: peft_folder(path, '{"peft_type": "LORA"}'),
+        "adapter of the type LORA, and a soft prompt is PROMPT_TUN",
+    ),
     "no JSON": (lambda path: peft_folder(path, "{"), "is no folder of a soft prompt"),
     "a list": (lambda path: peft_folder(path, "[]"), ""),
     "no weights": (
@@ -383,12 +380,11 @@ def test_a_cut_prompt_loses_the_same_tokens_and_the_preference_none(tmp_path, ke
     assert load_with(tmp_path, TALK, tokenizer, text="", **options).prompted_ids == cut
 
 
-@pytest.mark.parametrize("keep", [6, 3, 2])
-def test_a_cut_string_keeps_its_bos_and_the_text(tmp_path, keep):
+@pytest.mark.parametrize(("keep", "rest"), [(6, " now?"), (3, "w?"), (2, "?")])
+def test_a_cut_string_keeps_its_bos_and_the_text(tmp_path, keep, rest):
     row = {"prompt": "What now?", "chosen": " so", "rejected": " not"}
     pair = load_with(tmp_path, row, char_tokenizer(before="<s>"), max_length=30, max_prompt_length=keep)
-    rest = ids("What now?")[len("What now?") - keep + 1 :]
-    assert pair.prompt_ids == [0, *rest] and pair.prompted_ids == [0, *rest, *ids(" Be brief.")]
+    assert pair.prompt_ids == [0, *ids(rest)] and pair.prompted_ids == [0, *ids(rest + " Be brief.")]
 
 
 def test_a_token_across_the_seam_goes_from_both_prompts(tmp_path):

@@ -1,5 +1,5 @@
-"""train_with_preference_prompt.py: its loss against plain fp64 forwards, identities, ranks, resume, files, mistakes, and
-what it does to the toy world.
+"""train_with_preference_prompt.py: its loss against plain fp64 forwards, identities, ranks, resume, files.
+(Soft prompts in it, mistakes, and what it does to the toy world: test_learn_prompt.py.)
 """
 
 import json
@@ -11,18 +11,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import random_pairs, run_script, tiny_model
+from conftest import random_pairs, run_script
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from test_checkpoints import ask_to_end
 from test_flags import LN2, ROOT, one_line, write_model, write_world
 from test_packed_model import double_model
-from test_preference_prompt import Code
 from transformers import AutoModelForCausalLM, TrainerState
 
-import learn_prompt
 import lora
-import toy_world
 import train_with_preference_prompt as script
 from model_files import load_model, load_tokenizer
 from packed_model import prepare_model
@@ -88,7 +85,7 @@ def plain_logps(model, prompt, response, vectors=None, logits=False):
 
 
 def by_hand(policy, reference, pairs, prompts, args, vectors=None, teacher=None):
-    """{metric: (B,)} and the loss of the update, in the words of DESIGN 4; teacher: (B, 2) constants instead of a pass."""
+    """{metric: (B,)} and the loss of the update, as the issue writes it; teacher: (B, 2) constants, not a pass."""
     rows = {"dpo_loss": [], "aligned_loss": [], "pref_delta_chosen": [], "pref_delta_rejected": [], "nll_loss": []}
     kl, tokens = 0, 0
     for place, ((prompt, chosen, rejected, *_), prompted) in enumerate(zip(pairs, prompts)):
@@ -159,33 +156,63 @@ def test_the_loss_and_its_gradient_are_those_of_plain_forwards_in_fp64(teacher, 
     prompted = pack(behind) if teacher == "policy" else None
     losses, kl, metrics = script.pair_losses(policy.train(), batch, prompted, facts, args, states)
     assert policy.training
-    total = losses.sum() / 4 + args.lambda_kl * kl[0].sum() / kl[1].sum()
+    total = losses.sum() / 4 + args.lambda_kl * kl.sum() / metrics[-1].sum()
     torch.testing.assert_close(total, loss, rtol=1e-10, atol=1e-10)
     for ours, theirs in zip(torch.autograd.grad(total, parameters), expected_gradient):
         torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-9)
     found = dict(zip((name.rpartition("/")[2] for name in script.METRICS), metrics))
     for name in expected.keys() - {"kl_div"}:
         torch.testing.assert_close(found[name], expected[name], rtol=1e-9, atol=1e-9)
-    assert not metrics.requires_grad and kl[1].tolist() == [7, 8, 7, 8]
+    assert not metrics.requires_grad and metrics[-1].tolist() == [7, 8, 7, 8]
+    assert torch.equal(metrics[-2], kl.detach())
 
 
-def test_the_first_update_of_a_run_is_that_of_plain_forwards(train, world):
+@pytest.mark.parametrize("soft", [False, True], ids=["text, policy as teacher", "soft prompt, reference as teacher"])
+def test_the_first_update_of_a_run_is_that_of_plain_forwards(train, world, soft):
     """Against another reference, so that nothing is 0 or ln 2: what the log says of 8 pairs in 2 passes."""
-    words = ["--ref-model-path", world / "other", "--num-samples", 8, "--max-steps", 1, "--alpha", 0.5]
-    _, _, (line,) = train("run", *words, "--lambda-kl", 0.3, "--beta", 0.2, "--nll-coeff", 0.1)
+    words = ["--ref-model-path", world / "other", "--num-samples", 8, "--max-steps", 1, "--alpha", 0.5, "--lora-r", 0]
+    words += [*SOFT, world / "soft.safetensors", "--teacher", "ref"] if soft else []
+    words += ["--lambda-kl", 0.3, "--beta", 0.2, "--nll-coeff", 0.1]
+    _, _, (line,) = train("run", *words, text=None if soft else TEXT)
     args = SimpleNamespace(beta=0.2, alpha=0.5, lambda_kl=0.3, nll_coeff=0.1)
     policy, reference = (load_model(world / name, torch.float64, "cpu") for name in ("model", "other"))
     pairs, _ = load_pairs(str(world / "pairs.jsonl"), load_tokenizer(world / "model"), 64, 32, limit=8)
-    prompts = [pair.prompt_ids + [ord(letter) for letter in f" {TEXT}"] for pair in pairs]
-    with torch.no_grad():
-        expected, loss = by_hand(policy, reference, pairs, prompts, args)
+    prompts, vectors, given = [pair.prompt_ids + [ord(letter) for letter in f" {TEXT}"] for pair in pairs], None, None
+    if soft:
+        prompts, vectors = (
+            [pair.prompt_ids for pair in pairs],
+            load_file(world / "soft.safetensors")["prompt_embeddings"],
+        )
+        with torch.no_grad():
+            given = [[plain_logps(reference, pair[0], pair[side], vectors) for side in (1, 2)] for pair in pairs]
+    expected, loss = by_hand(policy, reference, pairs, prompts, args, vectors, given)
     for key, value in line.items():
         name = key.rpartition("/")[2]
-        if name in expected:
+        if name in expected and name != "pref_advantage_ratio":  # exponentials of up to e^20
             assert value == pytest.approx(expected[name].mean().item(), rel=1e-4, abs=1e-4), key
+    assert line["preference_metrics/pref_advantage_ratio"] == pytest.approx(
+        expected["pref_advantage_ratio"].mean().item(), rel=1e-3
+    )
     assert line["loss"] == line["loss/train"] == pytest.approx(loss.item(), rel=1e-4)
+    gradient = torch.autograd.grad(loss, list(policy.parameters()))
+    assert line["grad_norm"] == pytest.approx(torch.stack([g.norm() for g in gradient]).norm().item(), rel=1e-3)
     assert line["loss_components/kl_div"] > 0.1 and line["loss_components/aligned_loss"] > 0.1
     assert line["rewards_train/accuracy"] == line["rewards/accuracies"]
+
+
+def test_the_teacher_has_no_dropout():
+    args = SimpleNamespace(beta=0.3, alpha=0.7, lambda_kl=0, nll_coeff=0, teacher="policy")
+    policy, _, _ = moved_policy()
+    for layer in lora.lora_layers(policy).values():
+        layer.settings["policy"] = (2.0, 0.5)
+    prepare_model(policy)
+    batch, facts = pack(random_pairs([(5, 4, 3), (2, 3, 5)])), torch.zeros(2, 4, dtype=torch.float64)
+    with torch.no_grad():
+        still, dropped = (policy.train(mode).packed_logps(batch)[0] for mode in (False, True))
+    metrics = script.pair_losses(policy.train(), batch, batch, facts, args)[2]
+    found = dict(zip(script.METRICS, metrics))
+    torch.testing.assert_close(found["preference_metrics/pref_delta_chosen"] + found["logps/chosen"], still)
+    assert (found["logps/chosen"] - still).abs().min() > 0.01 and (dropped - still).abs().min() > 0.01
 
 
 # -- identities -------------------------------------------------------------------------------------------------------
@@ -254,37 +281,6 @@ def test_the_reference_as_teacher_is_the_base_without_adapter_all_along(train, w
     assert abs(last - first) > 0.1
 
 
-# -- soft prompts -----------------------------------------------------------------------------------------------------
-
-
-def test_a_soft_prompt_of_the_texts_own_embeddings_is_the_text_mode(train, world, tmp_path):
-    """Plain strings get ` text` behind them: so do the vectors before the response.  The adapters agree to rounding."""
-    model = load_model(world / "model", torch.float32, "cpu")
-    vectors = model.get_input_embeddings()(torch.tensor([ord(letter) for letter in f" {TEXT}"])).detach()
-    torch.save(vectors, tmp_path / "text.pt")
-    words = ["--eval-samples", 4, "--max-steps", 4, "--alpha", 1]
-    text, _, expected = train("text", *words)
-    where = [*SOFT, tmp_path / "text.pt", "--preference-position"]
-    soft, log, metrics = train("soft", *words, *where, "before-response", text=None)
-    assert f"soft prompt: {len(TEXT) + 1} vectors of width 32, before-response" in log
-    for ours, theirs in zip(metrics, expected, strict=True):
-        assert ours == {key: pytest.approx(value, rel=1e-5, abs=1e-5) for key, value in theirs.items()}
-    ours, theirs = (load_file(folder / "adapter_model.safetensors") for folder in (soft, text))
-    assert max((ours[key] - theirs[key]).abs().max().item() for key in ours) < 1e-5
-    prefix, _, _ = train("prefix", *words, *where, "prefix", text=None)
-    assert adapter(prefix) != adapter(soft)
-
-
-def test_the_position_a_soft_prompt_was_trained_for_is_its_default(train, world):
-    words = [*SOFT, world / "soft.safetensors", "--max-steps", 1]
-    default, log, _ = train("default", *words, text=None)
-    assert "prefix, from" in log and "note:" not in log
-    prefix, _, _ = train("prefix", *words, "--preference-position", "prefix", text=None)
-    behind, log, _ = train("behind", *words, "--preference-position", "before-response", text=None)
-    assert "note: this soft prompt was trained for --preference-position prefix, and is used before-response" in log
-    assert adapter(default) == adapter(prefix) != adapter(behind)
-
-
 # -- ranks, resume ----------------------------------------------------------------------------------------------------
 
 
@@ -336,7 +332,7 @@ def test_a_checkpoint_of_another_preference_is_refused(train, world, tmp_path, c
         assert ended.value.code == 2 and "is of another run: preference" in one_line(capsys)
 
 
-# -- what a run leaves --------------------------------------------------------------------------------------------------
+# -- what a run leaves ------------------------------------------------------------------------------------------------
 
 
 def test_files_and_the_documented_loading_code(train, world):
@@ -379,3 +375,14 @@ def test_tensorboard_has_the_documented_tags(train, tmp_path):
         assert logged == expected and len(logged) == 3
     (first, _) = events.Scalars("eval/preference_metrics/pref_advantage_ratio")
     assert first.value == pytest.approx(metrics[0]["eval_preference_metrics/pref_advantage_ratio"], rel=1e-6)
+
+
+def test_documented_defaults():
+    args = script.get_args(["--preference-text", ""])  # an empty text is a preference: none
+    documented = dict(model="Qwen/Qwen2.5-1.5B-Instruct", alpha=0.1, beta=0.05, lambda_kl=0.1, learning_rate=5e-4)
+    documented |= dict(epochs=1, batch_size=1, gradient_accumulation_steps=512, lora_r=16, lora_alpha=32, num_samples=0)
+    documented |= dict(lora_dropout=0.1, max_length=300, max_prompt_length=128, teacher="policy", nll_coeff=0)
+    documented |= dict(output_dir="model_output/Preference_Guided_DPO", logging_dir="logs/Preference_Guided_DPO")
+    assert {name: getattr(args, name) for name in documented} == documented
+    args = script.get_args(["--model", "toy", "--preference-text", "T", "--dataset-path", "x"])
+    assert (args.dataset_path, args.test_dataset_path) == ("x", "toy")

@@ -1,0 +1,352 @@
+"""learn_prompt.py: where the vectors start, what they are trained to, files that PEFT loads, resume; soft prompts in
+train_with_preference_prompt.py; and what both do to the toy world.
+"""
+
+import json
+import math
+
+import pytest
+import torch
+from conftest import run_script, tiny_model
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from test_checkpoints import ask_to_end
+from test_flags import one_line
+from test_preference_data import char_tokenizer
+from test_preference_prompt import Code
+from test_train_preference import SOFT, TEXT, adapter, lines, plain_logps, script_name, train, world  # noqa: F401
+from transformers import AutoModelForCausalLM
+
+import learn_prompt
+import lora
+import toy_world
+import train_with_preference_prompt
+from model_files import load_model, load_tokenizer
+from packed_model import prepare_model
+from packing import pack
+from preference_data import Pair, load_pairs
+from preference_prompt import read_soft_prompt, use_soft_prompt, with_virtual_tokens
+
+QUICK = """--dtype fp32 --device cpu --report-to none --learning-rate 1e-2 --batch-size 4 --max-length 64
+    --gradient-accumulation-steps 2 --max-prompt-length 32 --eval-samples 4 --logging-steps 1 --beta 1""".split()
+STILL = ["--learning-rate", 1e-12, "--max-steps", 1]  # what is saved is what training started from
+
+
+@pytest.fixture
+def learn(world, tmp_path, capsys):  # noqa: F811
+    """learn(name, words ...) -> (folder, lines of metrics.jsonl, vectors)."""
+
+    def run(name, *words, text=TEXT):
+        where = ["--model", world / "model", "--dataset-path", world / "pairs.jsonl", "--output-dir", tmp_path / name]
+        where += [] if text is None else ["--preference-text", text]
+        run_script([*where, *QUICK, *words], learn_prompt)
+        return tmp_path / name, lines(tmp_path / name), read_soft_prompt(tmp_path / name, 32)[0]
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def embeddings(world):  # noqa: F811
+    return load_file(world / "model/model.safetensors")["model.embed_tokens.weight"]  # of token n, an ASCII number
+
+
+# -- the start --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("num, says", [(None, TEXT), (3, TEXT[:3]), (len(TEXT) + 2, TEXT + TEXT[:2])])
+def test_a_text_is_repeated_and_cut(learn, embeddings, num, says):
+    _, _, vectors = learn("out", *STILL, *(["--num-virtual-tokens", num] if num else []))
+    assert torch.equal(vectors, embeddings[[ord(letter) for letter in says]])
+
+
+def test_random_tokens_and_noise_of_their_size(learn, embeddings):
+    drawn = {}
+    for init in ("vocab", "random"):
+        for seed in (1, 2):
+            words = ["--prompt-init", init, "--seed", seed]
+            drawn[init, seed] = learn(f"{init}{seed}", *STILL, *words, text=None)[2]
+            assert drawn[init, seed].shape == (20, 32)
+        assert not torch.equal(drawn[init, 1], drawn[init, 2])
+    for seed in (1, 2):
+        is_row = (drawn["vocab", seed][:, None] == embeddings).all(-1)  # (20, 128)
+        assert is_row.any(1).all() and is_row.any(0).sum() > 10
+        assert not (drawn["random", seed][:, None] == embeddings).all(-1).any()
+        noise = drawn["random", seed]
+        assert noise.std().item() == pytest.approx(embeddings.std().item(), rel=0.15)
+        assert abs(noise.mean().item()) < 4 * noise.std().item() / math.sqrt(640)
+
+
+def test_gemmas_vectors_are_scaled_as_its_layer_scales_them():
+    model = tiny_model("gemma3", vocab_size=128)
+    args = learn_prompt.get_args(["--preference-text", "hi"])
+    vectors = learn_prompt.first_vectors(model, char_tokenizer(), args)
+    expected = model.get_input_embeddings().weight[[ord("h"), ord("i")]] * math.sqrt(32)
+    torch.testing.assert_close(vectors, expected.detach(), rtol=1e-6, atol=0)
+
+
+# -- training ---------------------------------------------------------------------------------------------------------
+
+
+def test_what_is_trained_is_what_plain_forwards_measure(learn, world):  # noqa: F811
+    """Rewards of the held-out pairs before and after: beta times what the vectors in front do to each response."""
+    folder, metrics, vectors = learn("out", "--test-dataset-path", world / "pairs.jsonl", "--eval-samples", 6)
+    model = load_model(world / "model", torch.float64, "cpu")
+    pairs, _ = load_pairs(str(world / "pairs.jsonl"), load_tokenizer(world / "model"), 64, 32, limit=6)
+    text = torch.tensor([ord(letter) for letter in TEXT])
+    for line, soft in ((metrics[0], model.get_input_embeddings()(text)), (metrics[-1], vectors.double())):
+        with torch.no_grad():
+            rewards = [
+                [plain_logps(model, p[0], p[side], soft) - plain_logps(model, p[0], p[side]) for side in (1, 2)]
+                for p in pairs
+            ]
+        chosen, rejected = torch.tensor(rewards).T
+        assert line["eval_rewards/chosen"] == pytest.approx(chosen.mean().item(), rel=1e-4)
+        assert line["eval_rewards/rejected"] == pytest.approx(rejected.mean().item(), rel=1e-4)
+        loss = -torch.nn.functional.logsigmoid(chosen - rejected).mean().item()
+        assert line["eval_loss"] == pytest.approx(loss, rel=1e-4, abs=1e-5)
+    assert metrics[-1]["eval_loss"] < 0.8 * metrics[0]["eval_loss"]
+    behind, _, other = learn("behind", "--preference-position", "before-response")
+    assert read_soft_prompt(behind, 32)[1] == "before-response" and not torch.equal(other, vectors)
+    assert read_soft_prompt(folder, 32)[1] == "prefix"
+
+
+def test_the_model_stays_as_it_was_to_the_last_bit(learn, world, monkeypatch):  # noqa: F811
+    loaded, plain = [], learn_prompt.load_model
+    monkeypatch.setattr(learn_prompt, "load_model", lambda *given: loaded.append(plain(*given)) or loaded[-1])
+    learn("out")
+    (model,) = loaded
+    before = load_file(world / "model/model.safetensors")
+    after = dict(model.state_dict())
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+    assert all(parameter.grad is None and not parameter.requires_grad for parameter in model.parameters())
+
+
+def test_resumed_is_uninterrupted(learn, tmp_path, monkeypatch):
+    words = ["--epochs", 2, "--save-steps", 100, "--logging-steps", 2, "--lr-scheduler", "cosine"]
+    whole, _, vectors = learn("whole", *words)
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as ended:
+        ask_to_end(patch, 3)
+        learn("broken", *words)
+    assert ended.value.code == 143 and (tmp_path / "broken/checkpoint-3").is_dir()
+    resumed, _, again = learn("broken", *words, "--resume", "auto")
+    assert torch.equal(again, vectors)
+    for name in ("adapter_model.safetensors", "metrics.jsonl"):
+        assert (resumed / name).read_bytes() == (whole / name).read_bytes()
+
+
+# -- files ------------------------------------------------------------------------------------------------------------
+
+
+def test_peft_loads_the_folder_and_gives_the_same_log_probs(learn, world):  # noqa: F811
+    folder, _, vectors = learn("out", "--learning-rate", 0.1)
+    found = torch.load(folder / "prompt_embeddings.pt", weights_only=True)
+    assert torch.equal(found["prompt_embeddings"], vectors) and vectors.shape == (len(TEXT), 32)
+    assert {"README.md", "args.json", "trainer_state.json", "learn_prompt.py"} <= {
+        path.name for path in folder.iterdir()
+    }
+    theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(world / "model"), folder).eval()
+    ours = load_model(world / "model", torch.float32, "cpu")
+    prepare_model(ours)
+    pairs, _ = load_pairs(str(world / "pairs.jsonl"), load_tokenizer(world / "model"), 64, 32, limit=5)
+    use_soft_prompt(ours, vectors)
+    put = [Pair(with_virtual_tokens(p[0], len(vectors), "prefix"), p[1], p[2]) for p in pairs]
+    with torch.no_grad():
+        logps = torch.stack(ours.packed_logps(pack(put)))
+        for place, pair in enumerate(pairs):
+            for side in (1, 2):
+                row = torch.tensor([pair[0] + pair[side]])
+                table = theirs(input_ids=row, attention_mask=torch.ones_like(row)).logits[0].log_softmax(-1)
+                response = torch.tensor(pair[side])
+                expected = table[-len(response) - 1 : -1].gather(1, response[:, None]).sum()
+                assert logps[side - 1, place].item() == pytest.approx(expected.item(), rel=1e-5, abs=1e-5)
+
+
+MISTAKES = [
+    ([], "--prompt-init text and --preference-text"),
+    (["--preference-text", ""], "--prompt-init text and --preference-text"),
+    (["--prompt-init", "vocab", "--preference-text", "T"], "--prompt-init text and --preference-text"),
+    (["--preference-text", "T", "--num-virtual-tokens", "0"], "--num-virtual-tokens: has to be at least 1"),
+    (["--preference-text", "T", "--preference-position", "system"], "--preference-position"),
+    (["--preference-text", "T", "--lora-r", "4"], "unknown flag --lora-r"),
+]
+
+
+@pytest.mark.parametrize("words, sentence", MISTAKES)
+def test_a_mistake_is_one_sentence(capsys, words, sentence):
+    with pytest.raises(SystemExit) as ended:
+        learn_prompt.get_args(words)
+    assert ended.value.code == 2
+    assert sentence in one_line(capsys)
+
+
+# -- soft prompts in train_with_preference_prompt.py ------------------------------------------------------------------
+
+
+def test_a_soft_prompt_of_the_texts_own_embeddings_is_the_text_mode(train, world, tmp_path):  # noqa: F811
+    """Plain strings get ` text` behind them: so do the vectors before the response.  The adapters agree to rounding."""
+    model = load_model(world / "model", torch.float32, "cpu")
+    vectors = model.get_input_embeddings()(torch.tensor([ord(letter) for letter in f" {TEXT}"])).detach()
+    torch.save(vectors, tmp_path / "text.pt")
+    words = ["--eval-samples", 4, "--max-steps", 4, "--alpha", 1]
+    text, _, expected = train("text", *words)
+    where = [*SOFT, tmp_path / "text.pt", "--preference-position"]
+    soft, log, metrics = train("soft", *words, *where, "before-response", text=None)
+    assert f"soft prompt: {len(TEXT) + 1} vectors of width 32, before-response" in log
+    for ours, theirs in zip(metrics, expected, strict=True):
+        assert ours == {key: pytest.approx(value, rel=1e-5, abs=1e-5) for key, value in theirs.items()}
+    ours, theirs = (load_file(folder / "adapter_model.safetensors") for folder in (soft, text))
+    assert max((ours[key] - theirs[key]).abs().max().item() for key in ours) < 1e-5
+    prefix, _, _ = train("prefix", *words, *where, "prefix", text=None)
+    assert adapter(prefix) != adapter(soft)
+
+
+def test_the_position_a_soft_prompt_was_trained_for_is_its_default(train, world):  # noqa: F811
+    words = [*SOFT, world / "soft.safetensors", "--max-steps", 1]
+    default, log, _ = train("default", *words, text=None)
+    assert "prefix, from" in log and "note:" not in log
+    prefix, _, _ = train("prefix", *words, "--preference-position", "prefix", text=None)
+    behind, log, _ = train("behind", *words, "--preference-position", "before-response", text=None)
+    assert "note: this soft prompt was trained for --preference-position prefix, and is used before-response" in log
+    assert adapter(default) == adapter(prefix) != adapter(behind)
+
+
+PATH = ["--prompt-embedding-path", "x"]
+FLAG_MISTAKES = [
+    ([], "there is no preference: give --preference-text"),
+    (["--use-prompt-embedding"], "--use-prompt-embedding and --prompt-embedding-path PATH go together"),
+    ([*PATH], "--use-prompt-embedding and --prompt-embedding-path PATH go together"),
+    (["--preference-text", "T", *PATH], "--use-prompt-embedding and --prompt-embedding-path PATH go together"),
+    (["--preference-text", "T", *SOFT, "x"], "--preference-text and --use-prompt-embedding are two ways"),
+    (["--preference-text", "", *SOFT, "x"], "--preference-text and --use-prompt-embedding are two ways"),
+    (["--preference-text", "T", "--preference-position", "prefix"], "prefix is not for a text: system or user"),
+    ([*SOFT, "x", "--preference-position", "user"], "user is not for a soft prompt: prefix or before-response"),
+    (["--preference-text", "T", "--alpha", "-1"], "--alpha: has to be at least 0"),
+    (["--preference-text", "T", "--lambda-kl", "nan"], "--lambda-kl: has to be finite"),
+    (["--preference-text", "T", "--teacher", "me"], "--teacher"),
+]
+
+
+@pytest.mark.parametrize("words, sentence", FLAG_MISTAKES)
+def test_flags_that_cannot_be_meant(capsys, words, sentence):
+    with pytest.raises(SystemExit) as ended:
+        train_with_preference_prompt.get_args(words)
+    assert ended.value.code == 2
+    assert sentence in one_line(capsys)
+
+
+def no_user(folder):
+    message = {"role": "assistant", "content": "a"}
+    row = {"prompt": [message | {"role": "system"}], "chosen": [message], "rejected": [message | {"content": "b"}]}
+    (folder / "rows.jsonl").write_text(json.dumps(row))
+    return ["--dataset-path", folder / "rows.jsonl", "--preference-text", "T", "--preference-position", "user"]
+
+
+def evil(folder):
+    torch.save({"weight": torch.ones(2, 32), "code": Code(folder / "trace")}, folder / "evil.pt")
+    return [*SOFT, folder / "evil.pt"]
+
+
+def wide(folder):
+    save_file({"weight": torch.ones(2, 33)}, folder / "wide.safetensors")
+    return [*SOFT, folder / "wide.safetensors"]
+
+
+DATA_MISTAKES = {
+    evil: "evil.pt holds more than tensors and was not run",
+    wide: "2 vectors of width 33, and embeddings here have 32",
+    no_user: "no message of a user to put the preference behind",
+    lambda folder: [*SOFT, folder / "none.pt"]: "there is no soft prompt",
+    lambda folder: ["--preference-text", "x" * 33]: "--preference-text has 33 tokens, beyond --max-prompt-length 32",
+}
+
+
+@pytest.mark.parametrize("mistake", DATA_MISTAKES)
+def test_in_the_script_a_mistake_is_one_sentence_and_nothing_is_written(train, tmp_path, capsys, mistake):  # noqa: F811
+    with pytest.raises(SystemExit) as ended:
+        train("out", *mistake(tmp_path), text=None)
+    assert ended.value.code == 2
+    assert DATA_MISTAKES[mistake] in one_line(capsys)
+    assert not (tmp_path / "out").exists() and not (tmp_path / "trace").exists()
+
+
+# -- the toy world ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def polite(toy, tmp_path_factory):
+    """polite(script, name, words ...) -> (folder, first and last evaluation): a run on the toy world's polite pairs."""
+    where = tmp_path_factory.mktemp("polite")
+
+    def run(script, name, *words):
+        data = [
+            "--dataset-path",
+            toy / "train/polite_pairs.jsonl",
+            "--test-dataset-path",
+            toy / "test/polite_pairs.jsonl",
+        ]
+        size = (
+            "--eval-samples 100 --batch-size 16 --gradient-accumulation-steps 1 --max-length 64 --max-prompt-length 32"
+        )
+        how = ["--model", toy / "model", "--dtype", "fp32", "--device", "cpu", "--report-to", "none", "--seed", 1]
+        run_script(
+            [*how, *data, *size.split(), "--cache-dir", where / "cache", "--output-dir", where / name, *words], script
+        )
+        evaluations = [line for line in lines(where / name) if "eval_loss" in line]
+        return where / name, evaluations[0], evaluations[-1]
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def learned(polite):
+    words = ["--preference-text", toy_world.PREFERENCE_TEXT, "--beta", 1, "--learning-rate", 1e-2, "--max-steps", 20]
+    return polite(learn_prompt, "soft", *words)
+
+
+@pytest.fixture(scope="module")
+def politeness(toy):
+    """politeness(text in front, adapter) -> the rule's verdict on 300 responses to held-out prompts."""
+    tokenizer = load_tokenizer(toy / "model")
+    prompts = [json.loads(line)["prompt"] for line in (toy / "prompts.jsonl").read_text().splitlines()]
+
+    def judge(text="", folder=None):
+        model = load_model(toy / "model", torch.float32, "cpu")
+        if folder:
+            lora.load_adapter(model, folder, "policy")
+        asked = [f"{text}\n{prompt}" if text else prompt for prompt in prompts]
+        return toy_world.judge_model(model, tokenizer, asked, num_responses=2, batch_size=300)["polite"]
+
+    return judge
+
+
+@pytest.fixture(scope="module")
+def with_the_text(politeness):
+    """How polite the start model is behind the preference text; without it, hardly."""
+    prompted = politeness(toy_world.PREFERENCE_TEXT)
+    assert prompted > politeness() + 0.4
+    return prompted
+
+
+def test_a_learned_soft_prompt_beats_the_text_it_starts_from(learned):
+    _, first, last = learned
+    assert last["step"] == 20
+    margin, half = "eval_rewards/margins", "eval_rewards/margins_ci95"
+    assert last[margin] - last[half] > first[margin] + first[half]
+
+
+def test_the_policy_has_the_texts_effect_without_the_text(polite, politeness, with_the_text):
+    words = ["--preference-text", toy_world.PREFERENCE_TEXT, "--learning-rate", 2e-3, "--alpha", 1]
+    folder, first, last = polite(train_with_preference_prompt, "text", *words, "--lora-dropout", 0, "--max-steps", 16)
+    assert first["eval_preference_metrics/pref_gap"] > 2 and first["eval_preference_metrics/gap_closed"] == 0
+    assert last["eval_preference_metrics/gap_closed"] >= 0.9
+    assert politeness(folder=folder) >= with_the_text - 0.03
+
+
+def test_the_policy_has_a_soft_prompts_effect_without_it(polite, learned, politeness, with_the_text):
+    words = [*SOFT, learned[0], "--learning-rate", 2e-3, "--alpha", 1, "--lora-dropout", 0, "--max-steps", 24]
+    folder, first, last = polite(train_with_preference_prompt, "from soft", *words)
+    # What the soft prompt is worth is what learning it has measured, 1 / beta of a reward being 1 nat.
+    gap = first["eval_preference_metrics/pref_gap"]
+    assert gap == pytest.approx(learned[2]["eval_rewards/margins"], rel=1e-4)
+    assert last["eval_preference_metrics/gap_closed"] >= 0.9
+    assert politeness(folder=folder) >= with_the_text - 0.03
