@@ -10,6 +10,7 @@ import os
 import random
 import sys
 import time
+from datetime import timedelta
 from typing import NamedTuple
 
 import torch
@@ -18,7 +19,7 @@ from tqdm import tqdm
 
 
 class DeviceError(ValueError):
-    """A device or number type that this machine lacks: one sentence for the user."""
+    """A device or number type that this machine lacks, or ranks that do not agree: one sentence for the user."""
 
 
 class World(NamedTuple):
@@ -31,8 +32,11 @@ class World(NamedTuple):
         return self.rank == 0
 
 
-def start(device="auto"):
-    """Join the other ranks if there are any; returns the World.  Raises DeviceError."""
+def start(device="auto", timeout=600):
+    """Join the other ranks if there are any; returns the World.  Raises DeviceError.
+
+    timeout: seconds that a rank waits for the others, here and in each exchange, before it ends.
+    """
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     if device == "auto":
@@ -50,7 +54,8 @@ def start(device="auto"):
         os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")
     if size > 1:
         # On GPUs both: flags and counts go between hosts by gloo, without waiting for a device.
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo")
+        backend = "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
     return World(rank, size, torch.device(device))
 
 
@@ -67,6 +72,28 @@ def main_first(world, work):
     if world.size > 1 and world.is_main:
         dist.barrier()
     return result
+
+
+def check_same_on_all_ranks(facts, world):
+    """Raise DeviceError, on every rank the same, unless all of them pass the same {name: value}.
+
+    To be called before any model loads: ranks that read other rows or flags wait for each other without end, or train
+    on what nobody meant.
+    """
+    if world.size == 1:
+        return
+    of_rank = [None] * world.size
+    dist.all_gather_object(of_rank, facts)
+    first = of_rank[0]
+    for rank, other in enumerate(of_rank):
+        for name in first | other:
+            if first.get(name) != other.get(name):
+                ours, theirs = (str(values.get(name))[:30] for values in (first, other))
+                values = f" ({ours} and {theirs})" if ours != theirs else ""
+                raise DeviceError(
+                    f"{name} of rank {rank} differs from that of rank 0{values}: start all ranks with the same flags, "
+                    "on the same files"
+                )
 
 
 def shows_bars(world):

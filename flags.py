@@ -195,6 +195,8 @@ def add_common_flags(
     add("--dtype", choices=("auto", "bf16", "fp16", "fp32"), default="auto", help="of the base model's weights")
     add("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto", help="where to train")
     modes = "auto", "on", "off"
+    what = "how long a rank waits for the others before it ends"
+    add("--ddp-timeout", type=natural, default=600, metavar="SECONDS", help=what)
     add("--gradient-checkpointing", choices=modes, default="auto", help="slower, less memory; auto: on without LoRA")
     add("--trust-remote-code", action="store_true", help="run model code that comes with the weights")
     # what the run leaves

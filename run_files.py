@@ -23,13 +23,14 @@ from transformers.trainer_callback import TrainerState
 RUN_FILES = "metrics.jsonl args.json trainer_state.json adapter_config.json config.json README.md merged".split()
 WITH_THEM = """adapter_model.safetensors model.safetensors model-*-of-*.safetensors model.safetensors.index.json
     generation_config.json logs/events.out.tfevents.* .checkpoint-*.unfinished .saving-*""".split()
-# What may differ between a run and its continuation: the data and the models count by their content instead.
-HARMLESS = """model tokenizer_name dataset train_helpful_path train_harmless_path val_helpful_path
+# What may differ between the machines of a run: the data and the models count by their content instead.
+OF_A_MACHINE = """model tokenizer_name dataset train_helpful_path train_harmless_path val_helpful_path
     val_harmless_path helpful_rm_path harmless_rm_path dataset_path test_dataset_path
-    prompt_embedding_path eval_dataset ref_model_path adapter num_samples eval_samples max_length
-    max_prompt_length chat_template_strings skip_invalid dtype device gradient_checkpointing
-    trust_remote_code output_dir logging_dir cache_dir report_to overwrite resume save_steps
-    save_total_limit save_merged logging_steps eval_steps""".split()
+    prompt_embedding_path eval_dataset ref_model_path adapter device gradient_checkpointing
+    trust_remote_code output_dir logging_dir cache_dir report_to resume ddp_timeout""".split()
+# What may differ between a run and its continuation too.
+HARMLESS = """num_samples eval_samples max_length max_prompt_length chat_template_strings skip_invalid dtype
+    overwrite save_steps save_total_limit save_merged logging_steps eval_steps""".split()
 AS_THEY_ARE = "loss", "loss_components", "rewards_train", "preference_metrics"  # groups of TensorBoard tags
 NOT_FLAGS = ("config", "given", "typed", "local_rank")  # of a parsed command line, not to be repeated
 
@@ -40,7 +41,12 @@ class RunFolderError(ValueError):
 
 def flags_that_matter(args):
     """The flags that change what is computed, {name: value}."""
-    return {name: value for name, value in vars(args).items() if name not in (*HARMLESS, *NOT_FLAGS)}
+    return {name: value for name, value in flags_of_a_run(args).items() if name not in HARMLESS}
+
+
+def flags_of_a_run(args):
+    """The flags that all machines of a run have to have in common, {name: value}."""
+    return {name: value for name, value in vars(args).items() if name not in (*OF_A_MACHINE, *NOT_FLAGS)}
 
 
 def goes_on(args, checkpoint):

@@ -66,9 +66,8 @@ def test_a_leaf_imports_no_sibling_and_is_not_run(name):
 
 @pytest.mark.parametrize("name", TREES)
 def test_a_file_has_at_most_400_lines(name):
-    # Four roles, three objectives and the constraint; two prompts, two teachers and the KL: each a script to be read top
-    # to bottom beside dpo_hf_run.py.
-    most = {"train_safe_mm_dpo.py": 507, "train_with_preference_prompt.py": 456, "toy_world.py": 412}.get(name, 400)
+    # Four roles, three objectives and the constraint; two prompts, two teachers and the KL: read top to bottom each.
+    most = {"train_safe_mm_dpo.py": 512, "train_with_preference_prompt.py": 462, "toy_world.py": 412}.get(name, 400)
     assert len((ROOT / name).read_text("utf-8").splitlines()) <= most
 
 
@@ -79,6 +78,10 @@ RUNS = {
     "--val-harmless-path {world}/pairs.jsonl --max-steps 1 --device cpu",
     "train_safe_mm_dpo.py": "--model {world}/model --train-helpful-path {world}/pairs.jsonl --eval-samples 0 "
     "--lambda-init 0 --w 0 --max-steps 1 --report-to none --device cpu",
+    "train_with_preference_prompt.py": "--model {world}/model --dataset-path {world}/pairs.jsonl --preference-text "
+    "polite --max-steps 1 --gradient-accumulation-steps 2 --device cpu",
+    "learn_prompt.py": "--model {world}/model --dataset-path {world}/pairs.jsonl --preference-text polite "
+    "--max-steps 1 --device cpu",
     "prepare_data.py": "--input {world}/pairs.jsonl --dimension helpful",
     "evaluate_alignment.py": "--model {world}/model --prompts {world}/pairs.jsonl --num-samples 2 --max-new-tokens 4 "
     "--device cpu",

@@ -343,7 +343,7 @@ def test_the_policy_has_the_texts_effect_without_the_text(polite, politeness, wi
 
 
 def test_the_policy_has_a_soft_prompts_effect_without_it(polite, learned, politeness, with_the_text):
-    words = [*SOFT, learned[0], "--learning-rate", 2e-3, "--alpha", 1, "--lora-dropout", 0, "--max-steps", 24]
+    words = [*SOFT, learned[0], "--learning-rate", 2e-3, "--alpha", 1, "--lora-dropout", 0, "--max-steps", 20]
     folder, first, last = polite(train_with_preference_prompt, "from soft", *words)
     # What the soft prompt is worth is what learning it has measured, 1 / beta of a reward being 1 nat.
     gap = first["eval_preference_metrics/pref_gap"]
