@@ -12,8 +12,8 @@ Deviations from prompt tuning's paper: preference pairs instead of targets; Adam
     python learn_prompt.py --model Qwen/Qwen2.5-1.5B-Instruct --dataset-path pairs.jsonl --prompt-init vocab  # one GPU
     torchrun --nproc_per_node=4 learn_prompt.py --dataset-path pairs.jsonl --prompt-init vocab             # four GPUs
 
-Copy with: checkpoints.py distributed.py flags.py losses.py model_files.py packed_model.py packing.py
-    preference_data.py preference_prompt.py run_files.py score_cache.py speed.py toy_world.py
+Copy with: checkpoints.py distributed.py flags.py losses.py memory_estimate.py model_files.py
+    packed_model.py packing.py preference_data.py preference_prompt.py run_files.py score_cache.py speed.py toy_world.py
 """
 
 import itertools
@@ -27,13 +27,14 @@ from transformers.optimization import get_scheduler
 import checkpoints
 import distributed
 import flags
+import memory_estimate
 import run_files
 import score_cache
 import speed
 import toy_world
 from losses import PAIR_METRICS, dpo_loss, pair_metrics
 from model_files import ModelError, enable_checkpointing, load_model, load_skeleton, load_tokenizer
-from packed_model import prepare_model
+from packed_model import TokenLogps, prepare_model
 from packing import epoch_plan, hold_out, pack, passes, send
 from preference_data import DataError, Pair, fingerprint, load_pairs
 from preference_prompt import VECTOR_POSITIONS, PromptError, save_soft_prompt, use_soft_prompt, with_virtual_tokens
@@ -87,6 +88,8 @@ def first_vectors(model, tokenizer, args):
     generator = torch.Generator().manual_seed(args.seed)
     if args.prompt_init == "text":
         ids = tokenizer(args.preference_text, add_special_tokens=False)["input_ids"]
+        if not ids:
+            raise PromptError(f"--preference-text {args.preference_text!r} has no tokens: say something")
         ids = [ids[place % len(ids)] for place in range(num or len(ids))]
     else:
         ids = torch.randint(len(tokenizer), (num or 20,), generator=generator).tolist()
@@ -112,7 +115,7 @@ def evaluate(model, pairs, ref_logps, held_out, split, args, world):
 
 def main(args):
     # 1 setup
-    world = distributed.start(args.device)
+    world = distributed.start(args.device, args.ddp_timeout)
     watch = speed.Stopwatch(world.device, "start")
     say = partial(distributed.print0, world)
     checkpoint = checkpoints.find(args.output_dir, args.resume, say)
@@ -125,7 +128,12 @@ def main(args):
 
     # 2 data (before the models: a mistake in it should not wait for gigabytes of weights)
     tokenizer = load_tokenizer(args.model, args.trust_remote_code)
-    load_skeleton(args.model, tokenizer, args.trust_remote_code)
+    skeleton = load_skeleton(args.model, tokenizer, args.trust_remote_code)
+    if args.estimate_memory:
+        vectors = args.num_virtual_tokens or 20
+        estimate = memory_estimate.Estimate(skeleton, None, TokenLogps, world.size, vectors=vectors)
+        say(estimate.report(args))
+        return distributed.stop()
     read = partial(
         load_pairs,
         tokenizer=tokenizer,
@@ -153,6 +161,9 @@ def main(args):
     if 0 < args.tokens_per_microbatch < max(lengths):
         say(f"Pairs of more than {args.tokens_per_microbatch} tokens take a pass each; the longest has {max(lengths)}")
     split, accumulation = partial(passes, **in_passes), args.gradient_accumulation_steps
+    if world.size > 1:
+        facts = {"data": fingerprint(pairs), "checkpoint": checkpoint and checkpoint.name}
+        distributed.check_same_on_all_ranks(run_files.flags_of_a_run(args) | facts, world)
 
     # 3 models
     watch.phase("load")

@@ -247,8 +247,9 @@ def as_messages(prompt, chosen, rejected):
 
 def full_texts(prompt, chosen, rejected, tokenizer, prefer=None):
     """The texts to tokenise: prompt, prompt + chosen, prompt + rejected, and prefer(prompt).  Raises Malformed."""
-    texts = [prompt, prompt + chosen, prompt + rejected] + ([prefer(prompt)] if prefer else [])
+    texts = [prompt, prompt + chosen, prompt + rejected]
     try:
+        texts += [prefer(prompt)] if prefer else []
         if isinstance(prompt, list):
             render = partial(tokenizer.apply_chat_template, tokenize=False)
             texts = [render(text, add_generation_prompt=place in (0, 3)) for place, text in enumerate(texts)]
@@ -294,8 +295,8 @@ def encode_pair(ids, tokenizer, max_length, max_prompt_length, is_chat=False):
 
 
 def _cut_alike(ids, whole_ids, keep, dropped, seam):
-    """The prompted ids without the tokens that the plain prompt loses: `dropped` ones behind the first `keep`, and
-    `seam` ones at the end.  What the preference adds stays, also where all around it goes."""
+    """The prompted ids without what the plain prompt loses, `dropped` tokens behind the first `keep` and `seam` at the
+    end.  What the preference adds stays, also where all around it goes."""
     before, after = common_prefix(ids, whole_ids), common_prefix(ids[::-1], whole_ids[::-1])
     if after >= len(whole_ids) - 1:  # in front of all, or behind a BOS; what it begins with may be what all begins with
         before = min(before, len(whole_ids) - after)

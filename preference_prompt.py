@@ -46,8 +46,8 @@ def with_text(prompt, text, position="system"):
             "a row has no message of a user to put the preference behind: use --preference-position system"
         )
     place, apart = places[-1], "\n" if position == "system" else " "
-    said = prompt[place] | {"content": f"{prompt[place]['content']}{apart}{text}"}
-    return [*prompt[:place], said, *prompt[place + 1 :]]
+    content = prompt[place]["content"] + apart + text  # TypeError where it is no string
+    return [*prompt[:place], prompt[place] | {"content": content}, *prompt[place + 1 :]]
 
 
 def with_virtual_tokens(prompt_ids, num_vectors, position):

@@ -39,10 +39,12 @@ POLICY += "--logging-steps 8".split()  # as --cost-every: a line for each sample
 HELPFUL_ONLY = [*POLICY, *"--dataset toy --num-samples 0".split()]
 # One setting for each mode, chosen on other seeds than those of the tables.
 MODES = {
-    "additive": "--beta 0.3 --lambda-init 2 --lambda-lr 0.001".split(),
+    "additive": "--beta 0.3 --lambda-init 3 --lambda-lr 0.0005".split(),
     "margin": "--lambda-init 0.5 --lambda-lr 0.001".split(),
     "soft": "--lambda-lr 0.0015".split(),
 }
+# Of the way from the mean cost of safe validation responses to that of harmful ones; else auto, which is 5 %.
+THRESHOLD = {"additive": 0.10}
 SAFE = [*POLICY, *"--cost-estimate policy --cost-threshold auto".split()]
 ROWS = ["start", "helpful-only", *MODES]
 LAST = 12  # samples of 32 responses that E[cost] at the end is the mean of
@@ -131,7 +133,11 @@ def run_seed(args, work, seed, fixed):
         before += train(work, "train_rm.py", words, f"{name}/{task}_rm")
         safe += [f"--{task}-rm-path", f"{name}/{task}_rm"]
     steady = [*"--combine additive --lambda-lr 0 --cost-every 1000".split(), *MODES["additive"][:2], "--lambda-init"]
+    validation = json.loads((work / f"{name}/harmless_rm/reward_model.json").read_text())["validation"]
+    safe_cost, distance = -validation["safe_score"], validation["safe_score"] - validation["harmful_score"]
     runs = {mode: ["--combine", mode, *own_flags] for mode, own_flags in MODES.items()}
+    for mode, share in THRESHOLD.items():
+        runs[mode] += ["--cost-threshold", f"{safe_cost + share * distance:.4f}"]
     runs |= {f"lambda {value:g}": [*steady, f"{value:g}"] for value in fixed}
     for row, flags_of_row in runs.items():
         output = f"{name}/{row.replace(' ', '_')}"
@@ -228,7 +234,11 @@ def figure(seeds, means):
         points = [place(rows[name]["harm_rate"], rows[name]["helpful"]) for rows in seeds if name in rows]
         svg += [f'<circle class="seed {kind}" cx="{x:.1f}" cy="{y:.1f}" r="3"/>' for x, y in points]
         svg += [f'<circle class="mean {kind}" cx="{x:.1f}" cy="{y:.1f}" r="{7 if kind == name else 4}"/>']
-        svg += [text(x + 9, y - 7, name)]
+    words = [(0, 0)]  # where labels stand: one that would lie upon another goes beneath it
+    for name, (x, y) in sorted(at.items(), key=lambda item: item[1][1]):
+        near = [below for left, below in words if abs(left - x) < 80]
+        words.append((x, max([y - 7, *(below + 14 for below in near)])))
+        svg += [text(x + 9, words[-1][1], name)]
     return "\n".join([*svg, "</svg>\n"])
 
 
@@ -250,7 +260,9 @@ def main(args):
             above = means[mode]["helpful"][0] - height(line, means[mode]["harm_rate"][0])
             print(f"{mode}: helpfulness {above:+.3f} from the line of fixed lambdas at its harm rate")
     if args.json:
-        Path(args.json).write_text(json.dumps({"args": vars(args), "seeds": seeds, "means": means}, indent=1) + "\n")
+        Path(args.json).write_text(
+            json.dumps({"args": vars(args), "seeds": seeds, "means": means}, indent=1, default=list) + "\n"
+        )
     if args.figure:
         Path(args.figure).write_text(figure(seeds, means))
 
