@@ -88,11 +88,12 @@ def check_same_on_all_ranks(facts, world):
     for rank, other in enumerate(of_rank):
         for name in first | other:
             if first.get(name) != other.get(name):
-                ours, theirs = (str(values.get(name))[:30] for values in (first, other))
-                values = f" ({ours} and {theirs})" if ours != theirs else ""
+                here, there = (str(values.get(name))[:24] for values in (first, other))
+                values = f" ({there}, not {here})" if there != here else ""
+                time.sleep(0 if world.is_main else 1)  # torchrun ends the rest once one has ended: rank 0 has to speak
                 raise DeviceError(
-                    f"{name} of rank {rank} differs from that of rank 0{values}: start all ranks with the same flags, "
-                    "on the same files"
+                    f"{name} of rank {rank} is not that of rank 0{values}: start all ranks with the same flags, on the "
+                    "same files"
                 )
 
 

@@ -12,8 +12,8 @@ Deviations from the paper: AdamW instead of RMSprop; label smoothing, robust, hi
     python dpo_hf_run.py --model Qwen/Qwen3-0.6B --dataset pairs.jsonl --learning-rate 1e-4    # one GPU
     torchrun --nproc_per_node=4 dpo_hf_run.py --dataset pairs.jsonl --learning-rate 1e-4       # four GPUs
 
-Copy with: checkpoints.py distributed.py flags.py lora.py losses.py model_files.py packed_model.py packing.py
-    preference_data.py run_files.py score_cache.py speed.py toy_world.py
+Copy with: checkpoints.py distributed.py flags.py lora.py losses.py memory_estimate.py model_files.py packed_model.py
+    packing.py preference_data.py run_files.py score_cache.py speed.py toy_world.py
 """
 
 import itertools
@@ -28,13 +28,14 @@ import checkpoints
 import distributed
 import flags
 import lora
+import memory_estimate
 import run_files
 import score_cache
 import speed
 import toy_world
 from losses import DPO_LOSSES, PAIR_METRICS, displacement, dpo_loss, nll_loss, pair_metrics
 from model_files import ModelError, enable_checkpointing, load_model, load_skeleton, load_tokenizer
-from packed_model import prepare_model
+from packed_model import TokenLogps, prepare_model
 from packing import epoch_plan, hold_out, pack, passes, send
 from preference_data import DataError, fingerprint, load_pairs
 
@@ -112,7 +113,7 @@ def add_adapters(policy, args):
 
 def main(args):
     # 1 setup
-    world = distributed.start(args.device)
+    world = distributed.start(args.device, args.ddp_timeout)
     watch = speed.Stopwatch(world.device, "start")
     say = partial(distributed.print0, world)
     checkpoint = checkpoints.find(args.output_dir, args.resume, say)
@@ -130,8 +131,11 @@ def main(args):
     tokenizer = load_tokenizer(args.model, args.trust_remote_code)
     skeleton = load_skeleton(args.model, tokenizer, args.trust_remote_code)
     add_adapters(skeleton, args)  # a wrong adapter or target shows here
-    if args.ref_model_path:
-        load_skeleton(args.ref_model_path, tokenizer, args.trust_remote_code)
+    other = load_skeleton(args.ref_model_path, tokenizer, args.trust_remote_code) if args.ref_model_path else None
+    if args.estimate_memory:
+        estimate = memory_estimate.Estimate(skeleton, lora.add_adapter, TokenLogps, world.size, other)
+        say(estimate.report(args))
+        return distributed.stop()
     read = partial(
         load_pairs,
         tokenizer=tokenizer,
@@ -159,6 +163,9 @@ def main(args):
     if 0 < args.tokens_per_microbatch < max(lengths):
         say(f"Pairs of more than {args.tokens_per_microbatch} tokens take a pass each; the longest has {max(lengths)}")
     split, accumulation = partial(passes, **in_passes), args.gradient_accumulation_steps
+    if world.size > 1:
+        facts = {"data": fingerprint(pairs), "checkpoint": checkpoint and checkpoint.name}
+        distributed.check_same_on_all_ranks(run_files.flags_of_a_run(args) | facts, world)
 
     # 3 models
     watch.phase("load")

@@ -198,6 +198,8 @@ def add_common_flags(
     what = "how long a rank waits for the others before it ends"
     add("--ddp-timeout", type=natural, default=600, metavar="SECONDS", help=what)
     add("--gradient-checkpointing", choices=modes, default="auto", help="slower, less memory; auto: on without LoRA")
+    what = "say what memory the run will take, from the model's config alone, and end"
+    add("--estimate-memory", action="store_true", help=what)
     add("--trust-remote-code", action="store_true", help="run model code that comes with the weights")
     # what the run leaves
     add("--output-dir", default=output_dir, metavar="DIR", help="where the run goes")

@@ -1,20 +1,48 @@
 """What a run will take in memory on each device, from the model's config alone: no weights are read, nothing is run.
 
-Weights, gradients and optimiser are counted.  What a pass keeps for backward is counted too: the model without its
-weights (meta device) runs one pass of the run's largest size, and every tensor that autograd saves is added up, each
-storage once.  Attention stands there for what a fused kernel keeps: query, key, value, output and one number per row.
+Weights, gradients and optimiser are counted.  What passes keep and work with is counted too: the model without its
+weights (meta device) runs one pass of the run's largest size.  Every tensor that autograd saves is added up, each
+storage once, and of all that is made on the way the most that is alive at one time.  Attention stands there for what a
+fused kernel keeps: query, key, value, output and one number per row.
 
-Legend: T tokens of a pass, N response tokens of a pass, V vocabulary.
+    print(Estimate(skeleton, lora.add_adapter, TokenLogps, ranks=8).report(args))
+
+A run has four moments (columns of the table), and its memory is that of the largest:
+    scoring     the frozen models score all pairs, without gradient
+    head        a pass has gone through the blocks and is at the language-model head: all activations are kept
+    backward    a pass is in the last block on its way back: all activations are kept, and gradients pass
+    update      gradients go to the other ranks, AdamW steps
 """
 
+import copy
+import itertools
+import weakref
+from argparse import Namespace
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
 import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 GB = 1e9
 DEVICES = 24, 40, 64, 80, 141  # GB that cards have
 CUDA = 0.8e9  # what CUDA's context and the libraries' workspaces take, about
 WIDE = 4  # bytes of fp32
+HEAD_CHUNK = 1024  # packed_model's
+SOME = 1024  # tokens that are measured: with fused attention memory grows in line with them
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+MOMENTS = "scoring", "head", "backward", "update"
+
+
+# -- a pass on the meta device ---------------------------------------------------------------------------------------
 
 
 class FusedAttention(torch.autograd.Function):
@@ -28,33 +56,345 @@ class FusedAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        return (None,) * 3
+        return tuple(torch.empty_like(tensor) for tensor in ctx.saved_tensors[:3])
 
 
 def _attend(module, query, key, value, attention_mask, **kwargs):
-    return FusedAttention.apply(query, key, value).transpose(1, 2).contiguous(), None
+    """As packed attention: the second half of the tokens, rejected, has keys and values of its own for each head."""
+    query, key, half = query.to(value.dtype), key.to(value.dtype), query.shape[2] // 2
+    chosen = FusedAttention.apply(*(x[:, :, :half] for x in (query, key, value)))
+    groups = query.shape[1] // key.shape[1]
+    keys, values = (x[:, :, half:].repeat_interleave(groups, 1) for x in (key, value))
+    rejected = FusedAttention.apply(query[:, :, half:], keys, values)
+    return torch.cat((chosen, rejected), 2).transpose(1, 2).contiguous(), None
 
 
 AttentionInterface.register("counted", _attend)
 AttentionMaskInterface.register("counted", sdpa_mask)
 
 
-def saved_bytes(model, num_tokens):
-    """Bytes that a pass of T tokens through the backbone of a model on the meta device keeps for backward."""
-    storages, own = {}, {parameter.untyped_storage()._cdata for parameter in model.parameters()}
+class AsOnGPU(TorchFunctionMode):
+    """What the meta device lacks: dropout whose mask is bytes, and autocast: products in `dtype`, weights cast once."""
+
+    PRODUCTS = F.linear, torch.addmm, torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__
+
+    def __init__(self, dtype):
+        super().__init__()
+        self.dtype, self.weights = dtype, {}
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is F.dropout:
+            return torch.native_dropout(args[0], kwargs["p"], kwargs["training"])[0]
+        args = [self._cast(arg) for arg in args] if self.dtype and function in self.PRODUCTS else args
+        return function(*args, **(kwargs or {}))
+
+    def _cast(self, arg):
+        if not isinstance(arg, torch.Tensor) or not arg.is_floating_point():
+            return arg
+        if not isinstance(arg, nn.Parameter):
+            return arg.to(self.dtype)
+        if arg not in self.weights:
+            self.weights[arg] = arg.to(self.dtype)
+        return self.weights[arg]
+
+
+class Alive(TorchDispatchMode):
+    """Bytes of the tensors that were made within and are alive: now, and the most at one time."""
+
+    def __init__(self):
+        super().__init__()
+        self.now = self.most = 0
+        self.known = set()  # storages that are counted, or were there before
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.known |= {storage(x)._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)}
+        result = function(*args, **(kwargs or {}))
+        for new in (storage(x) for x in tree_leaves(result) if isinstance(x, torch.Tensor)):
+            if new._cdata not in self.known:
+                self.known.add(new._cdata)
+                self.now += new.nbytes()
+                self.most = max(self.most, self.now)
+                weakref.finalize(new, self._gone, new._cdata, new.nbytes())
+        return result
+
+    def _gone(self, number, size):
+        self.known.discard(number)
+        self.now -= size
+
+
+def storage(tensor):
+    return tensor.untyped_storage()
+
+
+def most_alive(work):
+    """The most bytes that are alive at one time of what work() makes."""
+    with Alive() as alive:
+        work()
+    return alive.most
+
+
+class Pass(NamedTuple):
+    """Bytes of a pass through the backbone; a list has a number for each block, and one for what is in none."""
+
+    saved: list  # for backward
+    casts: list  # of weights, to the type that is computed in
+    inputs: list  # what comes into each block (not saved, but kept with checkpointing)
+    passing: int  # made and given back on the way, the most at one time beside what is saved
+    ungraded: int  # the most of a pass without gradient
+
+    def kept(self, checkpointing, in_block):
+        """What is kept; with checkpointing what comes into each block, and all of the one that runs again, in_block."""
+        if not checkpointing:
+            return sum(self.saved)
+        return sum(self.inputs) + self.saved[-1] + (max(self.saved[:-1]) if in_block else 0)
+
+
+def measure(model, num_tokens, compute=None):
+    """The Pass of T tokens through the backbone of a model on the meta device; compute: a type, under autocast."""
+    blocks = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    place = torch.zeros(1, num_tokens, dtype=torch.long, device=model.device)
+    inputs, saved, where = [], {}, [len(blocks)]
+
+    def forward():
+        with AsOnGPU(compute) as casts:
+            given = {"input_ids": place, "position_ids": place, "attention_mask": place.new_ones(1, 1, 1, 1)}
+            return model.base_model(**given, use_cache=False).last_hidden_state, casts
+
+    def both():
+        states, casts = forward()
+        del casts
+        states.backward(torch.empty_like(states))
+
+    def enter(block, args, kwargs):
+        where[0] = len(inputs)
+        inputs.append(storage(args[0] if args else kwargs["hidden_states"]).nbytes())
 
     def keep(tensor):
-        storages[tensor.untyped_storage()._cdata] = tensor  # held, so that no other gets its number
+        saved.setdefault(storage(tensor)._cdata, (tensor, where[0]))  # held, so that no other gets its number
         return tensor
 
-    before = model.config._attn_implementation
+    before, hooks = model.config._attn_implementation, []
     model.set_attn_implementation("counted")
-    place = torch.zeros(1, num_tokens, dtype=torch.long, device="meta")
     try:
+        with torch.no_grad():
+            ungraded = most_alive(forward)
+        if not trained:  # a soft prompt is
+            hooks.append(model.get_input_embeddings().register_forward_hook(lambda *of: of[-1].requires_grad_()))
+        for parameter in trained:
+            parameter.grad = torch.empty_like(parameter)  # gradients are counted elsewhere
+        most = most_alive(both)
+        hooks += [block.register_forward_pre_hook(enter, with_kwargs=True) for block in blocks]
+        hooks += [block.register_forward_hook(lambda *_: where.__setitem__(0, len(blocks))) for block in blocks]
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            inputs = {"input_ids": place, "position_ids": place, "attention_mask": place.new_ones(1, 1, 1, 1)}
-            states = model.base_model(**inputs, use_cache=False).last_hidden_state
+            states, casts = forward()
     finally:
         model.set_attn_implementation(before)
-    del states
-    return sum(t.untyped_storage().nbytes() for number, t in storages.items() if number not in own)
+        for hook in hooks:
+            hook.remove()
+        for parameter in trained:
+            parameter.grad = None
+    own = {storage(tensor)._cdata for tensor in (*model.parameters(), *model.buffers())}
+    cast = {storage(weight)._cdata for weight in casts.weights.values()}
+    sums = [[0] * (len(blocks) + 1) for _ in range(2)]
+    for number, (tensor, block) in saved.items():
+        if number not in own:
+            sums[number in cast][block] += storage(tensor).nbytes()
+    return Pass(*sums, inputs, max(0, most - sum(map(sum, sums))), max(0, ungraded - sum(sums[1])))
+
+
+def head_bytes(model, log_probs, num_tokens, compute, with_kl):
+    """The most that the language-model head takes at N response tokens: with its backward, and without gradient.
+
+    log_probs: packed_model's TokenLogps, which runs as it stands.
+    """
+    weight = model.get_output_embeddings().weight
+    like = {"device": "meta", "dtype": compute}
+    states = torch.empty(num_tokens, weight.shape[1], **like, requires_grad=True)
+    targets = torch.empty(num_tokens, dtype=torch.long, device="meta")
+    softcap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
+
+    def both():
+        other = (torch.empty_like(states), weight.detach().to(compute), softcap) if with_kl else None
+        numbers = log_probs.apply(states, weight.to(compute), targets, softcap, HEAD_CHUNK, other)
+        if torch.is_grad_enabled():
+            numbers.sum().backward()
+
+    with torch.no_grad():
+        ungraded = most_alive(both)
+    return most_alive(both), ungraded
+
+
+# -- the terms -------------------------------------------------------------------------------------------------------
+
+
+def size_of(parameters, width=None):
+    """Bytes of parameters as they are, or with `width` bytes for each number."""
+    return sum(parameter.numel() * (width or parameter.element_size()) for parameter in parameters)
+
+
+def compute_dtype(name):
+    """The type that --dtype NAME is on the GPU here or, without one, on one that has bf16."""
+    lacks = torch.cuda.is_available() and not torch.cuda.is_bf16_supported(including_emulation=False)
+    return DTYPES[("fp16" if lacks else "bf16") if name == "auto" else name]
+
+
+class Estimate:
+    """The memory of runs of one script on one model.
+
+    skeleton: on the meta device, with the adapters of the run; reference: another model's, where there is one;
+    reward_folders: {task: folder} of frozen reward models; vectors: length of a soft prompt that is trained.
+    """
+
+    def __init__(self, skeleton, add_adapter, log_probs=None, ranks=1, reference=None, reward_folders=None, vectors=0):
+        self.skeleton, self.add_adapter, self.log_probs, self.ranks = skeleton, add_adapter, log_probs, ranks
+        self.reference, self.reward_folders, self.vectors = reference, reward_folders or {}, vectors
+        self.model, self.measured, self.head = cache(self._model), cache(self._measured), cache(self._head)
+
+    def _model(self, lora_r, dropout, dtype):
+        """The skeleton in the types of a run; where all weights are trained, a lever gets its adapter here."""
+        model = copy.deepcopy(self.skeleton)
+        if lora_r and not any("lora_" in name for name, _ in model.named_parameters()):
+            self.add_adapter(model, "policy", lora_r, 32.0)
+        for name, parameter in model.named_parameters():
+            wide = "lora_" in name or name == "score.weight" or lora_r == 0
+            parameter.data = parameter.data.to(torch.float32 if wide else dtype)
+            parameter.requires_grad_(lora_r is not None and (parameter.requires_grad or name == "score.weight"))
+        for module in model.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
+            if hasattr(module, "lora_A"):
+                module.settings = {name: (scale, dropout) for name, (scale, _) in module.settings.items()}
+        return model.train()
+
+    def _measured(self, lora_r, dropout, dtype):
+        """A Pass of SOME tokens, from the first two blocks: the others are taken to be as the second."""
+        model = copy.deepcopy(self.model(lora_r, dropout, dtype))
+        stacks = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m)]
+        stack = next(m for m in stacks if isinstance(m[0], GradientCheckpointingLayer))
+        more = max(0, len(stack) - 2)
+        del stack[2:]
+        passed = measure(model, SOME, dtype if lora_r == 0 and dtype != torch.float32 else None)
+        saved, casts = ([*of[:-1], *of[-2:-1] * more, of[-1]] for of in (passed.saved, passed.casts))
+        return Pass(saved, casts, passed.inputs + passed.inputs[-1:] * more, passed.passing, passed.ungraded)
+
+    def _head(self, lora_r, dropout, dtype, num_tokens, with_kl):
+        model = self.model(lora_r, dropout, dtype)
+        return head_bytes(model, self.log_probs, num_tokens, dtype, with_kl) if self.log_probs else (0, 0)
+
+    def rows(self, args):
+        """{term: its bytes at each of MOMENTS}."""
+        dtype, lora_r, on = compute_dtype(args.dtype), getattr(args, "lora_r", None), checkpoints(args)
+        how = lora_r, getattr(args, "lora_dropout", 0.0), dtype
+        model, passed, passes = self.model(*how), self.measured(*how), pass_tokens(args, self.vectors) / SOME
+        with_kl = bool(getattr(args, "kl_coeff", 0) or getattr(args, "lambda_kl", 0))
+        head, ungraded_head = self.head(*how, pass_tokens(args), with_kl)
+        adapter = size_of(p for name, p in model.named_parameters() if "lora_" in name)
+        base = [p for name, p in model.named_parameters() if "lora_" not in name]
+        soft = self.vectors * model.get_input_embeddings().weight.shape[1]
+        trained = WIDE * (soft + sum(p.numel() for p in model.parameters() if p.requires_grad))
+        other = self.reference.parameters() if self.reference is not None else base if lora_r == 0 else []
+        other = size_of(other, base[0].element_size())
+        rewards = {task: self._reward_bytes(folder, base, adapter, how) for task, folder in self.reward_folders.items()}
+        judge = rewards.get("harmless", 0) if getattr(args, "cost_estimate", None) == "policy" else 0
+        casts, of_block = sum(passed.casts), max(passed.casts) if on else sum(passed.casts)
+        of_other = casts * with_kl  # the reference, which is computed with in dtype too
+        return {
+            "policy weights": [size_of(base)] * 4,
+            "adapters": [adapter + WIDE * soft] * 4,
+            "gradients": [0, trained, trained, trained],
+            "optimiser (AdamW)": [0] + [2 * trained] * 3,
+            "reference": [other] + [other * with_kl] * 3,
+            "reward models": [sum(rewards.values())] + [judge] * 3,
+            "activations": [0, passed.kept(on, False) * passes, passed.kept(on, True) * passes, 0],
+            "passing in a block": [passed.ungraded * passes, 0, passed.passing * passes, 0],
+            "logits chunk": [ungraded_head, head, 0, 0],
+            "weights cast": [casts, casts + of_other, of_block, 0],
+            "flat gradient" if self.ranks > 1 else "AdamW's roots": [0, 0, 0, trained],
+            "CUDA": [CUDA] * 4,
+        }
+
+    def _reward_bytes(self, folder, base, adapter, how):
+        """A frozen reward model: an adapter on the policy's base, as large as its file or else as the policy's."""
+        files = [file.stat().st_size for file in Path(folder).glob("*.safetensors")]
+        if (Path(folder) / "config.json").exists() and files:  # a whole model
+            return sum(files)
+        alone = size_of(base, how[2].itemsize) if not how[0] else 0
+        return alone + (sum(files) or adapter)
+
+    def total(self, args):
+        """Bytes at the moment that has the most."""
+        return max(map(sum, zip(*self.rows(args).values(), strict=True)))
+
+    def lever(self, args, limit):
+        """The flags of the cheapest lever, or pair of them, with which the run takes at most `limit` bytes, or None."""
+        kinds = [kind for kind in levers(args) if kind]
+        for some in (*((kind,) for kind in kinds), *itertools.combinations(kinds, 2)):
+            fits = lambda steps: self.total(_with(args, steps)) <= limit  # noqa: E731
+            if fits([kind[-1] for kind in some]):
+                return " ".join(_words(next(steps for steps in itertools.product(*some) if fits(steps))))
+        return None
+
+    def report(self, args):
+        """The table and, for cards of DEVICES, whether they have the room or which flags would make it enough."""
+        rows, total = self.rows(args), self.total(args)
+        dtype = str(compute_dtype(args.dtype)).removeprefix("torch.")
+        auto = " (--dtype auto on a GPU)" if args.dtype == "auto" else ""
+        checkpointing = "on" if checkpoints(args) else "off"
+        lines = [
+            f"Memory of each of {self.ranks} devices in GB, estimated: {dtype}{auto}, passes of at most "
+            f"{pass_tokens(args, self.vectors):,} tokens, gradient checkpointing {checkpointing}",
+            f"{'':20}" + "".join(f"{moment:>10}" for moment in MOMENTS),
+        ]
+        sums = {"total": [sum(column) for column in zip(*rows.values(), strict=True)]}
+        for name, numbers in (rows | sums).items():
+            lines.append(f"{name:20}" + "".join(f"{number / GB:10.2f}" for number in numbers))
+        roomy = [str(size) for size in DEVICES if total <= size * GB]
+        line = f"{total / GB:.2f} GB at most: fits {', '.join(roomy) + ' GB' if roomy else 'no card of these sizes'}"
+        for size in DEVICES[: len(DEVICES) - len(roomy)]:
+            line += f"; for {size} GB: {self.lever(args, size * GB) or 'no flag or pair of flags is enough'}"
+        return "\n".join([*lines, line])
+
+
+# -- flags -----------------------------------------------------------------------------------------------------------
+
+
+def checkpoints(args):
+    """Whether the run has gradient checkpointing; auto is on where all weights are trained."""
+    auto = args.gradient_checkpointing == "auto" and getattr(args, "lora_r", None) == 0
+    return auto or args.gradient_checkpointing == "on"
+
+
+def pass_tokens(args, vectors=0):
+    """Tokens of the largest pass: both responses as long as --max-length lets them be, behind the shortest prompt."""
+    longest = 2 * args.max_length + vectors
+    return max(args.tokens_per_microbatch, longest) if args.tokens_per_microbatch else args.batch_size * longest
+
+
+def levers(args):
+    """What can be done for memory, the cheapest first: for each lever its steps {flag: value}, the mildest first."""
+    pairs, budget, longest = (
+        args.batch_size * args.gradient_accumulation_steps,
+        args.tokens_per_microbatch,
+        args.max_length,
+    )
+    sizes = [size for size in _halves(args.batch_size, 1) if not budget]
+    yield [{"batch_size": size, "gradient_accumulation_steps": -(-pairs // size)} for size in sizes] or [
+        {"tokens_per_microbatch": size} for size in _halves(budget, 2 * longest)
+    ]
+    yield [{"gradient_checkpointing": "on"}] * (args.gradient_checkpointing != "on")
+    yield [{"lora_r": 16}] * (getattr(args, "lora_r", None) == 0)
+    prompt = args.max_prompt_length
+    yield [{"max_length": size, "max_prompt_length": min(prompt, size // 2)} for size in _halves(longest, 64)]
+
+
+def _halves(number, least):
+    return [number >> times for times in range(1, number.bit_length()) if number >> times >= least]
+
+
+def _with(args, steps):
+    return Namespace(**vars(args) | {name: value for step in steps for name, value in step.items()})
+
+
+def _words(steps):
+    return [f"--{name.replace('_', '-')} {value}" for step in steps for name, value in step.items()]

@@ -325,8 +325,7 @@ def load_pairs(
     Needs max_prompt_length < max_length, so that a cut leaves something of every response.
     """
     shape, places, texts, labels, left_out, first, num_rows = None, [], [], [], Counter(), "", 0
-    for where, row in itertools.islice(read_rows(source), limit or None):
-        num_rows += 1
+    for num_rows, (where, row) in enumerate(itertools.islice(read_rows(source), limit or None), 1):
         try:
             row = parse_row(row)
             shape = shape or recognise(row, where)

@@ -152,7 +152,8 @@ def save_soft_prompt(vectors, folder, base_model, position, text=""):
     folder, vectors = Path(folder), vectors.detach().float().cpu().contiguous()
     folder.mkdir(parents=True, exist_ok=True)
     facts = {"preference_position": position}
-    save_file({"prompt_embeddings": vectors}, folder / "adapter_model.safetensors", metadata={"format": "pt"} | facts)
+    # One fact and no `format: pt` beside it, which PEFT does not ask for: safetensors writes them in a random order.
+    save_file({"prompt_embeddings": vectors}, folder / "adapter_model.safetensors", metadata=facts)
     torch.save({"prompt_embeddings": vectors} | facts, folder / "prompt_embeddings.pt")
     config = {
         "base_model_name_or_path": base_model,

@@ -32,7 +32,7 @@ OF_A_MACHINE = """model tokenizer_name dataset train_helpful_path train_harmless
 HARMLESS = """num_samples eval_samples max_length max_prompt_length chat_template_strings skip_invalid dtype
     overwrite save_steps save_total_limit save_merged logging_steps eval_steps""".split()
 AS_THEY_ARE = "loss", "loss_components", "rewards_train", "preference_metrics"  # groups of TensorBoard tags
-NOT_FLAGS = ("config", "given", "typed", "local_rank")  # of a parsed command line, not to be repeated
+NOT_FLAGS = "config given typed local_rank estimate_memory".split()  # of a parsed command line, not to be repeated
 
 
 class RunFolderError(ValueError):
@@ -56,6 +56,8 @@ def goes_on(args, checkpoint):
 
 def check_output(args, checkpoint=None):
     """Raise RunFolderError when --output-dir holds another run or cannot be written.  Changes nothing."""
+    if getattr(args, "estimate_memory", False):  # nothing will be written
+        return
     folder = Path(args.output_dir)
     found = [name for name in RUN_FILES if (folder / name).exists()]
     if found and not args.overwrite and not goes_on(args, checkpoint):

@@ -14,8 +14,8 @@ Deviations: the label terms are per row, so rows without labels train the rankin
     python train_rm.py --task helpful --config configs/rm_config.yaml                          # one GPU
     torchrun --nproc_per_node=8 train_rm.py --task harmless --config configs/rm_config.yaml    # eight GPUs
 
-Copy with: checkpoints.py distributed.py flags.py lora.py losses.py model_files.py packed_model.py packing.py
-    preference_data.py run_files.py score_cache.py speed.py toy_world.py
+Copy with: checkpoints.py distributed.py flags.py lora.py losses.py memory_estimate.py model_files.py packed_model.py
+    packing.py preference_data.py run_files.py score_cache.py speed.py toy_world.py
 """
 
 import itertools
@@ -31,6 +31,7 @@ import checkpoints
 import distributed
 import flags
 import lora
+import memory_estimate
 import run_files
 import score_cache
 import speed
@@ -147,7 +148,7 @@ def save_model(folder, model, tokenizer, record, dtype, whole):
 
 def main(args):
     # 1 setup
-    world = distributed.start(args.device)
+    world = distributed.start(args.device, args.ddp_timeout)
     watch = speed.Stopwatch(world.device, "start")
     say = partial(distributed.print0, world)
     checkpoint = checkpoints.find(args.output_dir, args.resume, say)
@@ -166,6 +167,9 @@ def main(args):
     skeleton = load_skeleton(args.model, tokenizer, args.trust_remote_code, scores=True)
     if args.lora_r:  # a wrong target shows here
         lora.add_adapter(skeleton, "reward", args.lora_r, args.lora_alpha, 0.0, args.lora_target_modules)
+    if args.estimate_memory:
+        say(memory_estimate.Estimate(skeleton, lora.add_adapter, ranks=world.size).report(args))
+        return distributed.stop()
     watch.phase("tokenise")
     names = "max_length max_prompt_length skip_invalid chat_template_strings".split()
     read = partial(load_pairs, tokenizer=tokenizer, **{name: getattr(args, name) for name in names})
@@ -192,6 +196,9 @@ def main(args):
     if 0 < args.tokens_per_microbatch < max(lengths):
         say(f"Pairs of more than {args.tokens_per_microbatch} tokens take a pass each; the longest has {max(lengths)}")
     split, accumulation = partial(passes, **within), args.gradient_accumulation_steps
+    if world.size > 1:
+        facts = {"data": fingerprint(pairs), "checkpoint": checkpoint and checkpoint.name}
+        distributed.check_same_on_all_ranks(run_files.flags_of_a_run(args) | facts, world)
 
     # 3 models
     watch.phase("load")

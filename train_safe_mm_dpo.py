@@ -17,8 +17,9 @@ Deviations from the papers: E[cost] is of offline prompts, sampled every few upd
     python train_safe_mm_dpo.py --config configs/dpo_config.yaml                            # one GPU
     torchrun --nproc_per_node=8 train_safe_mm_dpo.py --config configs/dpo_config.yaml       # eight GPUs
 
-Copy with: checkpoints.py distributed.py expected_cost.py flags.py lora.py losses.py model_files.py packed_model.py
-    packing.py preference_data.py reward_models.py run_files.py sampling.py score_cache.py speed.py toy_world.py
+Copy with: checkpoints.py distributed.py expected_cost.py flags.py lora.py losses.py memory_estimate.py model_files.py
+    packed_model.py packing.py preference_data.py reward_models.py run_files.py sampling.py score_cache.py
+    speed.py toy_world.py
 """
 
 import itertools
@@ -34,6 +35,7 @@ import checkpoints
 import distributed
 import flags
 import lora
+import memory_estimate
 import reward_models
 import run_files
 import score_cache
@@ -52,7 +54,7 @@ from losses import (
     soft_label_loss,
 )
 from model_files import ModelError, enable_checkpointing, load_model, load_skeleton, load_tokenizer
-from packed_model import prepare_model, prepare_scores
+from packed_model import TokenLogps, prepare_model, prepare_scores
 from packing import epoch_plan, joined, pack, passes, send
 from preference_data import DataError, fingerprint, load_pairs
 from sampling import sample
@@ -199,7 +201,7 @@ def sampled_cost(policy, judge, prompts, tokenizer, split, step, args, world):
 
 def main(args):
     # 1 setup
-    world = distributed.start(args.device)
+    world = distributed.start(args.device, args.ddp_timeout)
     watch = speed.Stopwatch(world.device, "start")
     say = partial(distributed.print0, world)
     checkpoint = checkpoints.find(args.output_dir, args.resume, say)
@@ -215,11 +217,14 @@ def main(args):
     skeleton = load_skeleton(args.model, tokenizer, args.trust_remote_code)
     if args.lora_r:  # a wrong target shows here
         lora.add_adapter(skeleton, "policy", args.lora_r, args.lora_alpha, 0.0, args.lora_target_modules)
-    if args.ref_model_path:
-        load_skeleton(args.ref_model_path, tokenizer, args.trust_remote_code)
+    other = load_skeleton(args.ref_model_path, tokenizer, args.trust_remote_code) if args.ref_model_path else None
     needed = {"helpful": args.w or args.combine != "additive"}
     needed["harmless"] = args.lambda_init and (args.w or args.lambda_lr or args.combine != "additive")
     folders = {task: getattr(args, f"{task}_rm_path") for task in TASKS if needed[task]}
+    if args.estimate_memory:
+        estimate = memory_estimate.Estimate(skeleton, lora.add_adapter, TokenLogps, world.size, other, folders)
+        say(estimate.report(args))
+        return distributed.stop()
     records = {task: reward_models.read_record(folder, task, tokenizer) for task, folder in folders.items()}
     if "harmless" in records:  # an `auto` that cannot be is told before anything loads
         reward_models.threshold(args.cost_threshold, records["harmless"], start_cost=0.0)
@@ -244,6 +249,10 @@ def main(args):
     split, accumulation = partial(passes, **within), args.gradient_accumulation_steps
     costly = [i for i in train if args.cost_prompts == "all" or labels[i, 1]]  # rows whose prompts E[cost] is over
     prompts = list({tuple(pairs[i].prompt_ids): pairs[i].prompt_ids for i in costly}.values())
+    if world.size > 1:
+        facts = {"data": fingerprint(pairs), "checkpoint": checkpoint and checkpoint.name}
+        facts |= {f"{task} reward model": record.get("validation") for task, record in records.items()}
+        distributed.check_same_on_all_ranks(run_files.flags_of_a_run(args) | facts, world)
 
     # 3 models
     watch.phase("load")

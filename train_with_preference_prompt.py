@@ -17,8 +17,8 @@ Deviations from DPO's paper: the two terms behind it; AdamW instead of RMSprop.
     torchrun --nproc_per_node=4 train_with_preference_prompt.py --dataset-path pairs.jsonl \\
         --use-prompt-embedding --prompt-embedding-path outputs/soft_prompt                      # four GPUs
 
-Copy with: checkpoints.py distributed.py flags.py lora.py losses.py model_files.py packed_model.py packing.py
-    preference_data.py preference_prompt.py run_files.py score_cache.py speed.py toy_world.py
+Copy with: checkpoints.py distributed.py flags.py lora.py losses.py memory_estimate.py model_files.py packed_model.py
+    packing.py preference_data.py preference_prompt.py run_files.py score_cache.py speed.py toy_world.py
 """
 
 import itertools
@@ -34,13 +34,14 @@ import checkpoints
 import distributed
 import flags
 import lora
+import memory_estimate
 import run_files
 import score_cache
 import speed
 import toy_world
 from losses import PAIR_METRICS, aligned_loss, displacement, dpo_loss, nll_loss, pair_metrics
 from model_files import ModelError, enable_checkpointing, load_model, load_skeleton, load_tokenizer
-from packed_model import prepare_model
+from packed_model import TokenLogps, prepare_model
 from packing import epoch_plan, hold_out, pack, passes, send
 from preference_data import DataError, Pair, fingerprint, load_pairs
 from preference_prompt import (
@@ -184,7 +185,7 @@ def evaluate(policy, reference, pairs, prompted_pairs, facts, held_out, split, a
 
 def main(args):
     # 1 setup
-    world = distributed.start(args.device)
+    world = distributed.start(args.device, args.ddp_timeout)
     watch = speed.Stopwatch(world.device, "start")
     say = partial(distributed.print0, world)
     checkpoint = checkpoints.find(args.output_dir, args.resume, say)
@@ -200,8 +201,11 @@ def main(args):
     skeleton = load_skeleton(args.model, tokenizer, args.trust_remote_code)
     if args.lora_r:  # a wrong target shows here
         lora.add_adapter(skeleton, "policy", args.lora_r, args.lora_alpha, 0.0, args.lora_target_modules)
-    if args.ref_model_path:
-        load_skeleton(args.ref_model_path, tokenizer, args.trust_remote_code)
+    other = load_skeleton(args.ref_model_path, tokenizer, args.trust_remote_code) if args.ref_model_path else None
+    if args.estimate_memory:
+        estimate = memory_estimate.Estimate(skeleton, lora.add_adapter, TokenLogps, world.size, other)
+        say(estimate.report(args))
+        return distributed.stop()
     vectors, position = None, args.preference_position or "system"
     if args.use_prompt_embedding:
         width = skeleton.get_input_embeddings().weight.shape[1]
@@ -247,6 +251,12 @@ def main(args):
     if 0 < args.tokens_per_microbatch < max(lengths):
         say(f"Pairs of more than {args.tokens_per_microbatch} tokens take a pass each; the longest has {max(lengths)}")
     split, accumulation = partial(passes, **in_passes), args.gradient_accumulation_steps
+    preference = fingerprint(prompted_pairs)
+    if vectors is not None:
+        preference += score_cache.weights_sha256([("soft prompt", vectors)])
+    if world.size > 1:
+        facts = {"data": fingerprint(pairs), "checkpoint": checkpoint and checkpoint.name, "preference": preference}
+        distributed.check_same_on_all_ranks(run_files.flags_of_a_run(args) | facts, world)
 
     # 3 models
     watch.phase("load")
@@ -269,9 +279,7 @@ def main(args):
         use_soft_prompt(model, vectors.to(world.device))
     identity = {"script": "train_with_preference_prompt.py", "dtype": str(dtype), "processes": world.size}
     identity |= run_files.flags_that_matter(args) | {"data": fingerprint([pairs[i] for i in train])}
-    identity["preference"] = fingerprint(prompted_pairs)
-    if vectors is not None:
-        identity["preference"] += score_cache.weights_sha256([("soft prompt", vectors)])
+    identity["preference"] = preference
     if world.is_main:
         identity["base model"] = identity["reference"] = score_cache.frozen_sha256(policy, {})
         if reference is not policy:

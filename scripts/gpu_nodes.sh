@@ -17,7 +17,9 @@
 #   HOSTFILE=FILE                        deepspeed's, for several machines (its own default is /job/hostfile)
 #
 #   read_flags "$@"                      sets flags, the words without --dry-run, and dry_run where it was among them
+#   read_ranks [N] [FLAG]...             the same from the words of a wrapper that takes N GPUs, or GPU_NODES; sets flags
 #   read_gpu_nodes "$GPU_NODES"          sets node_count, node_hosts, node_devices, per_node, gpus and launcher
+#   log_to FILE                          from here on all output goes to a file as well, at its end
 #   on_nodes SCRIPT [FLAG]...            runs it there, or prints the exact commands
 
 # fail SENTENCE: a user's mistake, exit code 2.
@@ -183,6 +185,44 @@ read_gpu_nodes() {
   check_launcher
 }
 
+# read_ranks [N] [FLAG]...: sets flags, and reads the first N GPUs of this machine as a list, or GPU_NODES where there
+# is no N.  Without GPUs N is processes on the CPU, and that has to be said: --device cpu.
+read_ranks() {
+  local n="" given="" slot list=localhost: on_cpu="" counter=nvidia-smi
+  case ${1---} in
+    -[0-9]* | [!-]* | "") given=1 n=$1 && shift ;;
+  esac
+  flags=("$@")
+  if [ -z "$given" ]; then
+    [ -n "${GPU_NODES:-}" ] || fail "say on how many GPUs, a number, or on which, GPU_NODES=localhost:0,1"
+    read_gpu_nodes "$GPU_NODES"
+    return
+  fi
+  [ -z "${GPU_NODES:-}" ] || fail "N is $n, and GPU_NODES=$GPU_NODES is set too: which GPUs? leave one of them out"
+  case $n in
+    "" | *[!0-9]* | 0* | ?????*) fail "N is a number of GPUs, 1 or more, and not '$n'" ;;
+  esac
+  case " $* " in *" --device cpu "* | *" --device=cpu "*) on_cpu=1 ;; esac
+  count_gpus
+  if [ -n "$on_cpu" ]; then
+    list="of $n processes" node_count=1 node_hosts=(localhost) node_slots=("") node_devices=("") per_node=$n
+    check_launcher
+    return
+  fi
+  case ${gpus:-none} in
+    0) fail "there is no GPU to be seen here: add --device cpu for N=$n processes on the CPU" ;;
+    none)
+      fail "no nvidia-smi counts GPUs here: name them, GPU_NODES=localhost:0,1, or add --device cpu for N=$n processes"
+      ;;
+  esac
+  if [ "$n" -gt "$gpus" ]; then
+    if [ -n "${CUDA_VISIBLE_DEVICES+set}" ]; then counter=CUDA_VISIBLE_DEVICES=$CUDA_VISIBLE_DEVICES; fi
+    fail "N is $n, and $counter counts $gpus GPUs: ask for $gpus at most"
+  fi
+  for ((slot = 0; slot < n; slot++)); do list=$list$slot,; done
+  read_gpu_nodes "${list%,}"
+}
+
 # check_launcher: sets launcher from LAUNCHER and refuses what it cannot start.
 check_launcher() {
   case ${LAUNCH:-print} in print | ssh) ;; *) fail "LAUNCH is print or ssh, not $LAUNCH" ;; esac
@@ -264,6 +304,13 @@ one_command() {
 # starts_something: whether on_nodes starts processes, or has commands to print only.
 starts_something() {
   [ -z "${dry_run:-}" ] && { one_command || [ "${LAUNCH:-print}" = ssh ]; }
+}
+
+# log_to FILE: the wrapper's output, and so the run's, goes to the end of a file as well.
+log_to() {
+  mkdir -p "$(dirname "$1")"
+  # Ctrl-C is for the run, whose last words are still to be written: tee -i does not hear it.
+  exec > >(exec tee -i -a "$1") 2> >(exec tee -i -a "$1" >&2)
 }
 
 # on_nodes SCRIPT [FLAG]...: the run on all nodes.  One on this machine alone takes the place of the wrapper.

@@ -11,6 +11,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from test_docs import ROOT
@@ -37,7 +38,7 @@ TOY = (
 NOTE = "fast_train.sh: no GPU here, MODEL_PATH is as it was: the toy world, with settings that it learns from\n"
 SOLO, TORCHRUN = ".venv/bin/python", ".venv/bin/python -m torch.distributed.run"
 ONE_NODE = f"{TORCHRUN} --standalone"
-TOOLS = "bash cat cksum dirname env grep sleep sort touch"
+TOOLS = "bash cat cksum dirname env grep mkdir sleep sort tee touch"
 
 
 def write_tool(path, text):
@@ -49,11 +50,13 @@ def write_tool(path, text):
 class Machine:
     """A copy of the scripts on a machine of its own: its GPUs (None: without a tool that counts them), its name."""
 
+    script = "fast_train.sh"
+
     def __init__(self, folder):
         self.folder, self.tools = folder / "project", folder / "tools"
         (self.folder / "scripts").mkdir(parents=True)
         self.tools.mkdir()
-        for name in ("fast_train.sh", "setup.sh", "requirements.txt", "pyproject.toml", "scripts/gpu_nodes.sh"):
+        for name in (self.script, "setup.sh", "requirements.txt", "pyproject.toml", "scripts/gpu_nodes.sh"):
             shutil.copy(ROOT / name, self.folder / name)
         for name in TOOLS.split():
             (self.tools / name).symlink_to(shutil.which(name))
@@ -74,7 +77,7 @@ class Machine:
         environment = {"PATH": str(self.tools), "HOSTNAME": "here.lan", "HOME": "/", "LC_ALL": "C.UTF-8"}
         environment |= variables or {}
         done = subprocess.run(
-            ["bash", self.folder / "fast_train.sh", *words],
+            ["bash", self.folder / self.script, *words],
             cwd="/",
             env=environment,
             capture_output=True,
@@ -94,7 +97,7 @@ class Machine:
         code, out, err = self.run(*words, gpus=gpus, variables=variables)
         assert (code, out, err.count("\n")) == (2, "", 1), (code, out, err)
         assert not (self.folder / ".venv").exists()  # setup.sh has not run
-        return err.removeprefix("fast_train.sh: ").rstrip("\n")
+        return err.removeprefix(f"{Path(self.script).name}: ").rstrip("\n")
 
 
 @pytest.fixture(scope="module")

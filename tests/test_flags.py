@@ -74,6 +74,7 @@ DEFAULTS = dict(
     dtype="auto",
     device="auto",
     gradient_checkpointing="auto",
+    ddp_timeout=600,
     logging_steps=10,
     eval_steps=0,
     report_to="auto",
@@ -87,6 +88,7 @@ DEFAULTS = dict(
     save_merged=False,
     skip_invalid=False,
     trust_remote_code=False,
+    estimate_memory=False,
     chat_template_strings=False,
 )
 

@@ -1,0 +1,372 @@
+"""scripts/train_rm_distributed.sh and scripts/train_dpo_distributed.sh: what they print and refuse; ranks that do not
+agree, and a rank that dies.
+"""
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from test_docs import ROOT
+from test_fast_train import CONF, NODES, ONE_NODE, RECORDS, SOLO, TORCHRUN, Machine, calls
+from test_flags import write_world
+
+import train_rm
+import train_safe_mm_dpo
+from checkpoints import new_checkpoint
+
+
+class RewardMachine(Machine):
+    script = "scripts/train_rm_distributed.sh"
+
+
+class PolicyMachine(Machine):
+    script = "scripts/train_dpo_distributed.sh"
+
+
+HELPFUL = "train_rm.py --task helpful --config configs/rm_config.yaml"
+HARMLESS = "train_rm.py --task harmless --config configs/rm_config.yaml"
+POLICY = "train_safe_mm_dpo.py --config configs/dpo_config.yaml"
+EIGHT = f"CUDA_VISIBLE_DEVICES=0,1,2,3,4,5,6,7 {ONE_NODE} --nproc-per-node=8"
+
+
+@pytest.fixture(scope="module")
+def reward_machine(tmp_path_factory):
+    return RewardMachine(tmp_path_factory.mktemp("reward"))
+
+
+@pytest.fixture(scope="module")
+def policy_machine(tmp_path_factory):
+    return PolicyMachine(tmp_path_factory.mktemp("policy"))
+
+
+# -- the wrappers ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "words, gpus, visible, command",
+    [
+        ("helpful 8", 8, None, f"{EIGHT} {HELPFUL}"),
+        ("harmless 8", 8, None, f"{EIGHT} {HARMLESS}"),
+        ("helpful 1", 8, None, f"CUDA_VISIBLE_DEVICES=0 {SOLO} {HELPFUL}"),
+        ("helpful 2", 8, "6,3,1", f"CUDA_VISIBLE_DEVICES=6,3 {ONE_NODE} --nproc-per-node=2 {HELPFUL}"),
+        ("helpful 3 --device cpu", None, None, f"{ONE_NODE} --nproc-per-node=3 {HELPFUL} --device cpu"),
+        ("helpful 3 --device=cpu", 0, None, f"{ONE_NODE} --nproc-per-node=3 {HELPFUL} --device=cpu"),
+        ("harmless 8 --learning-rate 3e-5 --epochs 2", 8, None, f"{EIGHT} {HARMLESS} --learning-rate 3e-5 --epochs 2"),
+    ],
+)
+def test_a_reward_model(reward_machine, monkeypatch, words, gpus, visible, command):
+    mask = {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}
+    line = reward_machine.printed(*words.split(), gpus=gpus, **mask)
+    assert line == f"{CONF} {command}"
+    monkeypatch.chdir(ROOT)
+    args = train_rm.get_args(shlex.split(line.partition("train_rm.py ")[2]))
+    assert args.task == words.split()[0]
+    assert args.logging_dir == f"logs/training/rm/{args.task}" and args.output_dir == f"models/{args.task}_rm"
+    assert args.learning_rate == (3e-5 if "3e-5" in words else 1e-4)
+
+
+def test_safe_mm_dpo(policy_machine, monkeypatch):
+    line = policy_machine.printed("8", "--cache-dir", "a b", gpus=8)
+    assert line == f"{CONF} {EIGHT} {POLICY} --cache-dir 'a b'"
+    assert policy_machine.printed("--dry-run", "8", gpus=8) == f"{CONF} {EIGHT} {POLICY}"
+    monkeypatch.chdir(ROOT)
+    args = train_safe_mm_dpo.get_args(shlex.split(line.partition("train_safe_mm_dpo.py ")[2]))
+    assert (args.output_dir, args.logging_dir) == ("models/aligned", "logs/training/safe_mm_dpo")
+    assert (args.cache_dir, args.beta, args.epochs) == ("a b", 0.1, 2)
+
+
+def test_node_lists_in_place_of_a_number(reward_machine, policy_machine):
+    line = policy_machine.printed("--seed", "1", gpus=4, GPU_NODES="localhost:2,1")
+    assert line == f"{CONF} CUDA_VISIBLE_DEVICES=2,1 {ONE_NODE} --nproc-per-node=2 {POLICY} --seed 1"
+    assert policy_machine.printed(GPU_NODES="localhost") == f"{CONF} {SOLO} {POLICY}"
+    nodes = [f"# on node{n + 1}:\n{CONF} {TORCHRUN} {NODES.format(n)} --nproc-per-node=gpu {HELPFUL}" for n in (0, 1)]
+    assert reward_machine.printed("helpful", GPU_NODES="node1@node2") == "\n".join(nodes)
+
+
+TASK = "the first word is the task, helpful or harmless, and not "
+WHICH = "say on how many GPUs, a number, or on which, GPU_NODES=localhost:0,1"
+COUNT = "N is a number of GPUs, 1 or more, and not "
+
+
+@pytest.mark.parametrize(
+    "words, gpus, variables, sentence",
+    [
+        ("", 8, {}, f"{TASK}''"),
+        ("8", 8, {}, f"{TASK}'8'"),
+        ("helpfull 8", 8, {}, f"{TASK}'helpfull'"),
+        ("--seed 1 helpful 8", 8, {}, f"{TASK}'--seed'"),
+        ("helpful", 8, {}, WHICH),
+        ("helpful --seed 1", 8, {"GPU_NODES": ""}, WHICH),
+        ("helpful 0", 8, {}, f"{COUNT}'0'"),
+        ("helpful -1", 8, {}, f"{COUNT}'-1'"),
+        ("helpful two", 8, {}, f"{COUNT}'two'"),
+        ("helpful 2x", 8, {}, f"{COUNT}'2x'"),
+        ("helpful 08", 8, {}, f"{COUNT}'08'"),
+        ("helpful 99999999999999999999", 8, {}, f"{COUNT}'99999999999999999999'"),
+        ("helpful 9", 8, {}, "N is 9, and nvidia-smi counts 8 GPUs: ask for 8 at most"),
+        (
+            "helpful 3",
+            8,
+            {"CUDA_VISIBLE_DEVICES": "4,6"},
+            "N is 3, and CUDA_VISIBLE_DEVICES=4,6 counts 2 GPUs: ask for 2 at most",
+        ),
+        ("helpful 2", 0, {}, "there is no GPU to be seen here: add --device cpu for N=2 processes on the CPU"),
+        (
+            "helpful 2",
+            None,
+            {},
+            "no nvidia-smi counts GPUs here: name them, GPU_NODES=localhost:0,1, or add --device cpu for N=2 processes",
+        ),
+        (
+            "helpful 2",
+            8,
+            {"GPU_NODES": "localhost:0"},
+            "N is 2, and GPU_NODES=localhost:0 is set too: which GPUs? leave one of them out",
+        ),
+        (
+            "helpful",
+            2,
+            {"GPU_NODES": "localhost:2"},
+            "GPU_NODES localhost:2: slot 2 is beyond the 2 GPUs that nvidia-smi counts (from 0)",
+        ),
+    ],
+)
+def test_what_is_refused(reward_machine, policy_machine, words, gpus, variables, sentence):
+    assert reward_machine.refused(*words.split(), gpus=gpus, **variables) == sentence
+    assert reward_machine.refused("--dry-run", *words.split(), gpus=gpus, **variables) == sentence
+    if not sentence.startswith(TASK):
+        assert policy_machine.refused(*words.split()[1:], gpus=gpus, **variables) == sentence
+    assert not (reward_machine.folder / "logs").exists()
+
+
+@pytest.mark.parametrize(
+    "machine, words, log",
+    [
+        (RewardMachine, ["harmless", "2"], "logs/training/rm/harmless/train.log"),
+        (PolicyMachine, ["2"], "logs/training/safe_mm_dpo/train.log"),
+    ],
+)
+def test_a_run_is_logged_and_its_exit_code_is_the_wrappers(tmp_path, machine, words, log):
+    machine = machine(tmp_path)
+    machine.make_venv(f"{RECORDS} echo trains; echo complains >&2; exit 3")
+    line = machine.printed(*words, gpus=4)
+    for _ in range(2):
+        assert machine.run(*words, gpus=4) == (3, f"{line}\ntrains\n", "complains\n")
+    assert calls(machine)[:3] == ["expandable_segments:True", "0,1", "-m"]
+    said = (machine.folder / log).read_text().splitlines()
+    assert sorted(said) == sorted(2 * [line, "trains", "complains"])
+
+
+# -- ranks that do not agree -------------------------------------------------------------------------------------------
+
+TWO_RANKS = '''
+"""Two gloo ranks of each case, forked from a process that has imported the scripts once."""
+import importlib, json, os, signal, socket, sys, time, traceback
+import torch
+import flags
+
+torch.set_num_threads(1)
+
+def no_model(*_, **__):
+    raise RuntimeError("a model loads")
+
+def rank(number, script, words, folder, port, stalls):
+    os.environ |= {"RANK": str(number), "LOCAL_RANK": str(number), "WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.dup2(os.open(f"{folder}/{number}.err", os.O_CREAT | os.O_WRONLY), 2)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    module, sys.argv, code = importlib.import_module(script), [f"{script}.py"], 0
+    module.load_model = no_model
+    if stalls and number == 1:
+        module.load_tokenizer = lambda *_: time.sleep(60)
+    try:
+        flags.run(module.main, module.get_args(words), *module.USER_ERRORS)
+    except SystemExit as exit:
+        code = exit.code
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    sys.stderr.flush()
+    time.sleep(0.2)  # as a process takes to end, with its connections open
+    os._exit(code)
+
+cases, ended = json.load(open(sys.argv[1])), []
+for script, of_ranks, folder, stalls in cases:
+    importlib.import_module(script)
+    os.makedirs(folder)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    pids, begin = [], time.monotonic()
+    for number, words in enumerate(of_ranks):
+        pids.append(os.fork())
+        if not pids[-1]:
+            rank(number, script, words, folder, port, stalls)
+    codes = [os.waitstatus_to_exitcode(os.waitpid(pids[0], 0)[1])]
+    seconds = time.monotonic() - begin
+    if stalls:
+        os.kill(pids[1], signal.SIGKILL)
+    codes.append(os.waitstatus_to_exitcode(os.waitpid(pids[1], 0)[1]))
+    ended.append((codes, seconds, [open(f"{folder}/{number}.err").read() for number in (0, 1)]))
+json.dump(ended, open(sys.argv[2], "w"))
+'''
+
+
+def offline():
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    return os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A tiny model, pairs, the same pairs elsewhere, in another order, and fewer of them."""
+    folder = write_world(tmp_path_factory.mktemp("world"))
+    lines = (folder / "pairs.jsonl").read_text().splitlines(keepends=True)
+    (folder / "elsewhere.jsonl").write_text("".join(lines))
+    (folder / "swapped.jsonl").write_text("".join([lines[1], lines[0], *lines[2:]]))
+    (folder / "fewer.jsonl").write_text("".join(lines[:-1]))
+    for number in (0, 1):
+        torch.save(torch.full((2, 32), float(number)), folder / f"soft{number}.pt")
+        rm = folder / f"rm{number}"
+        rm.mkdir()
+        for file in (folder / "model").glob("tok*"):
+            (rm / file.name).write_bytes(file.read_bytes())
+        record = {"task": "helpful", "base_sha256": "", "calibrated": False, "validation": {"score_std": number}}
+        (rm / "reward_model.json").write_text(json.dumps(record))
+    with new_checkpoint(folder / "resumed", 3, 0) as checkpoint:
+        for name in ("training.safetensors", "state.json"):
+            (checkpoint / name).write_text("")
+    return folder
+
+
+CASES = {  # script, flags of both ranks, of rank 0, of rank 1, what the one sentence says ("": they agree)
+    "places may differ": ("dpo_hf_run", "", "--dataset {w}/pairs.jsonl", "--dataset {w}/elsewhere.jsonl", ""),
+    "a rank that does not come": ("dpo_hf_run", "--dataset {w}/pairs.jsonl --ddp-timeout 2", "", "", ""),
+    "order": ("dpo_hf_run", "", "--dataset {w}/pairs.jsonl", "--dataset {w}/swapped.jsonl", "data of rank 1 is not"),
+    "a flag": (
+        "dpo_hf_run",
+        "--dataset {w}/pairs.jsonl --eval-samples 2",
+        "--save-steps 2",
+        "--save-steps 3",
+        "save_steps of rank 1 is not that of rank 0 (3, not 2)",
+    ),
+    "a checkpoint": (
+        "dpo_hf_run",
+        "--dataset {w}/pairs.jsonl --resume auto",
+        "--output-dir {w}/resumed",
+        "--output-dir {w}/not_resumed",
+        "checkpoint of rank 1 is not that of rank 0 (None, not checkpoint-3)",
+    ),
+    "validation": (
+        "train_rm",
+        "--task helpful --train-helpful-path {w}/pairs.jsonl",
+        "--val-helpful-path {w}/pairs.jsonl",
+        "--val-helpful-path {w}/fewer.jsonl",
+        "data of rank 1 is not",
+    ),
+    "helpful rows": (
+        "train_safe_mm_dpo",
+        "--lambda-init 0 --w 0 --eval-samples 0",
+        "--train-helpful-path {w}/fewer.jsonl",
+        "--train-helpful-path {w}/pairs.jsonl",
+        "data of rank 1 is not",
+    ),
+    "a reward model": (
+        "train_safe_mm_dpo",
+        "--lambda-init 0 --eval-samples 0 --train-helpful-path {w}/pairs.jsonl",
+        "--helpful-rm-path {w}/rm0",
+        "--helpful-rm-path {w}/rm1",
+        "helpful reward model of rank 1 is not that of rank 0 ({{'score_std': 1}}, not {{'score_std': 0}})",
+    ),
+    "a preference": (
+        "train_with_preference_prompt",
+        "--dataset-path {w}/pairs.jsonl --use-prompt-embedding",
+        "--prompt-embedding-path {w}/soft0.pt",
+        "--prompt-embedding-path {w}/soft1.pt",
+        "preference of rank 1 is not that of rank 0: start all ranks with the same flags, on the same files",
+    ),
+    "rows of a soft prompt": (
+        "learn_prompt",
+        "--prompt-init vocab",
+        "--dataset-path {w}/pairs.jsonl",
+        "--dataset-path {w}/fewer.jsonl",
+        "data of rank 1 is not",
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def ended(world, tmp_path_factory):
+    """{name of a case: (exit codes, seconds until rank 0 ended, standard errors)}"""
+    folder, cases = tmp_path_factory.mktemp("ended"), []
+    for name, (script, both, *of_ranks, _) in CASES.items():
+        common = f"--model {{w}}/model --device cpu --dtype fp32 --report-to none --output-dir {{w}}/out {both}"
+        words = [f"{common} {own}".format(w=world).split() for own in of_ranks]
+        cases.append([script, words, str(folder / name), name == "a rank that does not come"])
+    (folder / "cases.json").write_text(json.dumps(cases))
+    program = [sys.executable, "-c", TWO_RANKS, folder / "cases.json", folder / "ended.json"]
+    done = subprocess.run(list(map(str, program)), env=offline(), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return dict(zip(CASES, json.loads((folder / "ended.json").read_text()), strict=True))
+
+
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case[-1]])
+def test_ranks_that_do_not_agree_end_with_one_sentence(ended, name):
+    codes, _, errors = ended[name]
+    script, sentence = CASES[name][0], CASES[name][-1].format()
+    assert codes == [2, 2], errors
+    assert errors[0].startswith(f"{script}.py: {sentence}") and errors[0].count("\n") == 1
+    assert errors[1] == ""  # one process of a machine speaks
+
+
+def test_the_same_rows_may_lie_elsewhere(ended):
+    codes, _, errors = ended["places may differ"]
+    assert codes == [1, 1] and all("RuntimeError: a model loads" in error for error in errors), errors
+
+
+def test_a_rank_waits_for_the_others_as_long_as_it_is_told(ended):
+    codes, seconds, errors = ended["a rank that does not come"]
+    assert codes[0] == 1 and "imed out" in errors[0], errors[0]
+    assert 2 <= seconds < 120
+
+
+# -- a rank that dies --------------------------------------------------------------------------------------------------
+
+DIES = """
+import os, signal, sys
+import dpo_hf_run, flags
+
+plain, calls = dpo_hf_run.distributed.take_step, []
+def take_step(*given):
+    calls.append(1)
+    if len(calls) == 5 and os.environ["RANK"] == "1":
+        open("died", "w").close()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return plain(*given)
+dpo_hf_run.distributed.take_step = take_step
+flags.run(dpo_hf_run.main, dpo_hf_run.get_args(), *dpo_hf_run.USER_ERRORS)
+"""
+
+
+def test_a_dead_rank_ends_the_job_within_a_minute_with_a_message(world, tmp_path):
+    (tmp_path / "dies.py").write_text(DIES)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "dies.py"]
+    words = f"--model {world}/model --dataset {world}/pairs.jsonl --device cpu --dtype fp32 --report-to none"
+    words += " --eval-samples 0 --batch-size 1 --gradient-accumulation-steps 1 --epochs 100 --save-steps 2"
+    done = subprocess.run(
+        [*torchrun, *words.split(), "--output-dir", "out"],
+        cwd=tmp_path,
+        env=offline(),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert time.time() - (tmp_path / "died").stat().st_mtime < 60
+    assert done.returncode == 1
+    assert "Signal 9 (SIGKILL) received" in done.stderr and "exitcode  : -9" in done.stderr
+    assert (tmp_path / "out/checkpoint-4/manifest.json").exists()  # from which --resume auto goes on
