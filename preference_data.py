@@ -325,7 +325,7 @@ def load_pairs(
     Needs max_prompt_length < max_length, so that a cut leaves something of every response.
     """
     shape, places, texts, labels, left_out, first, num_rows = None, [], [], [], Counter(), "", 0
-    for num_rows, (where, row) in enumerate(itertools.islice(read_rows(source), limit or None), 1):
+    for num_rows, (where, row) in enumerate(itertools.islice(read_rows(source), limit or None), 1):  # noqa: B007 (it counts)
         try:
             row = parse_row(row)
             shape = shape or recognise(row, where)

@@ -127,9 +127,7 @@ def flags_in(text):
 @pytest.mark.parametrize("name", DOCUMENTS)
 def test_every_file_that_is_named_exists(name):
     # But for the map from the documents' paths to ours, which says what is not here yet.
-    text = "\n".join(
-        line for line in text_of(name).splitlines() if not re.search("lesson5/|code/|not here yet", line)
-    )
+    text = "\n".join(line for line in text_of(name).splitlines() if not re.search("lesson5/|code/|not here yet", line))
     files = set(re.findall(r"(?<![\w/.*-])((?:[\w-]+/)*[\w-]+\.(?:py|sh))\b", text))
     missing = {
         file for file in files if not any((ROOT / folder / file).exists() for folder in ("", "tests", "scripts"))
