@@ -80,7 +80,7 @@ def random_batch(shapes, seed=0):
 
 def plain_logps(model, batch):
     """packed_logps by the plain path, whatever the model can do."""
-    return packed_model._logps(batch, *packed_model.plain_states(model, batch))
+    return packed_model.logps_of(batch, *packed_model.plain_states(model, batch))
 
 
 def run_script(argv, script=dpo_hf_run):

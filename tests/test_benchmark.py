@@ -58,10 +58,10 @@ def pairs(toy, rows):
 def test_every_contender_trains_on_the_same_tokens(measured, pairs):
     result, _ = measured
     assert len(pairs) == PAIRS
-    unique = sum(len(prompt) + len(chosen) + len(rejected) for prompt, chosen, rejected, _ in pairs)
-    twice = sum(2 * len(prompt) + len(chosen) + len(rejected) for prompt, chosen, rejected, _ in pairs)
+    unique = sum(len(prompt) + len(chosen) + len(rejected) for prompt, chosen, rejected, *_ in pairs)
+    twice = sum(2 * len(prompt) + len(chosen) + len(rejected) for prompt, chosen, rejected, *_ in pairs)
     assert sum(result["unique_tokens"]) == unique
-    assert sum(result["response_tokens"]) == sum(len(chosen) + len(rejected) for _, chosen, rejected, _ in pairs)
+    assert sum(result["response_tokens"]) == sum(len(chosen) + len(rejected) for _, chosen, rejected, *_ in pairs)
     assert list(result["runs"]) == CONTENDERS
     for name, (done,) in result["runs"].items():  # TRL counts what it passes: no padding, but the prompt of each side
         assert (name, done["tokens"]) == (name, unique if name.startswith("ours") else twice)

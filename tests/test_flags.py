@@ -829,7 +829,7 @@ def test_args_json_of_a_run_is_a_config_for_the_same_run(run, plain, changes):
     result = run(**changes)
     written = json.loads((result.folder / "args.json").read_text())
     args = parse("--config", result.folder / "args.json")
-    others = ("config", "given", "typed", "local_rank")
+    others = ("config", "given", "typed", "local_rank", "estimate_memory")
     again = {name: value for name, value in vars(args).items() if name not in others}
     assert again == written
     again = run(**dict.fromkeys(BASE), model=None, dataset=None, config=result.folder / "args.json")

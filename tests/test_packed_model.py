@@ -158,7 +158,7 @@ def test_checkpointing_recomputes_the_packed_pass_and_changes_no_gradient(name):
                 enable_checkpointing(model)
             model.train()
             layout = PairLayout(batch.segments)
-            total = torch.stack(packed_model._logps(batch, *packed_model.response_states(model, batch, layout)))
+            total = torch.stack(packed_model.logps_of(batch, *packed_model.response_states(model, batch, layout)))
             assert layout.calls == 2
         (total[0] - 0.5 * total[1]).sum().backward()
         if how != "plain":

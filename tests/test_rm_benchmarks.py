@@ -118,7 +118,7 @@ def test_trl_makes_the_same_tokens_of_rows_that_are_not_cut(yardstick, world, pa
     tokenizer = AutoTokenizer.from_pretrained(world / "model")
     found = trl.RewardTrainer._prepare_dataset(None, datasets.Dataset.from_list(rows), tokenizer, settings, "train")
     assert found["chosen_ids"][:] == [prompt + chosen for prompt, chosen, *_ in pairs]
-    assert found["rejected_ids"][:] == [prompt + rejected for prompt, _, rejected, _ in pairs]
+    assert found["rejected_ids"][:] == [prompt + rejected for prompt, _, rejected, *_ in pairs]
 
 
 # -- reward_models_on_hh.py --------------------------------------------------------------------------------------------

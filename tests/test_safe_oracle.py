@@ -121,7 +121,7 @@ class Table(nn.Module):
 
     def packed_logps(self, batch, reference=None):
         prompts = batch.input_ids[0, batch.predictors] - self.arms
-        return packed_model._logps(batch, self.logits[prompts], None, None, reference)
+        return packed_model.logps_of(batch, self.logits[prompts], None, None, reference)
 
     def policy(self):
         return self.logits[:, : self.arms].log_softmax(-1).detach()
