@@ -439,14 +439,8 @@ def main(args):
             else:
                 policy.to(dtype).save_pretrained(folder)
             tokenizer.save_pretrained(folder)
-            card = run_files.model_card(
-                args,
-                __file__,
-                "preference-guided DPO",
-                log.history,
-                fingerprint([pairs[i] for i in train]),
-                bool(args.lora_r),
-            )
+            method, lora_on = "preference-guided DPO", bool(args.lora_r)
+            card = run_files.model_card(args, __file__, method, log.history, identity["data"], lora_on)
             run_files.save_run_record(folder, log, args, __file__, card)
             if args.save_merged:
                 lora.merge_adapter(policy, "policy")
