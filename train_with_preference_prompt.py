@@ -108,6 +108,7 @@ GAP, CLOSED = OWN[-2:]
 KL = "loss_components/kl_div"  # a mean over response tokens: behind METRICS come its sum and the number of these
 DOCUMENTED = {"loss/train": "loss", "rewards_train/accuracy": "rewards/accuracies"}
 SHOWN = ["loss", *OWN[:2], KL, "rewards/accuracies", "rewards/margins", "logps/chosen", *OWN[4:6], CLOSED]
+SHOWN = {name: name if name in PAIR_METRICS else name.rpartition("/")[2] for name in SHOWN}  # and how it is called
 
 
 def pair_losses(policy, batch, prompted, facts, args, reference=None):
@@ -350,7 +351,7 @@ def main(args):
         log.write(at["step"], at["step"] / updates_per_epoch, metrics)
         shown = [name for name in SHOWN if f"eval_{name}" in metrics]
         half = [f"±{metrics[key]:.4f}" if (key := f"eval_{name}_ci95") in metrics else "" for name in shown]
-        numbers = (f"{name.rpartition('/')[2]}={metrics['eval_' + name]:.4f}{ci95}" for name, ci95 in zip(shown, half))
+        numbers = (f"{SHOWN[name]}={metrics['eval_' + name]:.4f}{ci95}" for name, ci95 in zip(shown, half))
         say(f"Held out, step {at['step']}: {' '.join(numbers)}")
 
     def save_checkpoint():
@@ -405,8 +406,8 @@ def main(args):
             metrics |= {"grad_norm": norms[-1], "learning_rate": scheduler.get_last_lr()[0]}
             metrics |= {"beta": args.beta, "num_tokens": at["tokens"]}
             log.write(step, step / updates_per_epoch, metrics)
-            shown = [name for name in SHOWN if name in metrics]
-            numbers = " ".join(f"{name.rpartition('/')[2]}={metrics[name]:.4f}" for name in (*shown, "grad_norm"))
+            numbers = " ".join(f"{label}={metrics[name]:.4f}" for name, label in SHOWN.items() if name in metrics)
+            numbers = f"{numbers} grad_norm={norms[-1]:.4f}"
             say(f"Epoch {epoch} step {step} {numbers} learning_rate={metrics['learning_rate']:.2e} {watch.rate()}")
             if displacement(metrics) and not at["warned"]:
                 at["warned"] = True
