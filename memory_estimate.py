@@ -330,9 +330,9 @@ class Estimate:
         """The flags of the cheapest lever, or pair of them, with which the run takes at most `limit` bytes, or None."""
         kinds = [kind for kind in levers(args) if kind]
         for some in (*((kind,) for kind in kinds), *itertools.combinations(kinds, 2)):
-            fits = lambda steps: self.total(_with(args, steps)) <= limit  # noqa: E731
-            if fits([kind[-1] for kind in some]):
-                return " ".join(_words(next(steps for steps in itertools.product(*some) if fits(steps))))
+            if self.total(_with(args, [kind[-1] for kind in some])) <= limit:  # the strongest step of each
+                steps = (steps for steps in itertools.product(*some) if self.total(_with(args, steps)) <= limit)
+                return " ".join(_words(next(steps)))
         return None
 
     def report(self, args):

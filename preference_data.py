@@ -298,7 +298,7 @@ def _cut_alike(ids, whole_ids, keep, dropped, seam):
     """The prompted ids without what the plain prompt loses, `dropped` tokens behind the first `keep` and `seam` at the
     end.  What the preference adds stays, also where all around it goes."""
     before, after = common_prefix(ids, whole_ids), common_prefix(ids[::-1], whole_ids[::-1])
-    if after >= len(whole_ids) - 1:  # in front of all, or behind a BOS; what it begins with may be what all begins with
+    if after >= len(whole_ids) - keep:  # in front of all but a BOS; it may begin with the token that all begins with
         before = min(before, len(whole_ids) - after)
     else:
         after = common_prefix(ids[before:][::-1], whole_ids[before:][::-1])
@@ -324,8 +324,8 @@ def load_pairs(
     usable pair is left.  Unusable rows are counted by reason, and the first one left out is named.
     Needs max_prompt_length < max_length, so that a cut leaves something of every response.
     """
-    shape, places, texts, labels, left_out, first, num_rows = None, [], [], [], Counter(), "", 0
-    for num_rows, (where, row) in enumerate(itertools.islice(read_rows(source), limit or None), 1):  # noqa: B007 (it counts)
+    shape, places, texts, labels, left_out, first = None, [], [], [], Counter(), ""
+    for where, row in itertools.islice(read_rows(source), limit or None):
         try:
             row = parse_row(row)
             shape = shape or recognise(row, where)
@@ -349,7 +349,7 @@ def load_pairs(
         except Unusable as reason:
             left_out[str(reason)] += 1
             first = first or f"{where}: {reason}"
-    pairs, cut, merged = [], 0, 0
+    pairs, cut, merged, num_rows = [], 0, 0, len(places) + left_out.total()
     if texts:  # a chat template writes the special tokens itself
         ids = tokenizer(texts, add_special_tokens=not is_chat, verbose=False)["input_ids"]
         each = len(ids) // len(places)  # texts per row
