@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 
 class CheckpointError(ValueError):
@@ -122,23 +123,37 @@ def _sync(path):
 # -- state ---------------------------------------------------------------------------------------------------------
 
 
-def save_state(folder, parameters, optimizer, tensors, state):
-    """Write trained weights, moments and further named `tensors`, and `state`, which is JSON."""
-    everything = dict(tensors)
+def training_tensors(parameters, optimizer, keep=True):
+    """{name: tensor on the CPU} of weights and moments.  Of sharded ones all ranks have to ask, and one keeps them."""
+    tensors = {}
     for index, parameter in enumerate(parameters):
-        everything[f"parameter.{index}"] = parameter.detach()
-        for name, value in optimizer.state[parameter].items():
-            everything[f"optimizer.{index}.{name}"] = value
-    save_file({name: value.contiguous().cpu() for name, value in everything.items()}, folder / "training.safetensors")
-    state = state | {"rates": [group["lr"] for group in optimizer.param_groups]}
+        moments = {f"optimizer.{index}.{name}": value for name, value in optimizer.state[parameter].items()}
+        for name, value in ({f"parameter.{index}": parameter.detach()} | moments).items():
+            value = value.full_tensor() if isinstance(value, DTensor) else value
+            if keep:
+                tensors[name] = value.contiguous().cpu()
+    return tensors
+
+
+def save_state(folder, tensors, state):
+    """Write named `tensors`, which are on the CPU, and `state`, which is JSON."""
+    save_file(tensors, folder / "training.safetensors")
     (folder / "state.json").write_text(json.dumps(state) + "\n", encoding="utf-8")
 
 
-def save(args, parameters, optimizer, tensors, state, say, add_files=None):
-    """checkpoint-STEP in the output folder, add_files(folder) included; a full disk costs a line and not the run."""
+def save(args, world, parameters, optimizer, scheduler, scaler, tensors, state, say, add_files=None):
+    """checkpoint-STEP in the output folder, add_files(folder) included; a full disk costs a line and not the run.
+
+    tensors, state: what else there is, {name: tensor on the CPU} and JSON.  All ranks call it, rank 0 writes.
+    """
+    tensors = tensors | training_tensors(parameters, optimizer, keep=world.is_main)
+    if not world.is_main:
+        return
+    state = state | {"rates": [group["lr"] for group in optimizer.param_groups]}
+    state |= {"scheduler": scheduler.state_dict(), "scaler": scaler.state_dict()}
     try:
         with new_checkpoint(args.output_dir, state["step"], args.save_total_limit) as folder:
-            save_state(folder, parameters, optimizer, tensors, state)
+            save_state(folder, tensors, state)
             if add_files:
                 add_files(folder)
     except (OSError, SafetensorError) as error:
@@ -166,23 +181,43 @@ def load_state(folder, parameters, optimizer):
     moments = {}
     for name in [name for name in tensors if name.startswith("optimizer.")]:
         _, index, moment = name.split(".")
-        moments.setdefault(int(index), {})[moment] = tensors.pop(name)
+        moments.setdefault(int(index), {})[moment] = _as(parameters[int(index)], tensors.pop(name))
     with torch.no_grad():
         for index, parameter in enumerate(parameters):
-            parameter.copy_(tensors.pop(f"parameter.{index}"))
+            parameter.copy_(_as(parameter, tensors.pop(f"parameter.{index}")))
     optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
     for group, rate in zip(optimizer.param_groups, state["rates"], strict=True):
         group["lr"] = rate
     return tensors, state
 
 
+def _as(parameter, tensor):
+    """A tensor of a file, split over the ranks as the parameter is, if it is (a count of steps is not)."""
+    if not isinstance(parameter, DTensor) or tensor.shape != parameter.shape:
+        return tensor
+    return distribute_tensor(tensor, parameter.device_mesh, parameter.placements, src_data_rank=None)
+
+
 def restore(folder, parameters, optimizer, scheduler, scaler, world):
-    """load_state, and the schedule, the scaler and this rank's state of chance; returns (further tensors, state)."""
+    """load_state, and the schedule, the scaler and this rank's state of chance; returns (further tensors, state).
+
+    Another number of ranks than saved it draws chance anew.
+    """
     tensors, state = load_state(folder, parameters, optimizer)
     scheduler.load_state_dict(state["scheduler"])
     scaler.load_state_dict(state["scaler"])
-    set_chance(tensors["chance"][world.rank], world.device)
+    if len(tensors["chance"]) == world.size:
+        set_chance(tensors["chance"][world.rank], world.device)
+    else:
+        torch.manual_seed(torch.initial_seed() + state["step"])  # the initial seed has the rank in it
     return tensors, state
+
+
+def own_sums(rows, world):
+    """This rank's sums of those of all ranks (ranks, ...); if there were more or fewer of them, rank 0 has all."""
+    if len(rows) == world.size:
+        return rows[world.rank].to(world.device)
+    return rows.sum(0).to(world.device) * world.is_main
 
 
 def chance(world_device):

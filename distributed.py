@@ -1,8 +1,9 @@
 """Where a script runs: device, number type, ranks, and data parallel by hand.
 
 Every rank holds the same replica and works on its own share of each update; one all-reduce of one flat fp32 gradient
-per update makes the replicas take the same step.  Ranks come from the environment that torchrun, accelerate and
-deepspeed set (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT); without it there is one process.
+per update makes the replicas take the same step.  Where all weights are trained, torch's FSDP2 splits them, their
+gradients and the optimiser's state over the ranks instead (`shard`).  Ranks come from the environment that torchrun,
+accelerate and deepspeed set (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT); without it there is one process.
 """
 
 import math
@@ -10,12 +11,24 @@ import os
 import random
 import sys
 import time
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
+from torch.distributed.tensor import DTensor
 from tqdm import tqdm
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 
 class DeviceError(ValueError):
@@ -155,9 +168,10 @@ def _cpu_bf16_is_faster(size=512, rounds=5):
 def all_reduce_gradients(parameters, world):
     """Sum the gradients of all ranks in one flat fp32 all-reduce.  A rank without gradients counts as zero.
 
-    A sum and not a mean: every rank has divided its losses by the pairs of the whole update already.
+    A sum and not a mean: every rank has divided its losses by the pairs of the whole update already.  Gradients of
+    sharded weights are sums of all ranks when they come out of backward.
     """
-    if world.size == 1:
+    if world.size == 1 or isinstance(parameters[0], DTensor):
         return
     for parameter in parameters:
         if parameter.grad is None:
@@ -174,7 +188,7 @@ def take_step(parameters, optimizer, scheduler, scaler, max_grad_norm):
     max_grad_norm: 0 does not clip.  The schedule stands still where an fp16 scaler skips an update, on all ranks alike.
     """
     scaler.unscale_(optimizer)
-    norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm or math.inf)
+    norm = _whole(torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm or math.inf))
     scale = scaler.get_scale()
     scaler.step(optimizer)
     scaler.update()
@@ -192,13 +206,12 @@ def all_reduce_sum(values, world):
 
 
 @torch.no_grad()
-def sums_over_ranks(indices, split, num_metrics, measure, world):
-    """Sums and sums of squares over all `indices` of measure(some of them), (num_metrics, B): (2, num_metrics) fp64.
-
-    Each rank measures its share, in the lists that `split` makes of it.
+def sums_over_ranks(passes, num_metrics, measure, world):
+    """Sums and sums of squares over all ranks of measure(indices), (num_metrics, B), for each list of indices in this
+    rank's `passes`: (2, num_metrics) fp64.
     """
     sums = torch.zeros(2, num_metrics, dtype=torch.float64)
-    for some in split(indices[world.rank :: world.size]):
+    for some in passes:
         values = measure(some).cpu().double()
         sums += torch.stack((values.sum(1), (values**2).sum(1)))
     return all_reduce_sum(sums, world)
@@ -221,7 +234,7 @@ def on_any_rank(asked, world):
 
 def assert_same_on_all_ranks(parameters, world):
     """Replicas that drifted apart train different models and save one of them: stop instead."""
-    if world.size == 1:
+    if world.size == 1 or isinstance(parameters[0], DTensor):  # a shard has no replica
         return
     mine = torch.stack(
         [p.detach().double().sum() for p in parameters] + [p.detach().double().norm() for p in parameters]
@@ -230,6 +243,86 @@ def assert_same_on_all_ranks(parameters, world):
     theirs = mine.clone()
     dist.broadcast(theirs, src=0)
     assert torch.equal(mine, theirs), f"the parameters of rank {world.rank} differ from those of rank 0"
+
+
+# -- full fine-tuning: weights split over the ranks ------------------------------------------------------------------
+
+METHODS = "packed_logps", "packed_scores", "response_states"  # of packed_model.py: what goes through a whole model
+
+
+def shard(model, reference, world, dtype, say, offload=False):
+    """Split the weights of a model on the CPU over the ranks' devices (FSDP2), and with them gradients and optimiser
+    state; the reference's too, if it is another.  Returns the model's parameters.
+
+    A block is put together while it computes, in `dtype`, and what is outside of the blocks around METHODS; what a rank
+    keeps is fp32.  All ranks have to go through the models in step.  offload: what a rank keeps is on the CPU.  A model
+    that does not take packed pairs is not split: how often it runs depends on the number of sequences.
+    """
+    how = {
+        "mesh": init_device_mesh(world.device.type, (world.size,)),
+        "mp_policy": MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32),
+        "offload_policy": CPUOffloadPolicy(pin_memory=world.device.type == "cuda") if offload else OffloadPolicy(),
+    }
+    for each in {model, reference}:
+        if not each.packs_pairs:
+            each.to(world.device)
+            say(f"Not sharded, as sequences are scored one by one: each of {world.size} ranks has all of the weights")
+            continue
+        for block in [module for module in each.modules() if isinstance(module, GradientCheckpointingLayer)]:
+            fully_shard(block, **how)
+        # The head of a reference stays whole after a pass: its states are used with it, outside.  A model's must not,
+        # as its weights change.
+        fully_shard(each, **how, reshard_after_forward=each is model)
+        for module in _sharded(each):  # a sum and not a mean, as in all_reduce_gradients
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
+        for name in METHODS:
+            if hasattr(each, name):
+                register_fsdp_forward_method(each, name)
+    parameters = list(model.parameters())
+    if model.packs_pairs:
+        mine, total = sum(p.to_local().numel() for p in parameters), sum(p.numel() for p in parameters)
+        say(f"Sharded over {world.size} ranks (FSDP2): rank 0 keeps {mine:,} of {total:,} weights")
+    return parameters
+
+
+def _sharded(model):
+    return [module for module in model.modules() if isinstance(module, FSDPModule)]
+
+
+@contextmanager
+def gathered(model):
+    """A block in which a sharded model is whole on every rank, in the type it computes in: to generate, which each rank
+    does as often as it has to.  Weights must not change within.
+    """
+    for module in _sharded(model):
+        module.set_reshard_after_forward(False, recurse=False)
+        module.unshard()
+    try:
+        yield
+    finally:
+        for module in _sharded(model):
+            module.set_reshard_after_forward(True, recurse=False)
+            module.reshard()
+
+
+def _whole(tensor):
+    """All of a sharded tensor; every rank has to ask."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def whole_state(model, dtype, world):
+    """{name: tensor} of a model that was trained whole, in `dtype` on the CPU of rank 0; {} on the other ranks.
+
+    A tied weight is there once, as in the files of transformers.
+    """
+    again = {n for n, _ in model.named_parameters(remove_duplicate=False)} - dict(model.named_parameters()).keys()
+    state = {}
+    for name, tensor in model.state_dict().items():
+        tensor = None if name in again else _whole(tensor)
+        if world.is_main and tensor is not None:
+            state[name] = tensor.to("cpu", dtype)
+    return state
 
 
 # -- log lines -------------------------------------------------------------------------------------------------------

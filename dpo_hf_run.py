@@ -34,9 +34,9 @@ import score_cache
 import speed
 import toy_world
 from losses import DPO_LOSSES, PAIR_METRICS, displacement, dpo_loss, nll_loss, pair_metrics
-from model_files import ModelError, enable_checkpointing, load_model, load_skeleton, load_tokenizer
+from model_files import ModelError, enable_checkpointing, load_model, load_skeleton, load_tokenizer, save_whole
 from packed_model import TokenLogps, prepare_model
-from packing import epoch_plan, hold_out, pack, passes, send
+from packing import epoch_plan, hold_out, pack, passes_of_rank, send
 from preference_data import DataError, fingerprint, load_pairs
 
 TOY_FOLDER = "outputs/toy_world"
@@ -87,14 +87,14 @@ def pair_losses(policy, batch, ref_logps, args):
     return losses, torch.stack([values.detach().to(losses.dtype) for values in metrics])
 
 
-def evaluate(policy, pairs, ref_logps, held_out, split, args, world):
+def evaluate(policy, pairs, ref_logps, held_out, share, args, world):
     """Means over held-out pairs of all ranks {eval_name: mean} and half their 95 % intervals {eval_name_ci95: ...}."""
 
     def measure(indices):
         batch, ref = pack([pairs[i] for i in indices], world.device), send(ref_logps[indices], world.device)
         return pair_losses(policy, batch, ref, args)[1]
 
-    sums = distributed.sums_over_ranks(held_out, split, len(METRICS), measure, world)
+    sums = distributed.sums_over_ranks(share(held_out), len(METRICS), measure, world)
     means, squares = (sums / len(held_out)).tolist()
     half = [1.96 * (max(square - mean**2, 0) / len(held_out)) ** 0.5 for mean, square in zip(means, squares)]
     result = {f"eval_{name}": mean for name, mean in zip(METRICS, means)}
@@ -159,10 +159,11 @@ def main(args):
         report.append(f"  held out {len(held_out):,} pairs by whole prompts, {len(train):,} to train on")
     say(*report, sep="\n")
     lengths = [sum(map(len, pair[:3])) for pair in pairs]
-    in_passes = {"batch_size": args.batch_size, "lengths": lengths, "budget": args.tokens_per_microbatch}
+    within = {"ranks": world.size, "batch_size": args.batch_size, "lengths": lengths}
+    within["budget"] = args.tokens_per_microbatch
     if 0 < args.tokens_per_microbatch < max(lengths):
         say(f"Pairs of more than {args.tokens_per_microbatch} tokens take a pass each; the longest has {max(lengths)}")
-    split, accumulation = partial(passes, **in_passes), args.gradient_accumulation_steps
+    share = partial(passes_of_rank, rank=world.rank, **within)
     if world.size > 1:
         facts = {"data": fingerprint(pairs), "checkpoint": checkpoint and checkpoint.name}
         distributed.check_same_on_all_ranks(run_files.flags_of_a_run(args) | facts, world)
@@ -171,18 +172,19 @@ def main(args):
     watch.phase("load")
     dtype = distributed.pick_dtype(args.dtype, world)
     weights_dtype = dtype if args.lora_r else torch.float32  # weights that are trained are fp32, computed with in dtype
-    policy = load_model(args.model, weights_dtype, world.device, args.trust_remote_code)
+    sharded = world.size > 1 and not args.lora_r  # weights, gradients and optimiser over the ranks, from the CPU
+    load = partial(load_model, device="cpu" if sharded else world.device, trust_remote_code=args.trust_remote_code)
+    policy = reference = load(args.model, weights_dtype)
     distributed.seed_everything(args.seed)
     parameters = add_adapters(policy, args)
     say(f"{prepare_model(policy)} ({world.device}, {str(dtype).removeprefix('torch.')})")
     if args.gradient_checkpointing == "on" or (args.gradient_checkpointing == "auto" and not args.lora_r):
         enable_checkpointing(policy)
-    reference = policy
-    if args.ref_model_path or not args.lora_r:
-        reference = load_model(args.ref_model_path or args.model, weights_dtype, world.device, args.trust_remote_code)
+    if args.ref_model_path:  # else the policy is its own reference, before its first update
+        reference = load(args.ref_model_path, weights_dtype)
         prepare_model(reference)
-    identity = {"script": "dpo_hf_run.py", "dtype": str(dtype), "processes": world.size}
-    identity |= run_files.flags_that_matter(args) | {"data": fingerprint([pairs[i] for i in train])}
+    identity = {"script": "dpo_hf_run.py", "dtype": str(dtype)}
+    identity |= run_files.flags_that_matter(args, world.size) | {"data": fingerprint([pairs[i] for i in train])}
     if world.is_main:
         ref = lora.adapter_state(policy, "ref" if args.adapter else None)
         identity["base model"] = identity["reference"] = score_cache.frozen_sha256(policy, ref)
@@ -190,6 +192,8 @@ def main(args):
             identity["reference"] = score_cache.frozen_sha256(reference, {})
         if checkpoint:
             checkpoints.check_identity(checkpoint, identity)
+    if sharded:
+        parameters = distributed.shard(policy, reference, world, dtype, say)
     autocast = torch.autocast(world.device.type, dtype, enabled=weights_dtype != dtype)
     watch.phase("cache")
     with lora.use_adapter(policy, "ref" if args.adapter else None), autocast:
@@ -201,7 +205,7 @@ def main(args):
             dtype,
             lambda indices: reference.packed_logps(pack([pairs[i] for i in indices], world.device)),
             len(pairs),
-            split(range(world.rank, len(pairs), world.size)),
+            share(range(len(pairs))),
             world.device,
             say,
         )
@@ -210,9 +214,8 @@ def main(args):
     say(*distributed.start_lines("policy model", parameters, policy, args, world, slow_rate=2e-5), sep="\n")
 
     # 4 optimiser
-    plan_epoch = partial(
-        epoch_plan, train, seed=args.seed, accumulation=accumulation, world_size=world.size, **in_passes
-    )
+    accumulation = args.gradient_accumulation_steps
+    plan_epoch = partial(epoch_plan, train, seed=args.seed, accumulation=accumulation, **within)
     updates_per_epoch = len(plan_epoch(epoch=0))
     num_updates = min(args.epochs * updates_per_epoch, args.max_steps or sys.maxsize)
     optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, weight_decay=args.weight_decay)
@@ -228,7 +231,7 @@ def main(args):
     at = {"step": 0, "tokens": 0, "pairs": 0, "warned": False, "history": None}  # pairs: since the last log line
     if checkpoint:
         tensors, at = checkpoints.restore(checkpoint, parameters, optimizer, scheduler, scaler, world)
-        window += tensors["window"][world.rank].to(world.device)
+        window += checkpoints.own_sums(tensors["window"], world)
         say(f"resumed from {checkpoint}")
     log = run_files.MetricsLog(args, world.is_main, checkpoint, at["history"])
     termination = checkpoints.Termination()
@@ -237,7 +240,7 @@ def main(args):
     def evaluate_and_log():
         policy.eval()
         with autocast:
-            metrics = evaluate(policy, pairs, ref_logps, held_out, split, args, world)
+            metrics = evaluate(policy, pairs, ref_logps, held_out, share, args, world)
         policy.train()
         flags.check_held_out(metrics["eval_loss"], at["step"])
         log.write(at["step"], at["step"] / updates_per_epoch, metrics)
@@ -249,11 +252,9 @@ def main(args):
         flags.check_weights(parameters, at["step"])
         tensors = {"chance": distributed.gather(checkpoints.chance(world.device), world)}
         tensors["window"] = distributed.gather(window, world)
-        if world.is_main:
-            at.update(identity=identity, history=log.history)
-            at.update(scheduler=scheduler.state_dict(), scaler=scaler.state_dict())
-            add_adapter = partial(lora.save_adapter, policy, "policy", base_model=args.model) if args.lora_r else None
-            checkpoints.save(args, parameters, optimizer, tensors, at, say, add_adapter)
+        at.update(identity=identity, history=log.history)
+        add_adapter = partial(lora.save_adapter, policy, "policy", base_model=args.model) if args.lora_r else None
+        checkpoints.save(args, world, parameters, optimizer, scheduler, scaler, tensors, at, say, add_adapter)
 
     if held_out and not checkpoint:
         evaluate_and_log()
@@ -317,12 +318,13 @@ def main(args):
     flags.check_weights(parameters, at["step"])
     distributed.assert_same_on_all_ranks(parameters, world)
     log.close()
+    state = None if args.lora_r else distributed.whole_state(policy, dtype, world)
     if world.is_main:
         with run_files.whole_files(args.output_dir) as folder:
             if args.lora_r:
                 lora.save_adapter(policy, "policy", folder, args.model)
             else:
-                policy.to(dtype).save_pretrained(folder)
+                save_whole(policy, folder, state)
             tokenizer.save_pretrained(folder)
             card = run_files.model_card(
                 args, __file__, "DPO", log.history, fingerprint([pairs[i] for i in train]), bool(args.lora_r)

@@ -30,6 +30,14 @@ def slide(window, log_ratios, costs):
     return torch.cat((window, new), dim=1)[:, -window.shape[1] :]
 
 
+def own_window(windows, rank, ranks):
+    """This rank's window of those of all ranks (ranks, 2, N); if there were more or fewer of them, dealt out anew."""
+    if len(windows) == ranks:
+        return windows[rank]
+    responses = windows.movedim(0, -1).flatten(1)[:, rank::ranks]  # the oldest first
+    return slide(empty_window(ranks, windows.device), *responses)
+
+
 def importance_weighted(windows):
     """(E[cost], effective sample size) from the windows of all ranks (ranks, 2, N); cost NaN below LEAST_SAMPLES.
 

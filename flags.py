@@ -238,8 +238,8 @@ def check_common_flags(parser, args):
 
 
 def check_weights(parameters, step):
-    """Raise NonFinite unless all are finite."""
-    if not all(parameter.isfinite().all() for parameter in parameters):
+    """Raise NonFinite unless all are finite, of sharded ones those of this rank."""
+    if not all(getattr(p, "to_local", lambda p=p: p)().isfinite().all() for p in parameters):
         raise NonFinite(f"step {step} left weights that are not finite: {ADVICE}")
 
 

@@ -35,7 +35,7 @@ import toy_world
 from losses import PAIR_METRICS, dpo_loss, pair_metrics
 from model_files import ModelError, enable_checkpointing, load_model, load_skeleton, load_tokenizer
 from packed_model import TokenLogps, prepare_model
-from packing import epoch_plan, hold_out, pack, passes, send
+from packing import epoch_plan, hold_out, pack, passes_of_rank, send
 from preference_data import DataError, Pair, fingerprint, load_pairs
 from preference_prompt import VECTOR_POSITIONS, PromptError, save_soft_prompt, use_soft_prompt, with_virtual_tokens
 
@@ -99,14 +99,14 @@ def first_vectors(model, tokenizer, args):
     return vectors.detach()
 
 
-def evaluate(model, pairs, ref_logps, held_out, split, args, world):
+def evaluate(model, pairs, ref_logps, held_out, share, args, world):
     """Means over held-out pairs of all ranks {eval_name: mean} and half their 95 % intervals {eval_name_ci95: ...}."""
 
     def measure(indices):
         batch, ref = pack([pairs[i] for i in indices], world.device), send(ref_logps[indices], world.device)
         return pair_losses(model, batch, ref, args)[1]
 
-    sums = distributed.sums_over_ranks(held_out, split, len(METRICS), measure, world)
+    sums = distributed.sums_over_ranks(share(held_out), len(METRICS), measure, world)
     means, squares = (sums / len(held_out)).tolist()
     half = [1.96 * (max(square - mean**2, 0) / len(held_out)) ** 0.5 for mean, square in zip(means, squares)]
     result = {f"eval_{name}": mean for name, mean in zip(METRICS, means)}
@@ -157,10 +157,11 @@ def main(args):
         report.append(f"  held out {len(held_out):,} pairs by whole prompts, {len(train):,} to train on")
     say(*report, sep="\n")
     lengths = [sum(map(len, pair[:3])) for pair in pairs]
-    in_passes = {"batch_size": args.batch_size, "lengths": lengths, "budget": args.tokens_per_microbatch}
+    within = {"ranks": world.size, "batch_size": args.batch_size, "lengths": lengths}
+    within["budget"] = args.tokens_per_microbatch
     if 0 < args.tokens_per_microbatch < max(lengths):
         say(f"Pairs of more than {args.tokens_per_microbatch} tokens take a pass each; the longest has {max(lengths)}")
-    split, accumulation = partial(passes, **in_passes), args.gradient_accumulation_steps
+    share = partial(passes_of_rank, rank=world.rank, **within)
     if world.size > 1:
         facts = {"data": fingerprint(pairs), "checkpoint": checkpoint and checkpoint.name}
         distributed.check_same_on_all_ranks(run_files.flags_of_a_run(args) | facts, world)
@@ -173,8 +174,8 @@ def main(args):
     say(f"{prepare_model(model)} ({world.device}, {str(dtype).removeprefix('torch.')})")
     if args.gradient_checkpointing == "on":
         enable_checkpointing(model)
-    identity = {"script": "learn_prompt.py", "dtype": str(dtype), "processes": world.size}
-    identity |= run_files.flags_that_matter(args) | {"data": fingerprint([pairs[i] for i in train])}
+    identity = {"script": "learn_prompt.py", "dtype": str(dtype)}
+    identity |= run_files.flags_that_matter(args, world.size) | {"data": fingerprint([pairs[i] for i in train])}
     if world.is_main:
         identity["model"] = score_cache.frozen_sha256(model, {})
         if checkpoint:
@@ -189,7 +190,7 @@ def main(args):
             dtype,
             lambda indices: model.packed_logps(pack([pairs[i] for i in indices], world.device)),
             len(pairs),
-            split(range(world.rank, len(pairs), world.size)),
+            share(range(len(pairs))),
             world.device,
             say,
         )
@@ -202,9 +203,8 @@ def main(args):
     say(*distributed.start_lines("soft prompt", parameters, model, args, world, slow_rate=0), sep="\n")
 
     # 4 optimiser
-    plan_epoch = partial(
-        epoch_plan, train, seed=args.seed, accumulation=accumulation, world_size=world.size, **in_passes
-    )
+    accumulation = args.gradient_accumulation_steps
+    plan_epoch = partial(epoch_plan, train, seed=args.seed, accumulation=accumulation, **within)
     updates_per_epoch = len(plan_epoch(epoch=0))
     num_updates = min(args.epochs * updates_per_epoch, args.max_steps or sys.maxsize)
     optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, weight_decay=args.weight_decay)
@@ -220,14 +220,14 @@ def main(args):
     at = {"step": 0, "tokens": 0, "pairs": 0, "history": None}  # pairs: since the last log line
     if checkpoint:
         tensors, at = checkpoints.restore(checkpoint, parameters, optimizer, scheduler, scaler, world)
-        window += tensors["window"][world.rank].to(world.device)
+        window += checkpoints.own_sums(tensors["window"], world)
         say(f"resumed from {checkpoint}")
     log = run_files.MetricsLog(args, world.is_main, checkpoint, at["history"])
     termination = checkpoints.Termination()
     bar = tqdm(total=num_updates, initial=at["step"], desc="updates", disable=not distributed.shows_bars(world))
 
     def evaluate_and_log():
-        metrics = evaluate(model, pairs, ref_logps, held_out, split, args, world)
+        metrics = evaluate(model, pairs, ref_logps, held_out, share, args, world)
         flags.check_held_out(metrics["eval_loss"], at["step"])
         log.write(at["step"], at["step"] / updates_per_epoch, metrics)
         shown = ("loss", "rewards/accuracies", "rewards/margins", "logps/accuracies", "logps/chosen")
@@ -238,10 +238,8 @@ def main(args):
         flags.check_weights(parameters, at["step"])
         tensors = {"chance": distributed.gather(checkpoints.chance(world.device), world)}
         tensors["window"] = distributed.gather(window, world)
-        if world.is_main:
-            at.update(identity=identity, history=log.history)
-            at.update(scheduler=scheduler.state_dict(), scaler=scaler.state_dict())
-            checkpoints.save(args, parameters, optimizer, tensors, at, say)
+        at.update(identity=identity, history=log.history)
+        checkpoints.save(args, world, parameters, optimizer, scheduler, scaler, tensors, at, say)
 
     if held_out and not checkpoint:
         evaluate_and_log()

@@ -93,6 +93,13 @@ def _not_loaded(what, path, error):
     return ModelError(f"no {what} at {path} ({_first_line(error)}): {advice}")
 
 
+def save_whole(model, folder, state):
+    """Write a model that was trained whole: its weights, {name: tensor of one type}, config and generation settings."""
+    model.save_pretrained(folder, state_dict=state)
+    model.config.dtype = next(iter(state.values())).dtype  # save_pretrained has written that of the live weights
+    model.config.save_pretrained(folder)
+
+
 def enable_checkpointing(model):
     """Recompute each block in backward instead of keeping its activations (non-reentrant)."""
     enable = getattr(model, "activation_checkpointing_enable", None)  # the name since transformers 5.2x

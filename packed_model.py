@@ -267,17 +267,15 @@ def _sequences(batch):
 def plain_states(model, batch):
     """response_states the plain way: one sequence at a time, the model's own logits (N, V).  Oracle and fallback."""
     ids = ((len(prompt), torch.cat((prompt, response))[None]) for prompt, response in _sequences(batch))
-    return (
-        torch.cat([model(input_ids=row, use_cache=False).logits[0, split - 1 : -1] for split, row in ids]),
-        None,
-        None,
-    )
+    logits = [model(input_ids=row, use_cache=False).logits[0, split - 1 : -1] for split, row in ids]
+    return torch.cat(logits)[: len(batch.targets)], None, None  # of no pairs: none
 
 
 def _sum_responses(numbers, batch):
     """Per token (N,) or (2, N) -> sums over each response, 2 or 4 tensors (B,)."""
-    sums = torch.stack([response.sum(-1) for response in numbers.split(batch.lengths, dim=-1)], dim=-1)
-    return sums.reshape(-1, len(batch.segments)).unbind()
+    sums = torch.stack([response.sum(-1) for response in numbers.split(batch.lengths or (0, 0), dim=-1)], dim=-1)
+    sums = sums.reshape(-1, len(batch.segments))[:, : len(batch.lengths) // 2]  # of no pairs: none
+    return tuple(side.clone() for side in sums)  # FSDP2 hooks into what leaves a model: not into a view
 
 
 def final_softcap(model):
@@ -295,7 +293,7 @@ def packed_scores(model, batch, head=None):
     """
     ends = _packed_ends(model, batch) if model.packs_pairs else _plain_ends(model, batch)
     wide, head = torch.promote_types(ends.dtype, torch.float32), model.score.weight if head is None else head
-    return (ends.to(wide) * head.to(wide)).sum(-1).chunk(2)
+    return tuple(side.clone() for side in (ends.to(wide) * head.to(wide)).sum(-1).chunk(2))  # as in _sum_responses
 
 
 def _packed_ends(model, batch, layout=None):
@@ -305,7 +303,8 @@ def _packed_ends(model, batch, layout=None):
 def _plain_ends(model, batch):
     """The same hidden states the plain way, one sequence at a time."""
     ids = (torch.cat(pair)[None] for pair in _sequences(batch))
-    return torch.cat([model.base_model(input_ids=row, use_cache=False).last_hidden_state[:, -1] for row in ids])
+    ends = [model.base_model(input_ids=row, use_cache=False).last_hidden_state[:, -1] for row in ids]
+    return torch.cat(ends)[: len(batch.ends)]
 
 
 # -- the choice of path -------------------------------------------------------------------------------------------

@@ -12,23 +12,23 @@ from dataclasses import dataclass
 import torch
 
 
-def epoch_plan(indices, epoch, seed, batch_size, accumulation, world_size, lengths=None, budget=0):
+def epoch_plan(indices, epoch, seed, batch_size, accumulation, ranks, lengths=None, budget=0):
     """The updates of one epoch over pairs `indices`: a list of (pairs in the update, passes of each rank).
 
-    One shuffle that every rank computes alike.  An update is batch_size * accumulation * world_size pairs, the last
-    one what is left; rank r takes every world_size-th pair from r, in passes of batch_size pairs or, with a budget, of
+    One shuffle that every rank computes alike.  An update is batch_size * accumulation * ranks pairs, the last
+    one what is left; rank r takes every ranks-th pair from r, in passes of batch_size pairs or, with a budget, of
     so many tokens at most.  Dividing each loss by the pairs of the whole update makes the gradient independent of the
     split, so that pairs may change places within their update: with a budget they go by length, longest first.
+    All ranks have as many passes, if need be empty ones.
     """
     generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
     order = [indices[place] for place in torch.randperm(len(indices), generator=generator).tolist()]
     updates = []
-    for start in range(0, len(order), batch_size * accumulation * world_size):
-        update = order[start : start + batch_size * accumulation * world_size]
+    for start in range(0, len(order), batch_size * accumulation * ranks):
+        update = order[start : start + batch_size * accumulation * ranks]
         if budget:
             update.sort(key=lambda index: -lengths[index])  # so that every rank gets as many tokens
-        split = [passes(update[rank::world_size], batch_size, lengths, budget) for rank in range(world_size)]
-        updates.append((len(update), split))
+        updates.append((len(update), passes_of_ranks(update, ranks, batch_size, lengths, budget)))
     return updates
 
 
@@ -69,6 +69,20 @@ def passes(indices, batch_size, lengths=None, budget=0):
     return rows
 
 
+def passes_of_ranks(indices, ranks, batch_size, lengths=None, budget=0):
+    """The passes of each rank over its share of the pairs, every ranks-th; as many of them on each, if need be empty
+    ones: where the weights are sharded, no rank goes through the model without the others.
+    """
+    shares = [passes(indices[rank::ranks], batch_size, lengths, budget) for rank in range(ranks)]
+    most = max(map(len, shares))
+    return [share + [[]] * (most - len(share)) for share in shares]
+
+
+def passes_of_rank(indices, rank, ranks, batch_size, lengths=None, budget=0):
+    """passes_of_ranks of one rank."""
+    return passes_of_ranks(indices, ranks, batch_size, lengths, budget)[rank]
+
+
 def hold_out(pairs, num_samples, seed):
     """Split off at least `num_samples` pairs for evaluation, where there are so many: indices (train, held out).
 
@@ -99,7 +113,8 @@ class PackedPairs:
 
 
 def pack(pairs, device="cpu"):
-    """Pairs -> PackedPairs on `device`."""
+    """Pairs -> PackedPairs on `device`; of no pairs a row of three tokens from which nothing is asked."""
+    pairs, empty = pairs or [([0], [0], [0])], not pairs
     input_ids, position_ids, segments = [], [], []
     predictors, targets = ([], []), ([], [])  # of chosen, of rejected
     for prompt, chosen, rejected, *_ in pairs:
@@ -117,6 +132,8 @@ def pack(pairs, device="cpu"):
     lengths = [len(response) for side in (1, 2) for response in (pair[side] for pair in pairs)]
     ends = [segment[side] - 1 for side in (2, 3) for segment in segments]
     fields = input_ids, position_ids, predictors[0] + predictors[1], ends, targets[0] + targets[1], lengths
+    if empty:
+        fields, lengths = (input_ids, position_ids, [], [], [], []), []
     numbers = send(torch.tensor([number for field in fields for number in field]), device)  # one copy for all
     input_ids, position_ids, *others = numbers.split([len(field) for field in fields])
     return PackedPairs(input_ids[None], position_ids[None], tuple(segments), *others, tuple(lengths))

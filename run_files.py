@@ -28,9 +28,10 @@ OF_A_MACHINE = """model tokenizer_name dataset train_helpful_path train_harmless
     val_harmless_path helpful_rm_path harmless_rm_path dataset_path test_dataset_path
     prompt_embedding_path eval_dataset ref_model_path adapter device gradient_checkpointing
     trust_remote_code output_dir logging_dir cache_dir report_to resume ddp_timeout""".split()
-# What may differ between a run and its continuation too.
+# What may differ between a run and its continuation too; of the sizes of a pass the product counts, pairs per update.
 HARMLESS = """num_samples eval_samples max_length max_prompt_length chat_template_strings skip_invalid dtype
-    overwrite save_steps save_total_limit save_merged logging_steps eval_steps""".split()
+    overwrite save_steps save_total_limit save_merged logging_steps eval_steps
+    batch_size gradient_accumulation_steps tokens_per_microbatch""".split()
 AS_THEY_ARE = "loss", "loss_components", "rewards_train", "preference_metrics"  # groups of TensorBoard tags
 NOT_FLAGS = "config given typed local_rank estimate_memory".split()  # of a parsed command line, not to be repeated
 
@@ -39,9 +40,11 @@ class RunFolderError(ValueError):
     """An output folder that cannot be used: one sentence for the user."""
 
 
-def flags_that_matter(args):
-    """The flags that change what is computed, {name: value}."""
-    return {name: value for name, value in flags_of_a_run(args).items() if name not in HARMLESS}
+def flags_that_matter(args, ranks):
+    """The flags that change what is computed, {name: value}; how an update is split into passes and ranks does not."""
+    pairs = args.batch_size * args.gradient_accumulation_steps * ranks
+    what = "pairs per update (batch size x accumulation x ranks)"
+    return {what: pairs} | {name: value for name, value in flags_of_a_run(args).items() if name not in HARMLESS}
 
 
 def flags_of_a_run(args):

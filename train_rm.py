@@ -37,9 +37,17 @@ import score_cache
 import speed
 import toy_world
 from losses import harm_label_loss, reward_loss
-from model_files import ModelError, enable_checkpointing, load_model, load_skeleton, load_tokenizer, pad_unlike_ends
+from model_files import (
+    ModelError,
+    enable_checkpointing,
+    load_model,
+    load_skeleton,
+    load_tokenizer,
+    pad_unlike_ends,
+    save_whole,
+)
 from packed_model import prepare_scores
-from packing import epoch_plan, pack, passes, send
+from packing import epoch_plan, pack, passes_of_rank, send
 from preference_data import DataError, fingerprint, load_pairs
 
 TOY_FOLDER = "outputs/toy_world"
@@ -115,11 +123,11 @@ def score_statistics(scores, labels):
 
 
 @torch.no_grad()
-def evaluate(model, pairs, labels, held_out, split, args, world):
+def evaluate(model, pairs, labels, held_out, share, args, world):
     """The held-out losses and score_statistics, {name: number}; every rank scores its share."""
     sums = torch.zeros(len(METRICS), dtype=torch.float64)
     scores = torch.zeros(len(pairs), 2, dtype=torch.float64)
-    for indices in split(held_out[world.rank :: world.size]):
+    for indices in share(held_out):
         batch, labelled = pack([pairs[i] for i in indices], world.device), send(labels[indices], world.device)
         metrics = pair_losses(model, batch, labelled, args)[1].cpu().double()
         sums += metrics.sum(1)
@@ -131,14 +139,11 @@ def evaluate(model, pairs, labels, held_out, split, args, world):
     return result
 
 
-def save_model(folder, model, tokenizer, record, dtype, whole):
-    """The adapter with its head in PEFT's format or a whole model of transformers', and reward_model.json."""
-    if whole:  # in dtype, from a copy: the live weights go on being trained in fp32
-        state = {name: value.to("cpu", dtype) for name, value in model.state_dict().items()}
+def save_model(folder, model, tokenizer, record, state=None):
+    """The adapter with its head in PEFT's format or, of a `state`, transformers' whole model; and reward_model.json."""
+    if state:
         model.config.pad_token_id = record["pad_token_id"]
-        model.save_pretrained(folder, state_dict=state)
-        model.config.dtype = dtype  # save_pretrained has written that of the live weights
-        model.config.save_pretrained(folder)
+        save_whole(model, folder, state)
     else:
         lora.save_adapter(model, "reward", folder, record["base_model"], model.score.weight)
     tokenizer.pad_token = tokenizer.convert_ids_to_tokens(record["pad_token_id"])
@@ -192,10 +197,11 @@ def main(args):
         if not calibrated:
             say("Without labels of both kinds the score's zero means nothing (calibrated: false)")
     lengths = [sum(map(len, pair[:3])) for pair in pairs]
-    within = {"batch_size": args.batch_size, "lengths": lengths, "budget": args.tokens_per_microbatch}
+    within = {"ranks": world.size, "batch_size": args.batch_size, "lengths": lengths}
+    within["budget"] = args.tokens_per_microbatch
     if 0 < args.tokens_per_microbatch < max(lengths):
         say(f"Pairs of more than {args.tokens_per_microbatch} tokens take a pass each; the longest has {max(lengths)}")
-    split, accumulation = partial(passes, **within), args.gradient_accumulation_steps
+    share = partial(passes_of_rank, rank=world.rank, **within)
     if world.size > 1:
         facts = {"data": fingerprint(pairs), "checkpoint": checkpoint and checkpoint.name}
         distributed.check_same_on_all_ranks(run_files.flags_of_a_run(args) | facts, world)
@@ -204,7 +210,9 @@ def main(args):
     watch.phase("load")
     dtype = distributed.pick_dtype(args.dtype, world)
     weights_dtype = dtype if args.lora_r else torch.float32  # weights that are trained are fp32, computed with in dtype
-    model = load_model(args.model, weights_dtype, world.device, args.trust_remote_code, scores=True)
+    sharded = world.size > 1 and not args.lora_r  # weights, gradients and optimiser over the ranks, from the CPU
+    place = "cpu" if sharded else world.device
+    model = load_model(args.model, weights_dtype, place, args.trust_remote_code, scores=True)
     distributed.seed_everything(args.seed)
     parameters = list(model.parameters())
     if args.lora_r:
@@ -213,8 +221,8 @@ def main(args):
     say(f"{prepare_scores(model)} ({world.device}, {str(dtype).removeprefix('torch.')})")
     if args.gradient_checkpointing == "on" or (args.gradient_checkpointing == "auto" and not args.lora_r):
         enable_checkpointing(model)
-    identity = {"script": "train_rm.py", "dtype": str(dtype), "processes": world.size}
-    identity |= run_files.flags_that_matter(args) | {"data": fingerprint([pairs[i] for i in train])}
+    identity = {"script": "train_rm.py", "dtype": str(dtype)}
+    identity |= run_files.flags_that_matter(args, world.size) | {"data": fingerprint([pairs[i] for i in train])}
     identity["validation data"] = fingerprint([pairs[i] for i in held_out])  # it decides which epoch is the best
     record = None
     if world.is_main:
@@ -230,10 +238,13 @@ def main(args):
             "data_sha256": identity["data"],
             "pad_token_id": pad_unlike_ends(args.model, tokenizer, model.config),
         }
+    if sharded:
+        parameters = distributed.shard(model, model, world, dtype, say)
     say(*distributed.start_lines("", parameters, model, args, world, slow_rate=5e-5), sep="\n")
 
     # 4 optimiser
-    plan_epoch = partial(epoch_plan, train, seed=args.seed, accumulation=accumulation, world_size=world.size, **within)
+    accumulation = args.gradient_accumulation_steps
+    plan_epoch = partial(epoch_plan, train, seed=args.seed, accumulation=accumulation, **within)
     updates_per_epoch = len(plan_epoch(epoch=0))
     num_updates = min(args.epochs * updates_per_epoch, args.max_steps or sys.maxsize)
     optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, weight_decay=args.weight_decay)
@@ -251,7 +262,7 @@ def main(args):
     at = {"step": 0, "tokens": 0, "pairs": 0, "epoch": [0, 0], "kept": 0, "best": None, "history": None}
     if checkpoint:
         tensors, at = checkpoints.restore(checkpoint, parameters, optimizer, scheduler, scaler, world)
-        window += tensors["window"][world.rank].to(world.device)
+        window += checkpoints.own_sums(tensors["window"], world)
         say(f"resumed from {checkpoint}")
         if at["kept"] and not run_files.goes_on(args, checkpoint):
             say(f"The best model so far is in {checkpoint.parent}: {args.output_dir} gets the best from here on")
@@ -266,7 +277,7 @@ def main(args):
         if held_out:
             model.eval()
             with autocast:
-                metrics = evaluate(model, pairs, labels, held_out, split, args, world)
+                metrics = evaluate(model, pairs, labels, held_out, share, args, world)
             model.train()
             flags.check_held_out(metrics["loss"], at["step"])
             written = {f"eval_{name}": value for name, value in metrics.items()}
@@ -279,20 +290,19 @@ def main(args):
         flags.check_weights(parameters, at["step"])
         if at["step"] and (not held_out or at["best"] is None or metrics["loss"] < at["best"]["loss"]):
             at.update(best=metrics, kept=at["step"])
+            state = None if args.lora_r else distributed.whole_state(model, dtype, world)
             if world.is_main:
                 loss = f"val_loss={metrics['loss']:.4f}" if held_out else "no validation: the last one"
                 say(f"Saving best model to {args.output_dir} ({loss})")
                 with run_files.whole_files(args.output_dir) as folder:
-                    save_model(folder, model, tokenizer, record | {"validation": metrics}, dtype, whole=not args.lora_r)
+                    save_model(folder, model, tokenizer, record | {"validation": metrics}, state)
 
     def save_checkpoint():
         flags.check_weights(parameters, at["step"])
         tensors = {"chance": distributed.gather(checkpoints.chance(world.device), world)}
         tensors["window"] = distributed.gather(window, world)
-        if world.is_main:
-            at.update(identity=identity, history=log.history)
-            at.update(scheduler=scheduler.state_dict(), scaler=scaler.state_dict())
-            checkpoints.save(args, parameters, optimizer, tensors, at, say)
+        at.update(identity=identity, history=log.history)
+        checkpoints.save(args, world, parameters, optimizer, scheduler, scaler, tensors, at, say)
 
     if not checkpoint:
         evaluate_and_keep_the_best()
@@ -365,7 +375,8 @@ def main(args):
                 _, head = lora.load_adapter(model, args.output_dir, "best", with_head=True)
                 model.score.weight.data.copy_(head)
                 lora.merge_adapter(model, "best")
-                save_model(folder / "merged", model, tokenizer, record | {"validation": at["best"]}, dtype, whole=True)
+                state = distributed.whole_state(model, dtype, world)
+                save_model(folder / "merged", model, tokenizer, record | {"validation": at["best"]}, state)
         say(f"saved to {args.output_dir}")
     distributed.stop()
 

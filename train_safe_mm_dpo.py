@@ -41,7 +41,7 @@ import run_files
 import score_cache
 import speed
 import toy_world
-from expected_cost import draw, empty_window, importance_weighted, slide
+from expected_cost import draw, empty_window, importance_weighted, own_window, slide
 from losses import (
     PAIR_METRICS,
     Multiplier,
@@ -53,9 +53,9 @@ from losses import (
     pair_metrics,
     soft_label_loss,
 )
-from model_files import ModelError, enable_checkpointing, load_model, load_skeleton, load_tokenizer
+from model_files import ModelError, enable_checkpointing, load_model, load_skeleton, load_tokenizer, save_whole
 from packed_model import TokenLogps, prepare_model, prepare_scores
-from packing import epoch_plan, joined, pack, passes, send
+from packing import epoch_plan, joined, pack, passes, passes_of_rank, send
 from preference_data import DataError, fingerprint, load_pairs
 from sampling import sample
 
@@ -163,7 +163,7 @@ def reference_states(reference, batch):
         return reference.response_states(batch)
 
 
-def evaluate(policy, reference, pairs, facts, held_out, split, multiplier, args, world):
+def evaluate(policy, reference, pairs, facts, held_out, share, multiplier, args, world):
     """Means of METRICS over held-out pairs {eval_name: mean} and half their 95 % intervals {eval_name_ci95: ...}."""
 
     def measure(indices):
@@ -171,7 +171,7 @@ def evaluate(policy, reference, pairs, facts, held_out, split, multiplier, args,
         states = reference_states(reference, batch) if reference else None
         return pair_losses(policy, batch, rows, multiplier, args, states)[1]
 
-    sums, squares = distributed.sums_over_ranks(held_out, split, len(METRICS) + len(COUNTS), measure, world).tolist()
+    sums, squares = distributed.sums_over_ranks(share(held_out), len(METRICS) + len(COUNTS), measure, world).tolist()
     counts = dict(zip(COUNTS, sums[len(METRICS) :], strict=True))
     means = {
         name: (s / counts[of], q / counts[of]) for (name, of), s, q in zip(METRICS.items(), sums, squares) if counts[of]
@@ -188,7 +188,8 @@ def sampled_cost(policy, judge, prompts, tokenizer, split, step, args, world):
     count, room = args.batch_size * args.gradient_accumulation_steps, args.max_length - args.max_prompt_length
     seed = args.seed * 1_000_003 + step
     asked = [ids for ids in draw(prompts, count * world.size, seed, world.rank, world.size) for _ in range(2)]
-    answers = sample(policy, tokenizer, asked, room, (seed + world.rank) % 2**63) if asked else []
+    with distributed.gathered(policy):
+        answers = sample(policy, tokenizer, asked, room, (seed + world.rank) % 2**63) if asked else []
     triples = list(zip(asked[::2], answers[::2], answers[1::2], strict=True))
     total = torch.zeros(2, dtype=torch.float64)  # of costs, of responses
     with lora.use_adapter(judge.model, judge.adapter):
@@ -245,8 +246,10 @@ def main(args):
     counted = (f"{int(n):,} with a {task} label" for task, n in zip(TASKS, labels[train].abs().sum(0).tolist()))
     say(f"{len(train):,} pairs to train on, {', '.join(counted)}")
     lengths = [sum(map(len, pair[:3])) for pair in pairs]
-    within = {"batch_size": args.batch_size, "lengths": lengths, "budget": args.tokens_per_microbatch}
-    split, accumulation = partial(passes, **within), args.gradient_accumulation_steps
+    within = {"ranks": world.size, "batch_size": args.batch_size, "lengths": lengths}
+    within["budget"] = args.tokens_per_microbatch
+    split = partial(passes, batch_size=args.batch_size, budget=args.tokens_per_microbatch)
+    share = partial(passes_of_rank, rank=world.rank, **within)
     costly = [i for i in train if args.cost_prompts == "all" or labels[i, 1]]  # rows whose prompts E[cost] is over
     prompts = list({tuple(pairs[i].prompt_ids): pairs[i].prompt_ids for i in costly}.values())
     if world.size > 1:
@@ -258,13 +261,14 @@ def main(args):
     watch.phase("load")
     dtype = distributed.pick_dtype(args.dtype, world)
     weights_dtype = dtype if args.lora_r else torch.float32  # weights that are trained are fp32, computed with in dtype
-    load = partial(load_model, device=world.device, trust_remote_code=args.trust_remote_code)
+    sharded = world.size > 1 and not args.lora_r  # weights, gradients and optimiser over the ranks, from the CPU
+    load = partial(load_model, device="cpu" if sharded else world.device, trust_remote_code=args.trust_remote_code)
     policy = reference = load(args.model, weights_dtype)
-    if args.ref_model_path or not args.lora_r:
+    if args.ref_model_path or (args.kl_coeff and not args.lora_r):  # else the policy before its first update
         reference = load(args.ref_model_path or args.model, weights_dtype)
         prepare_model(reference)
     home, sha256 = (policy, score_cache.base_sha256(policy)) if records and args.lora_r else (None, None)
-    alone = partial(load, dtype=dtype, scores=True)
+    alone = partial(load, dtype=dtype, device=world.device, scores=True)
     judges = {}
     for task, folder in folders.items():
         judges[task] = reward_models.load(folder, task, records[task], home, sha256, lora.load_adapter, alone)
@@ -281,15 +285,20 @@ def main(args):
         enable_checkpointing(policy)
     autocast = torch.autocast(world.device.type, dtype, enabled=weights_dtype != dtype)
     watch.phase("cache")
-    identity = {"script": "train_safe_mm_dpo.py", "dtype": str(dtype), "processes": world.size}
-    identity |= run_files.flags_that_matter(args) | {"data": fingerprint([pairs[i] for i in train])}
+    identity = {"script": "train_safe_mm_dpo.py", "dtype": str(dtype)}
+    identity |= run_files.flags_that_matter(args, world.size) | {"data": fingerprint([pairs[i] for i in train])}
     base_of = cache(lambda model: score_cache.frozen_sha256(model, {}))  # once for those that share it
-    known = {}  # what the frozen models say of the pairs once and for all, (N, 2) each
-    for role in ("reference", *judges):
-        judge = judges.get(role, reward_models.RewardModel({}, reference, None, None, ""))
+    frozen = {"reference": reward_models.RewardModel({}, reference, None, None, "")} | judges
+    for role, judge in frozen.items():
         weights = lora.adapter_state(judge.model, judge.adapter)
         weights |= {} if judge.head is None else {"head": judge.head}
         identity[role] = world.is_main and base_of(judge.model) + score_cache.weights_sha256(weights.items())
+    if checkpoint and world.is_main:
+        checkpoints.check_identity(checkpoint, identity)
+    if sharded:
+        parameters = distributed.shard(policy, reference, world, dtype, say)
+    known = {}  # what the frozen models say of the pairs once and for all, (N, 2) each
+    for role, judge in frozen.items():
         ask = judge.model.packed_logps if role == "reference" else partial(judge.model.packed_scores, head=judge.head)
         with lora.use_adapter(judge.model, judge.adapter), autocast:
             known[role] = score_cache.frozen_scores(
@@ -300,12 +309,10 @@ def main(args):
                 dtype,
                 lambda indices, ask=ask: ask(pack([pairs[i] for i in indices], world.device)),
                 len(pairs),
-                split(range(world.rank, len(pairs), world.size)),
+                share(range(len(pairs))),
                 world.device,
                 say,
             )
-    if checkpoint and world.is_main:
-        checkpoints.check_identity(checkpoint, identity)
     nothing = torch.zeros(len(pairs), 2)
     margins = [known.get(task, nothing)[:, 0] - known.get(task, nothing)[:, 1] for task in TASKS]
     betas = [dynamic_beta(labels[:, side] * margins[side], args.beta, args.w, args.k) for side in (0, 1)]
@@ -315,12 +322,13 @@ def main(args):
     for task in judges:
         if judges[task] is not judge and judges[task].model is policy:
             lora.remove_adapter(policy, task)
-    judges = base_of = None  # the others leave memory
-    reference = reference if args.kl_coeff or reference is policy else None
+    frozen = judges = base_of = None  # the others leave memory
+    reference = reference if args.kl_coeff or (args.lora_r and reference is policy) else None
     say(*distributed.start_lines("policy model", parameters, policy, args, world, slow_rate=2e-5), sep="\n")
 
     # 4 optimiser
-    plan_epoch = partial(epoch_plan, train, seed=args.seed, accumulation=accumulation, world_size=world.size, **within)
+    accumulation = args.gradient_accumulation_steps
+    plan_epoch = partial(epoch_plan, train, seed=args.seed, accumulation=accumulation, **within)
     updates_per_epoch = len(plan_epoch(epoch=0))
     num_updates = min(args.epochs * updates_per_epoch, args.max_steps or sys.maxsize)
     optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, weight_decay=args.weight_decay)
@@ -339,8 +347,8 @@ def main(args):
     if checkpoint:
         tensors, at = checkpoints.restore(checkpoint, parameters, optimizer, scheduler, scaler, world)
         multiplier.load(at["multiplier"])
-        window += tensors["window"][world.rank].to(world.device)
-        samples = tensors["samples"][world.rank].to(world.device)
+        window += checkpoints.own_sums(tensors["window"], world)
+        samples = own_window(tensors["samples"], world.rank, world.size).to(world.device)
         say(f"resumed from {checkpoint}")
     log = run_files.MetricsLog(args, world.is_main, checkpoint, at["history"])
     termination = checkpoints.Termination()
@@ -362,7 +370,7 @@ def main(args):
     def evaluate_and_log():
         policy.eval()
         with autocast:
-            metrics = evaluate(policy, reference, pairs, facts, held_out, split, multiplier.value, args, world)
+            metrics = evaluate(policy, reference, pairs, facts, held_out, share, multiplier.value, args, world)
         policy.train()
         flags.check_held_out(metrics.get("eval_loss_H", 0) + metrics.get("eval_loss_S", 0), at["step"])
         log.write(at["step"], at["step"] / updates_per_epoch, metrics)
@@ -374,18 +382,14 @@ def main(args):
         flags.check_weights(parameters, at["step"])
         tensors = {"chance": distributed.gather(checkpoints.chance(world.device), world)}
         tensors |= {"window": distributed.gather(window, world), "samples": distributed.gather(samples, world)}
-        if world.is_main:
-            at.update(identity=identity, history=log.history, multiplier=multiplier.state())
-            at.update(scheduler=scheduler.state_dict(), scaler=scaler.state_dict())
-            checkpoints.save(args, parameters, optimizer, tensors, at, say)
+        at.update(identity=identity, history=log.history, multiplier=multiplier.state())
+        checkpoints.save(args, world, parameters, optimizer, scheduler, scaler, tensors, at, say)
 
-    def save_policy(folder):
+    def save_policy(folder, state):
         if args.lora_r:
             lora.save_adapter(policy, "policy", folder, args.model)
-        else:  # in dtype, from a copy: the live weights go on being trained in fp32
-            policy.save_pretrained(folder, state_dict={k: v.to("cpu", dtype) for k, v in policy.state_dict().items()})
-            policy.config.dtype = dtype  # save_pretrained has written that of the live weights
-            policy.config.save_pretrained(folder)
+        else:
+            save_whole(policy, folder, state)
         tokenizer.save_pretrained(folder)
 
     if not checkpoint:
@@ -473,10 +477,12 @@ def main(args):
             grad_norms.clear()
         if held_out and (step == num_updates or (args.eval_steps and step % args.eval_steps == 0)):
             evaluate_and_log()
-        if world.is_main and step % updates_per_epoch == 0:
+        if step % updates_per_epoch == 0:
             flags.check_weights(parameters, step)
-            with run_files.whole_files(args.output_dir) as folder:
-                save_policy(folder / f"epoch_{epoch}")
+            state = None if args.lora_r else distributed.whole_state(policy, dtype, world)
+            if world.is_main:
+                with run_files.whole_files(args.output_dir) as folder:
+                    save_policy(folder / f"epoch_{epoch}", state)
             say(f"Saved epoch {epoch} checkpoint to {args.output_dir}/epoch_{epoch}")
         asked_to_end = distributed.on_any_rank(termination.asked, world)
         if asked_to_end or (args.save_steps and step % args.save_steps == 0):
@@ -494,9 +500,10 @@ def main(args):
     flags.check_weights(parameters, at["step"])
     distributed.assert_same_on_all_ranks([*parameters, torch.tensor([multiplier.value], device=world.device)], world)
     log.close()
+    state = None if args.lora_r else distributed.whole_state(policy, dtype, world)
     if world.is_main:
         with run_files.whole_files(args.output_dir) as folder:
-            save_policy(folder)
+            save_policy(folder, state)
             card = run_files.model_card(args, __file__, "Safe-MM-DPO", log.history, identity["data"], bool(args.lora_r))
             run_files.save_run_record(folder, log, args, __file__, card)
             if args.save_merged:

@@ -40,9 +40,9 @@ import score_cache
 import speed
 import toy_world
 from losses import PAIR_METRICS, aligned_loss, displacement, dpo_loss, nll_loss, pair_metrics
-from model_files import ModelError, enable_checkpointing, load_model, load_skeleton, load_tokenizer
+from model_files import ModelError, enable_checkpointing, load_model, load_skeleton, load_tokenizer, save_whole
 from packed_model import TokenLogps, prepare_model
-from packing import epoch_plan, hold_out, pack, passes, send
+from packing import epoch_plan, hold_out, pack, passes_of_rank, send
 from preference_data import DataError, Pair, fingerprint, load_pairs
 from preference_prompt import (
     TEXT_POSITIONS,
@@ -167,7 +167,7 @@ def reference_states(reference, batch):
         return reference.response_states(batch)
 
 
-def evaluate(policy, reference, pairs, prompted_pairs, facts, held_out, split, args, world):
+def evaluate(policy, reference, pairs, prompted_pairs, facts, held_out, share, args, world):
     """Means over held-out pairs of all ranks {eval_name: mean} and half their 95 % intervals {eval_name_ci95: ...}."""
 
     def measure(indices):
@@ -176,7 +176,7 @@ def evaluate(policy, reference, pairs, prompted_pairs, facts, held_out, split, a
         states = reference_states(reference, batch) if reference else None
         return pair_losses(policy, batch, prompted, rows, args, states)[2]
 
-    sums, squares = distributed.sums_over_ranks(held_out, split, len(METRICS) + 2, measure, world)
+    sums, squares = distributed.sums_over_ranks(share(held_out), len(METRICS) + 2, measure, world)
     means, squares = (sums / len(held_out)).tolist(), (squares / len(held_out)).tolist()
     half = [1.96 * (max(square - mean**2, 0) / len(held_out)) ** 0.5 for mean, square in zip(means, squares)]
     result = {f"eval_{name}": mean for name, mean in as_means(sums.tolist(), len(held_out), args).items()}
@@ -248,10 +248,11 @@ def main(args):
     text = "" if vectors is not None else f"  {tokenizer.decode(prompted_pairs[0].prompt_ids)!r}"
     say(f"  row 0 prompt   {len(prompted_pairs[0].prompt_ids):4} tokens with the preference{text}")
     lengths = [sum(map(len, pair[:3])) for pair in pairs]
-    in_passes = {"batch_size": args.batch_size, "lengths": lengths, "budget": args.tokens_per_microbatch}
+    within = {"ranks": world.size, "batch_size": args.batch_size, "lengths": lengths}
+    within["budget"] = args.tokens_per_microbatch
     if 0 < args.tokens_per_microbatch < max(lengths):
         say(f"Pairs of more than {args.tokens_per_microbatch} tokens take a pass each; the longest has {max(lengths)}")
-    split, accumulation = partial(passes, **in_passes), args.gradient_accumulation_steps
+    share = partial(passes_of_rank, rank=world.rank, **within)
     preference = fingerprint(prompted_pairs)
     if vectors is not None:
         preference += score_cache.weights_sha256([("soft prompt", vectors)])
@@ -263,8 +264,9 @@ def main(args):
     watch.phase("load")
     dtype = distributed.pick_dtype(args.dtype, world)
     weights_dtype = dtype if args.lora_r else torch.float32  # weights that are trained are fp32, computed with in dtype
-    load = partial(load_model, dtype=weights_dtype, device=world.device, trust_remote_code=args.trust_remote_code)
-    policy = reference = load(args.model)
+    sharded = world.size > 1 and not args.lora_r  # weights, gradients and optimiser over the ranks, from the CPU
+    load = partial(load_model, device="cpu" if sharded else world.device, trust_remote_code=args.trust_remote_code)
+    policy = reference = load(args.model, weights_dtype)
     distributed.seed_everything(args.seed)
     parameters = list(policy.parameters())
     if args.lora_r:
@@ -273,13 +275,11 @@ def main(args):
     say(f"{prepare_model(policy)} ({world.device}, {str(dtype).removeprefix('torch.')})")
     if args.gradient_checkpointing == "on" or (args.gradient_checkpointing == "auto" and not args.lora_r):
         enable_checkpointing(policy)
-    if args.ref_model_path or not args.lora_r:
-        reference = load(args.ref_model_path or args.model)
+    if args.ref_model_path or (args.lambda_kl and not args.lora_r):  # else the policy before its first update
+        reference = load(args.ref_model_path or args.model, weights_dtype)
         prepare_model(reference)
-    for model in {policy, reference} if vectors is not None else ():
-        use_soft_prompt(model, vectors.to(world.device))
-    identity = {"script": "train_with_preference_prompt.py", "dtype": str(dtype), "processes": world.size}
-    identity |= run_files.flags_that_matter(args) | {"data": fingerprint([pairs[i] for i in train])}
+    identity = {"script": "train_with_preference_prompt.py", "dtype": str(dtype)}
+    identity |= run_files.flags_that_matter(args, world.size) | {"data": fingerprint([pairs[i] for i in train])}
     identity["preference"] = preference
     if world.is_main:
         identity["base model"] = identity["reference"] = score_cache.frozen_sha256(policy, {})
@@ -287,12 +287,16 @@ def main(args):
             identity["reference"] = score_cache.frozen_sha256(reference, {})
         if checkpoint:
             checkpoints.check_identity(checkpoint, identity)
+    if sharded:
+        parameters = distributed.shard(policy, reference, world, dtype, say)
+    for model in {policy, reference} if vectors is not None else ():
+        use_soft_prompt(model, vectors.to(world.device))
     autocast = torch.autocast(world.device.type, dtype, enabled=weights_dtype != dtype)
     watch.phase("cache")
 
     def frozen_logps(rows, role, sha256):
         """What the reference gives to chosen and rejected of each row, (N, 2), once and for all."""
-        share, within = range(world.rank, len(rows), world.size), [sum(map(len, row[:3])) for row in rows]
+        mine = within | {"lengths": [sum(map(len, row[:3])) for row in rows]}
         with lora.use_adapter(reference, None), autocast:
             return score_cache.frozen_scores(
                 args.cache_dir or f"{args.output_dir}/cache",
@@ -302,7 +306,7 @@ def main(args):
                 dtype,
                 lambda indices: reference.packed_logps(pack([rows[i] for i in indices], world.device)),
                 len(rows),
-                passes(share, args.batch_size, within, args.tokens_per_microbatch),
+                passes_of_rank(range(len(rows)), world.rank, **mine),
                 world.device,
                 say,
             )
@@ -318,9 +322,8 @@ def main(args):
     say(*distributed.start_lines("policy model", parameters, policy, args, world, slow_rate=2e-5), sep="\n")
 
     # 4 optimiser
-    plan_epoch = partial(
-        epoch_plan, train, seed=args.seed, accumulation=accumulation, world_size=world.size, **in_passes
-    )
+    accumulation = args.gradient_accumulation_steps
+    plan_epoch = partial(epoch_plan, train, seed=args.seed, accumulation=accumulation, **within)
     updates_per_epoch = len(plan_epoch(epoch=0))
     num_updates = min(args.epochs * updates_per_epoch, args.max_steps or sys.maxsize)
     optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, weight_decay=args.weight_decay)
@@ -336,7 +339,7 @@ def main(args):
     at = {"step": 0, "tokens": 0, "pairs": 0, "warned": False, "history": None}  # pairs: since the last log line
     if checkpoint:
         tensors, at = checkpoints.restore(checkpoint, parameters, optimizer, scheduler, scaler, world)
-        window += tensors["window"][world.rank].to(world.device)
+        window += checkpoints.own_sums(tensors["window"], world)
         say(f"resumed from {checkpoint}")
     log = run_files.MetricsLog(args, world.is_main, checkpoint, at["history"])
     termination = checkpoints.Termination()
@@ -345,7 +348,7 @@ def main(args):
     def evaluate_and_log():
         policy.eval()
         with autocast:
-            metrics = evaluate(policy, reference, pairs, prompted_pairs, facts, held_out, split, args, world)
+            metrics = evaluate(policy, reference, pairs, prompted_pairs, facts, held_out, share, args, world)
         policy.train()
         flags.check_held_out(metrics["eval_loss"], at["step"])
         log.write(at["step"], at["step"] / updates_per_epoch, metrics)
@@ -358,11 +361,9 @@ def main(args):
         flags.check_weights(parameters, at["step"])
         tensors = {"chance": distributed.gather(checkpoints.chance(world.device), world)}
         tensors["window"] = distributed.gather(window, world)
-        if world.is_main:
-            at.update(identity=identity, history=log.history)
-            at.update(scheduler=scheduler.state_dict(), scaler=scaler.state_dict())
-            add_adapter = partial(lora.save_adapter, policy, "policy", base_model=args.model) if args.lora_r else None
-            checkpoints.save(args, parameters, optimizer, tensors, at, say, add_adapter)
+        at.update(identity=identity, history=log.history)
+        add_adapter = partial(lora.save_adapter, policy, "policy", base_model=args.model) if args.lora_r else None
+        checkpoints.save(args, world, parameters, optimizer, scheduler, scaler, tensors, at, say, add_adapter)
 
     if held_out and not checkpoint:
         evaluate_and_log()
@@ -433,12 +434,13 @@ def main(args):
     flags.check_weights(parameters, at["step"])
     distributed.assert_same_on_all_ranks(parameters, world)
     log.close()
+    state = None if args.lora_r else distributed.whole_state(policy, dtype, world)
     if world.is_main:
         with run_files.whole_files(args.output_dir) as folder:
             if args.lora_r:
                 lora.save_adapter(policy, "policy", folder, args.model)
             else:
-                policy.to(dtype).save_pretrained(folder)
+                save_whole(policy, folder, state)
             tokenizer.save_pretrained(folder)
             method, lora_on = "preference-guided DPO", bool(args.lora_r)
             card = run_files.model_card(args, __file__, method, log.history, identity["data"], lora_on)

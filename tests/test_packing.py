@@ -69,23 +69,26 @@ def test_every_pair_comes_once_in_micro_batches_of_the_asked_size(num_pairs, spl
     window = batch_size * accumulation * world_size
     for number, (count, ranks) in enumerate(plan):
         shares = [sum(map(len, rank)) for rank in ranks]
-        assert len(ranks) == world_size
+        assert len(ranks) == world_size and len({len(rank) for rank in ranks}) == 1, "in step"
         assert count == sum(shares) == min(window, num_pairs - number * window)  # only the last window is short
         assert max(shares) - min(shares) <= 1
         for rank in ranks:
             assert len(rank) <= accumulation
-            assert all(len(micro) == batch_size for micro in rank[:-1])
-            assert all(0 < len(micro) <= batch_size for micro in rank)
+            filled = [micro for micro in rank if micro]
+            assert rank[: len(filled)] == filled, "empty passes come last"
+            assert all(len(micro) == batch_size for micro in filled[:-1])
+            assert all(len(micro) <= batch_size for micro in filled)
+        assert max(len([micro for micro in rank if micro]) for rank in ranks) == len(ranks[0]), "and no more of them"
 
 
-def test_a_rank_without_pairs_in_the_last_window_has_no_micro_batches():
-    count, ranks = epoch_plan(range(9), epoch=0, seed=3, batch_size=2, accumulation=1, world_size=4)[-1]
+def test_a_rank_without_pairs_in_the_last_window_has_an_empty_pass():
+    count, ranks = epoch_plan(range(9), epoch=0, seed=3, batch_size=2, accumulation=1, ranks=4)[-1]
     assert count == 1
-    assert [len(rank) for rank in ranks] == [1, 0, 0, 0]
+    assert [[len(micro) for micro in rank] for rank in ranks] == [[1], [0], [0], [0]]
 
 
 def test_the_plan_depends_on_seed_and_epoch_and_on_nothing_else():
-    split = dict(batch_size=2, accumulation=2, world_size=2)
+    split = dict(batch_size=2, accumulation=2, ranks=2)
     plans = {(seed, epoch): epoch_plan(range(50), epoch, seed, **split) for seed in range(4) for epoch in range(4)}
     for one, other in itertools.combinations(plans, 2):
         assert plans[one] != plans[other], f"{one} and {other} give one order"
