@@ -12,8 +12,8 @@ Deviations from the paper: AdamW instead of RMSprop; label smoothing, robust, hi
     python dpo_hf_run.py --model Qwen/Qwen3-0.6B --dataset pairs.jsonl --learning-rate 1e-4    # one GPU
     torchrun --nproc_per_node=4 dpo_hf_run.py --dataset pairs.jsonl --learning-rate 1e-4       # four GPUs
 
-Copy with: checkpoints.py distributed.py flags.py lora.py losses.py memory_estimate.py model_files.py packed_model.py
-    packing.py preference_data.py run_files.py score_cache.py speed.py toy_world.py
+Copy with: checkpoints.py distributed.py flags.py lora.py losses.py memory_estimate.py model_files.py optimizers.py
+    packed_model.py packing.py preference_data.py run_files.py score_cache.py speed.py toy_world.py
 """
 
 import itertools
@@ -29,6 +29,7 @@ import distributed
 import flags
 import lora
 import memory_estimate
+import optimizers
 import run_files
 import score_cache
 import speed
@@ -114,6 +115,8 @@ def add_adapters(policy, args):
 def main(args):
     # 1 setup
     world = distributed.start(args.device, args.ddp_timeout)
+    sharded = world.size > 1 and not args.lora_r  # weights, gradients and optimiser, over the ranks
+    optimizers.check(args, world.device.type, sharded)
     watch = speed.Stopwatch(world.device, "start")
     say = partial(distributed.print0, world)
     checkpoint = checkpoints.find(args.output_dir, args.resume, say)
@@ -172,7 +175,6 @@ def main(args):
     watch.phase("load")
     dtype = distributed.pick_dtype(args.dtype, world)
     weights_dtype = dtype if args.lora_r else torch.float32  # weights that are trained are fp32, computed with in dtype
-    sharded = world.size > 1 and not args.lora_r  # weights, gradients and optimiser over the ranks, from the CPU
     load = partial(load_model, device="cpu" if sharded else world.device, trust_remote_code=args.trust_remote_code)
     policy = reference = load(args.model, weights_dtype)
     distributed.seed_everything(args.seed)
@@ -193,7 +195,7 @@ def main(args):
         if checkpoint:
             checkpoints.check_identity(checkpoint, identity)
     if sharded:
-        parameters = distributed.shard(policy, reference, world, dtype, say)
+        parameters = distributed.shard(policy, reference, world, dtype, say, args.optimizer_offload)
     autocast = torch.autocast(world.device.type, dtype, enabled=weights_dtype != dtype)
     watch.phase("cache")
     with lora.use_adapter(policy, "ref" if args.adapter else None), autocast:
@@ -218,7 +220,7 @@ def main(args):
     plan_epoch = partial(epoch_plan, train, seed=args.seed, accumulation=accumulation, **within)
     updates_per_epoch = len(plan_epoch(epoch=0))
     num_updates = min(args.epochs * updates_per_epoch, args.max_steps or sys.maxsize)
-    optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, weight_decay=args.weight_decay)
+    optimizer = optimizers.make_optimizer(parameters, args)
     scheduler = get_scheduler(args.lr_scheduler, optimizer, args.warmup_steps, num_updates)
     scaler = torch.amp.GradScaler(world.device.type, enabled=dtype == torch.float16)
     distributed.assert_same_on_all_ranks(parameters, world)
@@ -339,7 +341,7 @@ def main(args):
 
 
 USER_ERRORS = (DataError, ModelError, lora.AdapterError, distributed.DeviceError, run_files.RunFolderError)
-USER_ERRORS += (checkpoints.CheckpointError,)
+USER_ERRORS += checkpoints.CheckpointError, optimizers.OptimizerError
 
 if __name__ == "__main__":
     flags.run(main, get_args(), *USER_ERRORS)

@@ -187,6 +187,8 @@ def add_common_flags(
     add("--warmup-steps", type=count, default=0, metavar="N", help="updates over which the rate rises from 0")
     add("--lr-scheduler", choices=("linear", "cosine", "constant"), default="linear", help="how the rate falls")
     add("--weight-decay", type=rate, default=0.0, metavar="W", help="of AdamW")
+    add("--optimizer", choices=("adamw", "adamw8bit"), default="adamw", help="adamw8bit: 8-bit moments (bitsandbytes)")
+    add("--optimizer-offload", action="store_true", help="AdamW's moments in the CPU's memory: slower")
     add("--max-grad-norm", type=rate, default=1.0, metavar="G", help="clip the gradient's norm; 0: no clipping")
     # machine
     add(

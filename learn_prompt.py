@@ -12,7 +12,7 @@ Deviations from prompt tuning's paper: preference pairs instead of targets; Adam
     python learn_prompt.py --model Qwen/Qwen2.5-1.5B-Instruct --dataset-path pairs.jsonl --prompt-init vocab  # one GPU
     torchrun --nproc_per_node=4 learn_prompt.py --dataset-path pairs.jsonl --prompt-init vocab             # four GPUs
 
-Copy with: checkpoints.py distributed.py flags.py losses.py memory_estimate.py model_files.py
+Copy with: checkpoints.py distributed.py flags.py losses.py memory_estimate.py model_files.py optimizers.py
     packed_model.py packing.py preference_data.py preference_prompt.py run_files.py score_cache.py speed.py toy_world.py
 """
 
@@ -28,6 +28,7 @@ import checkpoints
 import distributed
 import flags
 import memory_estimate
+import optimizers
 import run_files
 import score_cache
 import speed
@@ -116,6 +117,7 @@ def evaluate(model, pairs, ref_logps, held_out, share, args, world):
 def main(args):
     # 1 setup
     world = distributed.start(args.device, args.ddp_timeout)
+    optimizers.check(args, world.device.type)
     watch = speed.Stopwatch(world.device, "start")
     say = partial(distributed.print0, world)
     checkpoint = checkpoints.find(args.output_dir, args.resume, say)
@@ -207,7 +209,7 @@ def main(args):
     plan_epoch = partial(epoch_plan, train, seed=args.seed, accumulation=accumulation, **within)
     updates_per_epoch = len(plan_epoch(epoch=0))
     num_updates = min(args.epochs * updates_per_epoch, args.max_steps or sys.maxsize)
-    optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, weight_decay=args.weight_decay)
+    optimizer = optimizers.make_optimizer(parameters, args)
     scheduler = get_scheduler(args.lr_scheduler, optimizer, args.warmup_steps, num_updates)
     scaler = torch.amp.GradScaler(world.device.type, enabled=dtype == torch.float16)
     distributed.assert_same_on_all_ranks(parameters, world)
@@ -308,7 +310,7 @@ def main(args):
 
 
 USER_ERRORS = (DataError, ModelError, PromptError, distributed.DeviceError, run_files.RunFolderError)
-USER_ERRORS += (checkpoints.CheckpointError,)
+USER_ERRORS += checkpoints.CheckpointError, optimizers.OptimizerError
 
 if __name__ == "__main__":
     flags.run(main, get_args(), *USER_ERRORS)

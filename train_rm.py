@@ -14,8 +14,8 @@ Deviations: the label terms are per row, so rows without labels train the rankin
     python train_rm.py --task helpful --config configs/rm_config.yaml                          # one GPU
     torchrun --nproc_per_node=8 train_rm.py --task harmless --config configs/rm_config.yaml    # eight GPUs
 
-Copy with: checkpoints.py distributed.py flags.py lora.py losses.py memory_estimate.py model_files.py packed_model.py
-    packing.py preference_data.py run_files.py score_cache.py speed.py toy_world.py
+Copy with: checkpoints.py distributed.py flags.py lora.py losses.py memory_estimate.py model_files.py optimizers.py
+    packed_model.py packing.py preference_data.py run_files.py score_cache.py speed.py toy_world.py
 """
 
 import itertools
@@ -32,6 +32,7 @@ import distributed
 import flags
 import lora
 import memory_estimate
+import optimizers
 import run_files
 import score_cache
 import speed
@@ -154,6 +155,8 @@ def save_model(folder, model, tokenizer, record, state=None):
 def main(args):
     # 1 setup
     world = distributed.start(args.device, args.ddp_timeout)
+    sharded = world.size > 1 and not args.lora_r  # weights, gradients and optimiser, over the ranks
+    optimizers.check(args, world.device.type, sharded)
     watch = speed.Stopwatch(world.device, "start")
     say = partial(distributed.print0, world)
     checkpoint = checkpoints.find(args.output_dir, args.resume, say)
@@ -210,7 +213,6 @@ def main(args):
     watch.phase("load")
     dtype = distributed.pick_dtype(args.dtype, world)
     weights_dtype = dtype if args.lora_r else torch.float32  # weights that are trained are fp32, computed with in dtype
-    sharded = world.size > 1 and not args.lora_r  # weights, gradients and optimiser over the ranks, from the CPU
     place = "cpu" if sharded else world.device
     model = load_model(args.model, weights_dtype, place, args.trust_remote_code, scores=True)
     distributed.seed_everything(args.seed)
@@ -239,7 +241,7 @@ def main(args):
             "pad_token_id": pad_unlike_ends(args.model, tokenizer, model.config),
         }
     if sharded:
-        parameters = distributed.shard(model, model, world, dtype, say)
+        parameters = distributed.shard(model, model, world, dtype, say, args.optimizer_offload)
     say(*distributed.start_lines("", parameters, model, args, world, slow_rate=5e-5), sep="\n")
 
     # 4 optimiser
@@ -247,7 +249,7 @@ def main(args):
     plan_epoch = partial(epoch_plan, train, seed=args.seed, accumulation=accumulation, **within)
     updates_per_epoch = len(plan_epoch(epoch=0))
     num_updates = min(args.epochs * updates_per_epoch, args.max_steps or sys.maxsize)
-    optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, weight_decay=args.weight_decay)
+    optimizer = optimizers.make_optimizer(parameters, args)
     scheduler = get_scheduler(args.lr_scheduler, optimizer, args.warmup_steps, num_updates)
     scaler = torch.amp.GradScaler(world.device.type, enabled=dtype == torch.float16)
     autocast = torch.autocast(world.device.type, dtype, enabled=weights_dtype != dtype)
@@ -382,7 +384,7 @@ def main(args):
 
 
 USER_ERRORS = (DataError, ModelError, lora.AdapterError, distributed.DeviceError, run_files.RunFolderError)
-USER_ERRORS += (checkpoints.CheckpointError,)
+USER_ERRORS += checkpoints.CheckpointError, optimizers.OptimizerError
 
 if __name__ == "__main__":
     flags.run(main, get_args(), *USER_ERRORS)

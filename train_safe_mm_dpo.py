@@ -18,7 +18,7 @@ Deviations from the papers: E[cost] is of offline prompts, sampled every few upd
     torchrun --nproc_per_node=8 train_safe_mm_dpo.py --config configs/dpo_config.yaml       # eight GPUs
 
 Copy with: checkpoints.py distributed.py expected_cost.py flags.py lora.py losses.py memory_estimate.py model_files.py
-    packed_model.py packing.py preference_data.py reward_models.py run_files.py sampling.py score_cache.py
+    optimizers.py packed_model.py packing.py preference_data.py reward_models.py run_files.py sampling.py score_cache.py
     speed.py toy_world.py
 """
 
@@ -36,6 +36,7 @@ import distributed
 import flags
 import lora
 import memory_estimate
+import optimizers
 import reward_models
 import run_files
 import score_cache
@@ -203,6 +204,8 @@ def sampled_cost(policy, judge, prompts, tokenizer, split, step, args, world):
 def main(args):
     # 1 setup
     world = distributed.start(args.device, args.ddp_timeout)
+    sharded = world.size > 1 and not args.lora_r  # weights, gradients and optimiser, over the ranks
+    optimizers.check(args, world.device.type, sharded)
     watch = speed.Stopwatch(world.device, "start")
     say = partial(distributed.print0, world)
     checkpoint = checkpoints.find(args.output_dir, args.resume, say)
@@ -261,7 +264,6 @@ def main(args):
     watch.phase("load")
     dtype = distributed.pick_dtype(args.dtype, world)
     weights_dtype = dtype if args.lora_r else torch.float32  # weights that are trained are fp32, computed with in dtype
-    sharded = world.size > 1 and not args.lora_r  # weights, gradients and optimiser over the ranks, from the CPU
     load = partial(load_model, device="cpu" if sharded else world.device, trust_remote_code=args.trust_remote_code)
     policy = reference = load(args.model, weights_dtype)
     if args.ref_model_path or (args.kl_coeff and not args.lora_r):  # else the policy before its first update
@@ -296,7 +298,7 @@ def main(args):
     if checkpoint and world.is_main:
         checkpoints.check_identity(checkpoint, identity)
     if sharded:
-        parameters = distributed.shard(policy, reference, world, dtype, say)
+        parameters = distributed.shard(policy, reference, world, dtype, say, args.optimizer_offload)
     known = {}  # what the frozen models say of the pairs once and for all, (N, 2) each
     for role, judge in frozen.items():
         ask = judge.model.packed_logps if role == "reference" else partial(judge.model.packed_scores, head=judge.head)
@@ -331,7 +333,7 @@ def main(args):
     plan_epoch = partial(epoch_plan, train, seed=args.seed, accumulation=accumulation, **within)
     updates_per_epoch = len(plan_epoch(epoch=0))
     num_updates = min(args.epochs * updates_per_epoch, args.max_steps or sys.maxsize)
-    optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, weight_decay=args.weight_decay)
+    optimizer = optimizers.make_optimizer(parameters, args)
     scheduler = get_scheduler(args.lr_scheduler, optimizer, args.warmup_steps, num_updates)
     scaler = torch.amp.GradScaler(world.device.type, enabled=dtype == torch.float16)
     multiplier = Multiplier(args.lambda_init, args.lambda_lr, args.lambda_min, args.lambda_max)
@@ -515,7 +517,7 @@ def main(args):
 
 
 USER_ERRORS = (DataError, ModelError, lora.AdapterError, distributed.DeviceError, run_files.RunFolderError)
-USER_ERRORS += (checkpoints.CheckpointError, reward_models.RewardModelError)
+USER_ERRORS += (checkpoints.CheckpointError, optimizers.OptimizerError, reward_models.RewardModelError)
 
 if __name__ == "__main__":
     flags.run(main, get_args(), *USER_ERRORS)

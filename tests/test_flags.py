@@ -4,6 +4,7 @@
 
 import json
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,12 @@ from safetensors.torch import load_file
 from test_preference_data import CHATML, char_tokenizer, write_rows
 
 import dpo_hf_run
+import learn_prompt
 import train_rm
+import train_safe_mm_dpo
+import train_with_preference_prompt
+
+SCRIPTS = dpo_hf_run, learn_prompt, train_rm, train_safe_mm_dpo, train_with_preference_prompt
 
 ROOT = Path(__file__).resolve().parent.parent
 pytestmark = pytest.mark.usefixtures("script_name")
@@ -60,6 +66,8 @@ DEFAULTS = dict(
     lr_scheduler="linear",
     weight_decay=0.0,
     max_grad_norm=1.0,
+    optimizer="adamw",
+    optimizer_offload=False,
     nll_coeff=0.0,
     beta=0.1,
     loss="sigmoid",
@@ -484,6 +492,7 @@ def test_flag_changes_the_adapter(plain, run, changes):
         dict(num_samples=0),
         dict(epochs=2),
         dict(max_grad_norm=1e9),
+        dict(optimizer_offload=True),
     ],
     ids=lambda changes: " ".join(f"{name}={value}" for name, value in changes.items()),
 )
@@ -491,6 +500,29 @@ def test_flag_leaves_the_adapter_byte_for_byte(plain, run, changes):
     if "max_grad_norm" in changes:  # no clipping at all is what a high bound is
         plain = run(max_grad_norm=0)
     assert run(**changes).bytes == plain.bytes
+
+
+def test_8_bit_moments(plain, run):
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed (pip install bitsandbytes)")
+    assert run(optimizer="adamw8bit", lora_r=256).bytes != run(lora_r=256).bytes  # tensors of 8,192 numbers
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_8_bit_moments_without_bitsandbytes(monkeypatch, capsys, tmp_path, script):
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py"])
+    own = {train_rm: ["--task=helpful"], train_with_preference_prompt: ["--preference-text=x"]}
+    own[learn_prompt] = ["--prompt-init=vocab"]
+    with pytest.raises(SystemExit) as exit:
+        run_script(
+            [*own.get(script, []), "--model=nowhere", f"--output-dir={tmp_path / 'out'}", "--optimizer=adamw8bit"],
+            script,
+        )
+    assert exit.value.code == 2
+    line = one_line(capsys)
+    assert line.startswith(f"{script.__name__}.py: --optimizer adamw8bit needs bitsandbytes (")
+    assert line.endswith("): pip install bitsandbytes, or --optimizer adamw")
+    assert not (tmp_path / "out").exists()
 
 
 def test_gradient_checkpointing_runs_each_block_again(monkeypatch, run):

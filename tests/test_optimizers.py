@@ -59,7 +59,8 @@ class Training:
     def save(self, folder):
         folder.mkdir()
         at = {"scheduler": self.scheduler.state_dict(), "scaler": self.scaler.state_dict()}
-        checkpoints.save_state(folder, self.parameters, self.optimizer, {}, at)
+        at["rates"] = [group["lr"] for group in self.optimizer.param_groups]
+        checkpoints.save_state(folder, checkpoints.training_tensors(self.parameters, self.optimizer), at)
 
     def restore(self, folder):
         _, at = checkpoints.load_state(folder, self.parameters, self.optimizer)

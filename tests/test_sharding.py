@@ -3,6 +3,7 @@ any number of ranks.
 """
 
 import json
+import re
 import shutil
 
 import pytest
@@ -64,7 +65,7 @@ def run(world, script, ranks, out, *changes):
 
 
 def weights(out):
-    return load_file(out / "model.safetensors")
+    return load_file(next(out.glob("*model.safetensors")))  # of a whole model or of an adapter
 
 
 def distance(one, other):
@@ -123,12 +124,36 @@ def test_a_checkpoint_of_two_ranks_goes_on_with_any_number(world, one_process, t
     assert exact, "with the same number of ranks it is the same run bit for bit"
 
 
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_with_lora_too_a_run_goes_on_with_another_number_of_ranks(world, tmp_path, script):
+    """What each rank has of its own is dealt out anew: sums to log, and the window of importance weights."""
+    each = ["--lora-r=4", "--save-steps=3", "--logging-steps=4"]
+    each += {"dpo_hf_run": [], "train_safe_mm_dpo": ["--lora-dropout=0", "--cost-estimate=snis"]}.get(
+        script, ["--lora-dropout=0"]
+    )
+    run(world, script, 2, tmp_path / "2", *each)
+    for ranks in (1, 4):
+        shutil.copytree(tmp_path / "2/checkpoint-3", tmp_path / f"{ranks}/checkpoint-3")
+        run(world, script, ranks, tmp_path / f"{ranks}", *each, "--resume=auto")
+        assert distance(weights(tmp_path / f"{ranks}"), weights(tmp_path / "2")) < 1e-6
+        assert_same_lines(tmp_path / f"{ranks}", tmp_path / "2")
+
+
+def test_another_number_of_pairs_per_update_is_another_run(world, tmp_path, capsys):
+    out = tmp_path / "out"
+    run(world, "dpo_hf_run", 2, out, "--save-steps=3", "--max-steps=3")
+    what = "pairs per update (batch size x accumulation x ranks) was 8 and is 16; start it the same way"
+    with pytest.raises(AssertionError, match=re.escape(f"{out}/checkpoint-3 is of another run: {what}")):
+        run(world, "dpo_hf_run", 4, out, "--batch-size=4", "--resume=auto")
+
+
 @pytest.mark.parametrize(
     "script, changes",
     [
         ("dpo_hf_run", ["--ref-model-path={world}/other"]),
         ("dpo_hf_run", ["--gradient-checkpointing=on", "--max-grad-norm=0.5"]),
         ("dpo_hf_run", ["--gradient-checkpointing=off", "--tokens-per-microbatch=40"]),
+        ("dpo_hf_run", ["--optimizer-offload"]),
         ("train_safe_mm_dpo", ["--ref-model-path={world}/other", "--combine=soft", "--beta=1"]),
         ("train_with_preference_prompt", ["--lambda-kl=0", "--teacher=ref"]),
     ],

@@ -79,6 +79,8 @@ DEFAULTS = dict(
     max_prompt_length=256,
     weight_decay=0.0,
     max_grad_norm=1.0,
+    optimizer="adamw",
+    optimizer_offload=False,
     seed=42,
 )
 
