@@ -4,7 +4,7 @@
     cost = -harmless score;  harm rate = share of responses with harmless score below 0          arXiv:2310.12773
     KL to the base = mean over response tokens of sum_v pi(v) * (log pi(v) - log base(v)), over the whole vocabulary
 
-Every policy samples each batch with the same seed; differences to the base are of the same prompts.  Intervals are the
+Every policy draws each response by the same chance; differences to the base are of the same prompts.  Intervals are the
 middle 95 % of 1,000 bootstrap resamples of the prompts.  A harmless model that is not calibrated has no zero: there are
 quantiles of its score then instead of a harm rate, and `safe` means at least the score of the base's response.
 
@@ -174,9 +174,10 @@ def sampled(model, tokenizer, adapter, prompts, args, bar):
     """Responses (ids) of one policy, args.num_responses to each prompt in turn; adapter None: the base."""
     wanted, responses = [prompt.ids for prompt in prompts for _ in range(args.num_responses)], []
     with lora.use_adapter(model, adapter):
-        for batch, some in enumerate(passes(wanted, args.batch_size)):
-            seed = (args.seed * 1_000_003 + batch) % 2**63  # the same for each policy: like draws, where they agree
-            responses += sample(model, tokenizer, some, args.max_new_tokens, seed, args.temperature, args.top_p)
+        for some in passes(wanted, args.batch_size):
+            places = range(len(responses), len(responses) + len(some))  # like draws for each policy, where they agree
+            settings = args.max_new_tokens, args.seed, args.temperature, args.top_p, places
+            responses += sample(model, tokenizer, some, *settings)
             bar.update(len(some))
     return responses
 

@@ -3,8 +3,8 @@
     rows out    prompt, response; with a reward, reward; what else the prompt's row had (a category) goes along
     --pairs     prompt, chosen, rejected, chosen_reward, rejected_reward: the best and the worst of --num-responses
 
-The reward is a model of train_rm.py or a function of your own.  What is drawn depends on the seed and the place of a
-batch alone: the same flags give the same bytes, and a file that was left unfinished is gone on with.
+The reward is a model of train_rm.py or a function of your own.  What a row draws depends on the seed and its place
+among all rows alone: the same flags give the same bytes, and a file that was left unfinished is gone on with.
 
     python generate.py --model toy --prompts toy --output outputs/responses.jsonl                # laptop, offline
     python generate.py --model Qwen/Qwen3-0.6B --adapter outputs/dpo_qwen_trl --chat             # /base to compare
@@ -283,8 +283,9 @@ def main(args):
     for place in range(done, len(batches)):
         batch = batches[place]
         asked = [row for row in batch for _ in range(args.num_responses)]
-        seed = (args.seed * 1_000_003 + place) % 2**63
-        settings = args.max_new_tokens, seed, args.temperature, args.top_p
+        first = place * prompts_at_once * args.num_responses  # of the batch's places among all responses
+        places = range(first, first + len(asked))
+        settings = args.max_new_tokens, args.seed, args.temperature, args.top_p, places
         responses = sample(model, tokenizer, [row.ids for row in asked], *settings)
         texts = [response_text(row.ids, response, tokenizer) for row, response in zip(asked, responses)]
         cut = [response[-1] not in ends for response in responses]

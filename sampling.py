@@ -1,7 +1,15 @@
-"""Responses sampled from a model, by transformers' `generate` with its KV cache, seeded."""
+"""Responses sampled from a model, by transformers' `generate` with its KV cache, from a seeded stream for each row."""
+
+import random
 
 import torch
-from transformers import GenerationConfig
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    TemperatureLogitsWarper,
+    TopPLogitsWarper,
+)
 
 
 def prompt_ids(prompt, tokenizer, max_prompt_length, wrap=False):
@@ -31,30 +39,61 @@ def end_tokens(model, tokenizer):
     return sorted({tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])} - {None})
 
 
+class RowDraws(LogitsProcessor):
+    """Leaves each row one token: the first at which the sum of the probabilities so far exceeds the row's number.
+
+    numbers: (rows, max_new_tokens) in [0, 1); width: tokens of the prompts.  Raises FloatingPointError for
+    probabilities that are not finite.
+    """
+
+    def __init__(self, numbers, width):
+        self.numbers, self.width = numbers, width
+
+    def __call__(self, input_ids, scores):
+        sums = scores.softmax(-1).cumsum(-1, dtype=self.numbers.dtype)
+        if not sums[:, -1].isfinite().all():
+            raise FloatingPointError("the model gives no finite probabilities: try --dtype fp32, or mend its weights")
+        number = self.numbers[:, input_ids.shape[1] - self.width, None]
+        tokens = torch.searchsorted(sums, number * sums[:, -1:], right=True)  # the last sum is 1 but for rounding
+        return torch.full_like(scores, -torch.inf).scatter(1, tokens, 0.0)
+
+
+def random_numbers(seed, places, count, device):
+    """(rows, count) numbers in [0, 1), each row's from (seed, its place) alone, the same on any device."""
+    streams = [random.Random(f"{seed} {place}") for place in places]
+    numbers = torch.tensor([[stream.random() for _ in range(count)] for stream in streams], dtype=torch.float64)
+    numbers = numbers.clamp(max=1 - 2**-23)  # below 1 in fp32 too: Metal has no fp64
+    return numbers.to(device, torch.float32 if device.type == "mps" else torch.float64)
+
+
 @torch.no_grad()
-def sample(model, tokenizer, prompts, max_new_tokens, seed, temperature=1.0, top_p=1.0, streamer=None):
+def sample(model, tokenizer, prompts, max_new_tokens, seed, temperature=1.0, top_p=1.0, places=None, streamer=None):
     """One response (list of ids) to each prompt (list of ids), in one batch; a finished one ends in its end token.
 
     temperature 0: the likeliest token each time.  Of the model's own generation settings only the end tokens count, so
-    that with temperature 1 and top_p 1 the draws are the model's distribution.  The global generators and the model's
-    mode are left as they were; the same seed and batch give the same responses.  streamer: transformers' TextStreamer,
-    for one prompt.
+    that with temperature 1 and top_p 1 the draws are the model's distribution.  places: number of each row among all
+    that are sampled with this seed, 0, 1, ... if not given; what a row draws depends on seed and place, not on which
+    rows share its batch (but for rounding).  The global generators and the model's mode are left as they were.
+    streamer: transformers' TextStreamer, for one prompt.  Raises FloatingPointError for probabilities not finite.
     """
     device, was_training = model.device, model.training
     ends = end_tokens(model, tokenizer)
-    choice = {"do_sample": temperature > 0}
-    choice |= {"temperature": temperature, "top_k": 0, "top_p": top_p} if temperature > 0 else {}
-    config = GenerationConfig(max_new_tokens=max_new_tokens, eos_token_id=ends, pad_token_id=ends[0], **choice)
+    config = GenerationConfig(max_new_tokens=max_new_tokens, eos_token_id=ends, pad_token_id=ends[0], do_sample=False)
     width = max(map(len, prompts))
+    draws = []  # without any, `generate` takes the likeliest token
+    if temperature > 0:
+        draws += [TemperatureLogitsWarper(float(temperature))] if temperature != 1 else []
+        draws += [TopPLogitsWarper(top_p)] if top_p < 1 else []
+        numbers = random_numbers(seed, range(len(prompts)) if places is None else places, max_new_tokens, device)
+        draws += [RowDraws(numbers, width)]
     ids = torch.tensor([[ends[0]] * (width - len(prompt)) + prompt for prompt in prompts], device=device)
     mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
     # What a config leaves open, `generate` takes from the model's own: a repetition penalty, say, as Qwen2.5's has.
     own, model.generation_config = model.generation_config, GenerationConfig()
     model.eval()
     try:
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            torch.manual_seed(seed)
-            output = model.generate(input_ids=ids, attention_mask=mask, generation_config=config, streamer=streamer)
+        how = {"generation_config": config, "logits_processor": LogitsProcessorList(draws), "streamer": streamer}
+        output = model.generate(input_ids=ids, attention_mask=mask, **how)
     finally:
         model.generation_config = own
         model.train(was_training)

@@ -189,8 +189,9 @@ def sampled_cost(policy, judge, prompts, tokenizer, split, step, args, world):
     count, room = args.batch_size * args.gradient_accumulation_steps, args.max_length - args.max_prompt_length
     seed = args.seed * 1_000_003 + step
     asked = [ids for ids in draw(prompts, count * world.size, seed, world.rank, world.size) for _ in range(2)]
+    places = [2 * (world.rank + n // 2 * world.size) + n % 2 for n in range(len(asked))]  # among those of all ranks
     with distributed.gathered(policy):
-        answers = sample(policy, tokenizer, asked, room, (seed + world.rank) % 2**63) if asked else []
+        answers = sample(policy, tokenizer, asked, room, seed, places=places) if asked else []
     triples = list(zip(asked[::2], answers[::2], answers[1::2], strict=True))
     total = torch.zeros(2, dtype=torch.float64)  # of costs, of responses
     with lora.use_adapter(judge.model, judge.adapter):

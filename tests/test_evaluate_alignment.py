@@ -492,7 +492,6 @@ def responses_with(world, tmp_path, *words):
     [
         ["--temperature", "0.2"],
         ["--top-p", "0.3"],
-        ["--batch-size", "5"],
         ["--max-prompt-length", "4"],
         ["--chat-template-strings"],
         ["--max-new-tokens", "3"],
@@ -502,6 +501,13 @@ def responses_with(world, tmp_path, *words):
 )
 def test_a_flag_of_sampling_changes_what_is_said(world, tmp_path, words):
     assert responses_with(world, tmp_path) != responses_with(world, tmp_path, *words)
+
+
+def test_the_batch_size_changes_nothing_that_is_said(world, tmp_path):
+    words = "--num-responses", "2"
+    said = responses_with(world, tmp_path, *words)
+    assert len(set(said)) > len(said) // 2
+    assert responses_with(world, tmp_path, *words, "--batch-size", "5") == said
 
 
 def test_what_is_asked_for_is_what_is_there(world, tmp_path):

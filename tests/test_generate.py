@@ -152,9 +152,17 @@ def test_the_same_seed_gives_the_same_bytes_and_another_seed_others(toy_make):
     other, _ = toy_make(*words, "--seed", "1")
     assert first.read_bytes() == again.read_bytes()
     assert first.read_bytes() != other.read_bytes()
-    # A batch depends on the seed and its place alone: fewer prompts, the same beginning; and no two batches draw alike.
+    # A row depends on the seed and its place alone: fewer prompts, the same beginning.
     _, fewer = toy_make("--num-samples", "8", "--batch-size", "8")
     assert fewer == rows[:8]
+
+
+def test_the_batch_size_changes_no_response(toy_make):
+    words = "--num-samples", "7", "--num-responses", "3", "--top-p", "0.9"
+    _, rows = toy_make(*words, "--batch-size", "21")
+    assert len({row["response"] for row in rows}) > 10
+    for batch_size in ("1", "6"):  # a prompt at once and two
+        assert toy_make(*words, "--batch-size", batch_size)[1] == rows
 
 
 def test_batches_draw_unlike_each_other(make, toy, tmp_path):
@@ -182,7 +190,8 @@ def test_each_flag_of_the_draws_has_an_effect(world_make):
     assert "cut 24 prompts to --max-prompt-length 2" in world_make.log
     _, shorter = world_make("--max-new-tokens", "4")
     assert all(whole["response"].startswith(part["response"]) for whole, part in zip(rows, shorter, strict=True))
-    assert max(len(row["response"]) for row in shorter) <= 4 < max(len(row["response"]) for row in rows)
+    letters = [[len(row["response"].replace("<s>", "#")) for row in made] for made in (shorter, rows)]  # a token each
+    assert max(letters[0]) <= 4 < max(letters[1])
     assert "cut at --max-new-tokens" in world_make.log
 
 

@@ -1,5 +1,7 @@
 """sampling.py: prompts as in training, draws of the model's own distribution, a batch like single prompts, text."""
 
+import random
+
 import pytest
 import torch
 import transformers
@@ -126,13 +128,55 @@ def test_a_response_ends_in_its_first_end_token_or_at_the_limit(ends):
 def test_chance_is_the_seeds_alone_and_nothing_else_is_touched():
     model = tiny_model("qwen3").train()
     torch.manual_seed(5)
-    expected_next = torch.rand(3)
+    random.seed(5)
+    expected_next = torch.rand(3), random.random()
     torch.manual_seed(5)
+    random.seed(5)
     first = sample(model, TOKENIZER, PROMPTS, 8, seed=1)
-    assert torch.equal(torch.rand(3), expected_next)
+    assert torch.equal(torch.rand(3), expected_next[0]) and random.random() == expected_next[1]
     assert model.training
     assert sample(model, TOKENIZER, PROMPTS, 8, seed=1) == first
     assert sample(model, TOKENIZER, PROMPTS, 8, seed=2) != first
+
+
+SETTINGS = [{}, {"temperature": 1.5, "top_p": 0.7}]
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+@pytest.mark.parametrize("name", ["qwen3", "mistral", "gpt2"])
+def test_a_row_draws_the_same_whatever_stands_beside_it_in_the_batch(name, settings):
+    model, rows = tiny_model(name), [*PROMPTS, [12, 13], PROMPTS[0]]
+    whole = sample(model, TOKENIZER, rows, 20, 3, **settings)
+    alone = [sample(model, TOKENIZER, [row], 20, 3, places=[place], **settings)[0] for place, row in enumerate(rows)]
+    assert alone == whole
+    order = [4, 0, 6, 2, 5, 1, 3]
+    moved = sample(model, TOKENIZER, [rows[place] for place in order], 20, 3, places=order, **settings)
+    assert moved == [whole[place] for place in order]
+    halves = [sample(model, TOKENIZER, rows[i::2], 20, 3, places=range(i, 7, 2), **settings) for i in (0, 1)]
+    assert (halves[0], halves[1]) == (whole[::2], whole[1::2])
+    assert whole[0] != whole[6]  # the same prompt in another place
+    assert sample(model, TOKENIZER, rows, 20, 3, places=range(1, 8), **settings) != whole
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+def test_a_token_is_the_first_whose_cumulative_share_exceeds_the_rows_number(settings):
+    """By whole forward passes, and the numbers of Python's generator, seeded with the text `seed place`."""
+    model = tiny_model("qwen3", torch.float64)
+    for place, response in zip((7, 0, 3), sample(model, TOKENIZER, PROMPTS[:3], 12, 5, places=(7, 0, 3), **settings)):
+        stream, prompt, expected = random.Random(f"5 {place}"), PROMPTS[(7, 0, 3).index(place)], []
+        while len(expected) < 12 and expected[-1:] != [1]:
+            sums, number = expected_shares(model, prompt + expected, **settings).cumsum(0), stream.random()
+            expected.append(next(token for token, below in enumerate(sums.tolist()) if below > number))
+        assert response == expected
+
+
+@pytest.mark.parametrize("weight", [float("nan"), float("inf")])
+def test_a_broken_model_is_told_and_not_sampled(weight):
+    model = tiny_model("llama")
+    model.lm_head.weight.data[5] = weight
+    with pytest.raises(FloatingPointError, match="no finite probabilities"):
+        sample(model, TOKENIZER, PROMPTS, 4, 0)
 
 
 # -- prompts ----------------------------------------------------------------------------------------------------------
