@@ -5,6 +5,7 @@ any number of ranks.
 import json
 import re
 import shutil
+from argparse import Namespace
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from safetensors.torch import load_file
 from test_flags import write_model, write_world
 
 import distributed
+import optimizers
 import train_rm
 from losses import dpo_loss
 from packed_model import prepare_model
@@ -240,4 +242,31 @@ def take_steps(offload):
 
 def test_a_rank_keeps_its_share_and_an_empty_pass_adds_nothing(tmp_path):
     codes, said = on_ranks(take_steps, (False,), 2, tmp_path)
+    assert codes == [0, 0], "\n".join(said)
+
+
+def skip_a_step():
+    """On each of two ranks: gradients of fp16, of which one is infinite, in the second rank's share."""
+    world = distributed.start("cpu")
+    model = tiny_model("mistral")
+    prepare_model(model)
+    parameters = distributed.shard(model, model, world, torch.float32, print)
+    flags = Namespace(learning_rate=1e-3, weight_decay=0.0, optimizer="adamw", optimizer_offload=False)
+    optimizer = optimizers.make_optimizer(parameters, flags)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    before = [parameter.full_tensor().clone() for parameter in parameters]
+    for infinite in (True, False):
+        scaler.scale(sum(model.packed_logps(pack(random_pairs([(3, 4, 5)])))).sum()).backward()
+        if infinite and world.rank == 1:
+            parameters[-1].grad.to_local()[-1] = torch.inf
+        distributed.take_step(parameters, optimizer, scheduler, scaler, 1.0)
+        moved = max((p.full_tensor() - b).abs().max().item() for p, b in zip(parameters, before, strict=True))
+        expected = (0.0, 512.0, 1e-3) if infinite else (pytest.approx(1e-3, rel=0.01), 512.0, 5e-4)
+        assert (moved, scaler.get_scale(), scheduler.get_last_lr()[0]) == expected
+    distributed.stop()
+
+
+def test_an_infinite_gradient_of_one_rank_is_skipped_by_all(tmp_path):
+    codes, said = on_ranks(skip_a_step, (), 2, tmp_path)
     assert codes == [0, 0], "\n".join(said)
