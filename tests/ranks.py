@@ -15,7 +15,7 @@ TESTS = Path(__file__).resolve().parent
 SCRIPTS = "dpo_hf_run", "train_rm", "train_safe_mm_dpo", "train_with_preference_prompt"
 FORKS = get_context("forkserver")
 FORKS.set_forkserver_preload(["ranks", *SCRIPTS])
-GRACE = 10  # seconds that the other ranks have to end once one has failed
+GRACE = 5  # seconds that the other ranks have to end once one has failed
 
 
 def run_ranks(script, argv, ranks, out, timeout=120):

@@ -1,95 +1,276 @@
-"""Data parallel by hand: two gloo ranks and one process take the same steps, whatever the split of an update."""
+"""Data parallel by hand: any number of gloo ranks takes the steps of one process, with one exchange per update."""
 
+import itertools
 import json
+import math
 import os
+import random
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+import transformers
+from ranks import on_ranks, run_module, run_ranks
 from safetensors.torch import load_file
+from test_flags import write_world
+from test_memory_estimate import MISTRAL
+from test_preference_data import write_rows
+from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import distributed
+import lora
 
 ROOT = Path(__file__).parent.parent
-TORCHRUN = ("-m", "torch.distributed.run", "--standalone")
+QUICK = """--dtype fp32 --device cpu --report-to none --logging-steps 1 --learning-rate 1e-4 --lora-dropout 0
+    --max-length 64 --max-prompt-length 32 --epochs 2""".split()
 
 
-def run(*words, **variables):
-    """A Python command in a process of its own, one thread per rank."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"} | variables
-    command = [sys.executable, *map(str, words)]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+# -- any number of ranks is one process -------------------------------------------------------------------------------
 
 
-def train(toy, out, ranks, batch, accumulation):
-    """10 updates of 8 pairs, the last one short; returns (adapter, lines of metrics.jsonl, standard output)."""
-    launcher = [*TORCHRUN, f"--nproc_per_node={ranks}"] if ranks > 1 else []
-    data = ["--model", toy / "model", "--dataset", toy / "train/helpful_pairs.jsonl", "--num-samples", 90]
-    size = ["--eval-samples", 12, "--batch-size", batch, "--gradient-accumulation-steps", accumulation]
-    how = "--learning-rate 1e-4 --dtype fp32 --device cpu --logging-steps 1 --report-to none".split()
-    done = run(*launcher, ROOT / "dpo_hf_run.py", *data, *size, *how, "--output-dir", out)
-    assert done.returncode == 0, done.stdout + done.stderr
-    metrics = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return load_file(out / "adapter_model.safetensors"), metrics, done.stdout
+def labelled_rows(count, seed):
+    """Rows of random letters, with labels of harm of all four kinds."""
+    draw = random.Random(seed)
+    word = lambda most: "".join(draw.choices("abcdefgh ?", k=draw.randint(2, most)))  # noqa: E731
+    rows = [{"prompt": f"{n}{word(12)}", "chosen": f"i{word(20)}", "rejected": f"j{word(20)}"} for n in range(count)]
+    return [row | {"safety_labels": {"chosen": draw.choice((1, -1)), "rejected": draw.choice((1, -1))}} for row in rows]
 
 
 @pytest.fixture(scope="module")
-def one_process(toy, tmp_path_factory):
-    return train(toy, tmp_path_factory.mktemp("one") / "out", 1, 8, 1)
+def world(tmp_path_factory):
+    """A tiny Qwen3, 35 pairs to train on and 5 to evaluate on, and two reward models on it."""
+    folder = write_world(tmp_path_factory.mktemp("world"))
+    train, held_out = labelled_rows(35, seed=1), labelled_rows(5, seed=2)
+    write_rows(folder / "train.jsonl", train)
+    write_rows(folder / "val.jsonl", held_out)
+    write_rows(folder / "train_helpful.jsonl", train[:20])  # five rows with both labels
+    write_rows(folder / "train_harmless.jsonl", train[15:])
+    for task in ("helpful", "harmless"):
+        data = ["--model", folder / "model", f"--train-{task}-path", folder / "train.jsonl", "--eval-samples", 0]
+        words = ["--task", task, *data, *QUICK, "--learning-rate", 1e-2, "--output-dir", folder / task]
+        codes, said = run_ranks("train_rm", words, 1, folder / f"{task}_log")
+        assert codes == [0], said
+    return folder
 
 
-@pytest.mark.parametrize(("ranks", "batch", "accumulation"), [(2, 4, 1), (2, 1, 4), (1, 2, 4)])
-def test_any_split_is_one_run(toy, one_process, tmp_path, ranks, batch, accumulation):
-    adapter, metrics, log = train(toy, tmp_path / "out", ranks, batch, accumulation)
-    expected, expected_metrics, _ = one_process
-    assert "held out 12 pairs by whole prompts, 78 to train on" in log, "9 updates of 8 pairs and a short one of 6"
-    assert len(metrics) == len(expected_metrics) == 10 + 2  # with the first and the last evaluation
-    moved = max((expected[key]).abs().max() for key in expected if "lora_B" in key)
+def words_of(script, world):
+    if script == "dpo_hf_run":
+        return ["--dataset", world / "train.jsonl", "--eval-dataset", world / "val.jsonl", "--nll-coeff", 0.1]
+    if script == "train_rm":
+        data = ["--train-harmless-path", world / "train.jsonl", "--val-harmless-path", world / "val.jsonl"]
+        return ["--task", "harmless", *data, "--center-rewards", 0.1]
+    if script == "train_with_preference_prompt":
+        data = ["--dataset-path", world / "train.jsonl", "--test-dataset-path", world / "val.jsonl"]
+        return [*data, "--preference-text", "Be nice!", "--alpha", 1]
+    words = ["--lambda-lr", 0.5, "--cost-every", 2]
+    for task in ("helpful", "harmless"):
+        words += [f"--{task}-rm-path", world / task, f"--val-{task}-path", world / "val.jsonl"]
+        words += [f"--train-{task}-path", world / f"train_{task}.jsonl"]
+    return words
+
+
+def train(script, world, out, ranks, batch_size, accumulation, *more):
+    """Two epochs of 5 updates, 8 pairs each and the fifth 3; (adapter, lines of metrics.jsonl)."""
+    split = ["--batch-size", batch_size, "--gradient-accumulation-steps", accumulation]
+    words = ["--model", world / "model", *words_of(script, world), *QUICK, *split, *more, "--output-dir", out / "run"]
+    codes, said = run_ranks(script, words, ranks, out)
+    assert codes == [0] * ranks, said
+    assert said[0].count("Effective batch size: 8 ") == 1
+    assert (f"world_size={ranks}" in said[0]) == (ranks > 1)
+    assert not any("Effective batch size" in other for other in said[1:]), "rank 0 alone prints"
+    lines = (out / "run/metrics.jsonl").read_text().splitlines()
+    return load_file(out / "run/adapter_model.safetensors"), [json.loads(line) for line in lines]
+
+
+@pytest.fixture(scope="module")
+def one_process(world, tmp_path_factory):
+    """one_process(script) -> what one process leaves, that takes each update in one pass."""
+    known = {}
+
+    def result(script):
+        if script not in known:
+            known[script] = train(script, world, tmp_path_factory.mktemp("one"), 1, 8, 1)
+        return known[script]
+
+    return result
+
+
+@pytest.mark.parametrize(("ranks", "batch_size", "accumulation"), [(1, 2, 4), (2, 2, 2), (4, 1, 2)])
+@pytest.mark.parametrize("script", ["dpo_hf_run", "train_rm", "train_safe_mm_dpo", "train_with_preference_prompt"])
+def test_any_split_is_one_run(script, world, one_process, tmp_path, ranks, batch_size, accumulation):
+    """Of the 3 pairs of a short update the fourth rank has none; lambda moves with every update, by sampled costs."""
+    expected, expected_metrics = one_process(script)
+    adapter, metrics = train(script, world, tmp_path, ranks, batch_size, accumulation)
+    assert_alike(adapter, metrics, expected, expected_metrics)
+    evaluations = 3 if script == "train_rm" else 2  # the first, one behind each epoch or the last
+    updates = [line for line in metrics if "grad_norm" in line]
+    assert len(updates) == 10 and len(metrics) == 10 + evaluations
+    if script == "train_safe_mm_dpo":
+        for name in ("lambda", "J_C", "E_cost"):
+            theirs = [line[name] for line in expected_metrics if name in line]
+            assert [line[name] for line in updates] == pytest.approx(theirs, abs=1e-6, rel=1e-6), name
+        assert len({line["lambda"] for line in updates}) == 10
+        assert len({line["E_cost"] for line in updates}) == 6  # sampled before the first and every second
+
+
+def assert_alike(adapter, metrics, expected, expected_metrics):
+    moved = max(value.abs().max().item() for key, value in expected.items() if "lora_B" in key)
     assert moved > 2e-4, "B starts at zero and has to move for the comparison to mean anything"
     assert adapter.keys() == expected.keys()
     assert max((adapter[key] - expected[key]).abs().max().item() for key in expected) < 1e-5
     for ours, theirs in zip(metrics, expected_metrics, strict=True):
-        assert ours["step"] == theirs["step"]
-        for key in theirs:
-            assert ours[key] == pytest.approx(theirs[key], abs=1e-4), key
-    assert ("world_size=2" in log) == (ranks == 2)
-    assert "Effective batch size: 8 " in log
-    assert log.count("Effective batch size") == 1, "rank 0 alone prints"
+        assert ours == {k: v if v is None else pytest.approx(v, abs=1e-4, rel=1e-4) for k, v in theirs.items()}
 
 
-def test_one_rank_that_drifts_is_noticed(tmp_path):
-    (tmp_path / "drift.py").write_text(
-        "import torch, distributed\n"
-        "world = distributed.start('cpu')\n"
-        "distributed.assert_same_on_all_ranks([torch.ones(3)], world)\n"
-        "distributed.assert_same_on_all_ranks([torch.ones(3) * (1 + world.rank)], world)\n"
-    )
-    done = run(*TORCHRUN, "--nproc_per_node=2", tmp_path / "drift.py", PYTHONPATH=str(ROOT))
-    assert done.returncode != 0
-    assert "the parameters of rank 1 differ from those of rank 0" in done.stderr
+def test_importance_weights_look_back_on_the_responses_of_all_ranks(world, tmp_path):
+    """lambda moves by them where 32 effective samples are there, from the third update on."""
+    results = []
+    for ranks, batch_size in ((1, 8), (4, 2)):
+        out, more = tmp_path / str(ranks), ("--cost-estimate", "snis", "--cost-prompts", "all")
+        results.append(train("train_safe_mm_dpo", world, out, ranks, batch_size, 1, *more))
+    assert_alike(*results[1], *results[0])
+    lambdas = [line["lambda"] for line in results[0][1] if "lambda" in line]
+    assert lambdas[:2] == [1.0, 1.0] and len(set(lambdas)) == 9
 
 
-def test_gradients_are_summed_and_a_rank_without_any_counts_as_zero(tmp_path):
-    (tmp_path / "reduce.py").write_text(
-        "import torch, distributed\n"
-        "world = distributed.start('cpu')\n"
-        "a, b = torch.zeros(2, 2, requires_grad=True), torch.zeros(3, requires_grad=True)\n"
-        "a.grad = torch.full((2, 2), 3.0) if world.rank == 0 else torch.eye(2)\n"
-        "b.grad = torch.tensor([1.0, 2.0, 4.0]) if world.rank == 0 else None\n"
-        "distributed.all_reduce_gradients([a, b], world)\n"
-        "assert torch.equal(a.grad, torch.tensor([[4.0, 3.0], [3.0, 4.0]])), a.grad\n"
-        "assert torch.equal(b.grad, torch.tensor([1.0, 2.0, 4.0])), b.grad\n"
-        "distributed.stop()\n"
-    )
-    done = run(*TORCHRUN, "--nproc_per_node=2", tmp_path / "reduce.py", PYTHONPATH=str(ROOT))
-    assert done.returncode == 0, done.stderr
+def run_python(*words):
+    """A Python command in a process of its own, one thread per rank."""
+    environment, command = os.environ | {"OMP_NUM_THREADS": "1"}, [sys.executable, *map(str, words)]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
 
 
-def test_accelerate_launches_the_script(toy, tmp_path):
+def test_torchrun_starts_the_same_ranks(world, tmp_path):
+    words = ["--model", world / "model", *words_of("dpo_hf_run", world), *QUICK, "--max-steps", 2, "--output-dir"]
+    codes, _ = run_ranks("dpo_hf_run", [*words, tmp_path / "forked"], 2, tmp_path)
+    launcher = "-m torch.distributed.run --standalone --nproc_per_node=2".split()
+    done = run_python(*launcher, ROOT / "dpo_hf_run.py", *words, tmp_path / "torchrun")
+    assert (codes, done.returncode) == ([0, 0], 0), done.stderr
+    assert "world_size=2" in done.stdout
+    for name in ("adapter_model.safetensors", "metrics.jsonl"):
+        assert (tmp_path / "torchrun" / name).read_bytes() == (tmp_path / "forked" / name).read_bytes()
+
+
+def test_accelerate_launches_the_script(world, tmp_path):
     pytest.importorskip("accelerate", reason="accelerate is not installed")
     # One process: on a CPU accelerate leaves more of them to MPI.
     launcher = "-m accelerate.commands.launch --cpu --num_processes=1 --num_machines=1 --mixed_precision=no".split()
-    data = ["--model", toy / "model", "--dataset", toy / "train/helpful_pairs.jsonl", "--num-samples", 24]
-    how = ["--dynamo_backend=no", ROOT / "dpo_hf_run.py", *data, "--max-steps", 1, "--dtype", "fp32"]
-    done = run(*launcher, *how, "--output-dir", tmp_path / "out", "--report-to", "none")
+    script = ["--dynamo_backend=no", ROOT / "dpo_hf_run.py", "--model", world / "model", *words_of("dpo_hf_run", world)]
+    done = run_python(*launcher, *script, *QUICK, "--max-steps", 1, "--output-dir", tmp_path / "out")
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "out/adapter_model.safetensors").exists()
+
+
+# -- what ranks exchange ----------------------------------------------------------------------------------------------
+
+
+class Exchanges(TorchDispatchMode):
+    """Writes down the collective operations of torch.distributed: (name, bytes of the tensors of this rank)."""
+
+    def __init__(self, events):
+        super().__init__()
+        self.events = events
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if "c10d" in function.namespace:
+            tensors = [leaf for leaf in tree_leaves(args) if isinstance(leaf, torch.Tensor)]
+            size = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+            self.events.append((function.name(), size))
+        return function(*args, **kwargs or {})
+
+
+def run_and_write_down_exchanges(words):
+    """dpo_hf_run.py on this rank; exchangesN.json is what it exchanged, and ["step"] where it took a step."""
+    events = []
+    register_optimizer_step_post_hook(lambda *_: events.append(["step"]))
+    with Exchanges(events):
+        run_module("dpo_hf_run", words)
+    Path(f"exchanges{os.environ['RANK']}.json").write_text(json.dumps(events))
+
+
+def test_an_update_is_one_exchange_of_the_adapters_gradient_whatever_the_accumulation(world, tmp_path):
+    """Between two steps go the gradient, in fp32, and a number of 4 bytes: whether some rank was asked to end."""
+    words = ["--model", world / "model", *words_of("dpo_hf_run", world), *QUICK, "--logging-steps", 100]
+    words += ["--batch-size", 1, "--gradient-accumulation-steps", 4, "--output-dir", tmp_path / "run"]
+    codes, said = on_ranks(run_and_write_down_exchanges, ([str(word) for word in words],), 2, tmp_path)
+    assert codes == [0, 0], said
+    trained = sum(value.numel() for value in load_file(tmp_path / "run/adapter_model.safetensors").values())
+    assert f"LoRA enabled for policy model: {trained:,} trainable" in said[0]
+    for rank in (0, 1):
+        events = json.loads((tmp_path / f"exchanges{rank}.json").read_text())
+        steps = [place for place, event in enumerate(events) if event == ["step"]]
+        assert len(steps) == 10
+        for start, end in itertools.pairwise(steps):
+            assert events[start + 1 : end] == [["c10d::allreduce_", 4], ["c10d::allreduce_", 4 * trained]]
+        assert len(events) > 30, "and before and behind them evaluation and the comparison of the replicas are seen"
+
+
+def test_a_7b_model_exchanges_168_mb_per_update():
+    """LoRA with r = 16 on all linear layers of Mistral-7B."""
+    with torch.device("meta"):
+        mistral = transformers.MistralForCausalLM(transformers.MistralConfig(**MISTRAL))
+    parameters = lora.add_adapter(mistral, "policy", 16, 32)
+    trained = sum(parameter.numel() for parameter in parameters)
+    assert {parameter.dtype for parameter in parameters} == {torch.float32}
+    assert trained == 41_943_040
+    assert 4 * trained == pytest.approx(167.8e6, abs=0.05e6)
+    assert 2 * (8 - 1) / 8 * 4 * trained == pytest.approx(293.6e6, abs=0.05e6), "sent by each rank of a ring of 8"
+
+
+# -- a rank that has nothing, too much, or something else -------------------------------------------------------------
+
+
+def sum_unlike_gradients():
+    world = distributed.start("cpu")
+    a, b = torch.zeros(2, 2, requires_grad=True), torch.zeros(3, requires_grad=True)
+    a.grad = torch.full((2, 2), 3.0) if world.rank == 0 else torch.eye(2)
+    b.grad = torch.tensor([1.0, 2.0, 4.0]) if world.rank == 0 else None
+    distributed.all_reduce_gradients([a, b], world)
+    assert torch.equal(a.grad, torch.tensor([[4.0, 3.0], [3.0, 4.0]])), a.grad
+    assert torch.equal(b.grad, torch.tensor([1.0, 2.0, 4.0])), b.grad
+    distributed.stop()
+
+
+def test_gradients_are_summed_and_a_rank_without_any_counts_as_zero(tmp_path):
+    codes, said = on_ranks(sum_unlike_gradients, (), 2, tmp_path)
+    assert codes == [0, 0], said
+
+
+def overflow_on_one_rank():
+    """Three fp16 updates of one weight at rate 1, the second with an infinite gradient on rank 1."""
+    world = distributed.start("cpu")
+    weight = torch.nn.Parameter(torch.tensor([10.0]))
+    optimizer = torch.optim.SGD([weight], lr=1.0)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
+    scaler, found = torch.amp.GradScaler("cpu", init_scale=1024.0), []
+    for gradient in ((0.5, 1.5), (0.5, math.inf), (1.0, 3.0)):
+        scaler.scale(weight * gradient[world.rank]).backward()
+        distributed.all_reduce_gradients([weight], world)
+        norm = distributed.take_step([weight], optimizer, scheduler, scaler, max_grad_norm=0)
+        found.append([weight.item(), scheduler.last_epoch, scaler.get_scale(), norm.item()])
+    Path(f"found{world.rank}.json").write_text(json.dumps(found))
+    distributed.stop()
+
+
+def test_an_overflow_on_one_rank_skips_the_update_on_all(tmp_path):
+    """Weight, updates that the schedule counts, scale of the loss, norm of the gradient: after each update."""
+    codes, said = on_ranks(overflow_on_one_rank, (), 2, tmp_path)
+    assert codes == [0, 0], said
+    expected = [[8.0, 1, 1024.0, 2.0], [8.0, 1, 512.0, math.inf], [6.0, 2, 512.0, 4.0]]  # the rates: 1, -, 1/2
+    for rank in (0, 1):
+        assert json.loads((tmp_path / f"found{rank}.json").read_text()) == expected
+
+
+def drift():
+    world = distributed.start("cpu")
+    distributed.assert_same_on_all_ranks([torch.ones(3)], world)
+    distributed.assert_same_on_all_ranks([torch.ones(3) * (1 + world.rank)], world)
+
+
+def test_one_rank_that_drifts_is_noticed(tmp_path):
+    codes, said = on_ranks(drift, (), 2, tmp_path)
+    assert codes[1] != 0
+    assert "the parameters of rank 1 differ from those of rank 0" in said[1]

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from preference_data import as_messages, load_pairs
-from sampling import end_tokens, prompt_ids, response_text, sample
+from sampling import RowDraws, end_tokens, prompt_ids, response_text, sample
 
 TOKENIZER = char_tokenizer()  # its end of sequence is token 1, as the tiny models'
 PROMPTS = [[5, 6, 7], [30], [9, 8, 7, 6, 5, 4, 3, 2, 40, 41], [50, 51], [5, 6, 7, 8, 9, 10]]
@@ -169,6 +169,14 @@ def test_a_token_is_the_first_whose_cumulative_share_exceeds_the_rows_number(set
             sums, number = expected_shares(model, prompt + expected, **settings).cumsum(0), stream.random()
             expected.append(next(token for token, below in enumerate(sums.tolist()) if below > number))
         assert response == expected
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_smallest_and_the_largest_number_draw_no_token_without_a_share(dtype):
+    for shift in range(50):  # sums that are rounded up and down
+        scores = torch.tensor([[-torch.inf, 0.3, 0.1, -shift / 50, -torch.inf]]).repeat(2, 1)
+        numbers = torch.tensor([[0.0], [1 - 2**-23]], dtype=dtype)
+        assert RowDraws(numbers, 4)(torch.zeros(2, 4), scores).argmax(-1).tolist() == [1, 3]
 
 
 @pytest.mark.parametrize("weight", [float("nan"), float("inf")])
