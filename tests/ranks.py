@@ -12,7 +12,7 @@ import torch
 from conftest import run_script
 
 TESTS = Path(__file__).resolve().parent
-SCRIPTS = "dpo_hf_run", "train_rm", "train_safe_mm_dpo", "train_with_preference_prompt"
+SCRIPTS = "dpo_hf_run", "learn_prompt", "train_rm", "train_safe_mm_dpo", "train_with_preference_prompt"
 FORKS = get_context("forkserver")
 FORKS.set_forkserver_preload(["ranks", *SCRIPTS])
 GRACE = 5  # seconds that the other ranks have to end once one has failed

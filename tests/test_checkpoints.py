@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import run_script
+from ranks import run_ranks
 from test_flags import write_world
 
 import lora
@@ -140,10 +141,8 @@ def test_all_weights_resume_too(world, tmp_path):
 
 def test_two_ranks_resume_with_a_state_of_chance_each(words, tmp_path):
     def train(name, *more):
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-        command = [*launcher, ROOT / "dpo_hf_run.py", *words, "--output-dir", tmp_path / name, *more]
-        done = subprocess.run([str(word) for word in command], capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
+        codes, said = run_ranks("dpo_hf_run", [*words, "--output-dir", tmp_path / name, *more], 2, tmp_path)
+        assert codes == [0, 0], said
         return results(tmp_path / name)
 
     assert train("one") == train("two", "--resume", tmp_path / "one/checkpoint-3")

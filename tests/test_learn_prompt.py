@@ -4,17 +4,15 @@ train_with_preference_prompt.py; and what both do to the toy world.
 
 import json
 import math
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
 from conftest import run_script, tiny_model
 from peft import PeftModel
+from ranks import run_ranks
 from safetensors.torch import load_file, save_file
 from test_checkpoints import ask_to_end
-from test_flags import ROOT, one_line
+from test_flags import one_line
 from test_preference_data import char_tokenizer
 from test_preference_prompt import Code
 from test_train_preference import SOFT, TEXT, adapter, lines, plain_logps, script_name, train, world  # noqa: F401
@@ -140,13 +138,10 @@ def test_resumed_is_uninterrupted(learn, tmp_path, monkeypatch):
 def test_two_ranks_are_one_process(learn, world, tmp_path):  # noqa: F811
     words = ["--eval-samples", 4, "--learning-rate", 1e-3, "--epochs", 2]
     _, expected, vectors = learn("one", *words)
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", ROOT / "learn_prompt.py"]
     where = ["--model", world / "model", "--dataset-path", world / "pairs.jsonl", "--preference-text", TEXT]
-    command = [sys.executable, *launcher, *where, "--output-dir", tmp_path / "two", *QUICK, *words]
-    command += ["--gradient-accumulation-steps", 1]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout + done.stderr
+    where += ["--output-dir", tmp_path / "two", *QUICK, *words, "--gradient-accumulation-steps", 1]
+    codes, said = run_ranks("learn_prompt", where, 2, tmp_path)
+    assert codes == [0, 0], said
     assert (read_soft_prompt(tmp_path / "two", 32)[0] - vectors).abs().max() < 1e-5
     for mine, other in zip(lines(tmp_path / "two"), expected, strict=True):
         assert mine == {key: pytest.approx(value, abs=2e-4, rel=1e-4) for key, value in other.items()}

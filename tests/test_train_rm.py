@@ -3,11 +3,9 @@ a user's mistakes.
 """
 
 import json
-import os
 import random
 import re
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -16,6 +14,7 @@ import torch
 import yaml
 from conftest import run_script
 from peft import PeftModel
+from ranks import run_ranks
 from safetensors.torch import load_file
 from test_bad_input import broken_model, snapshot
 from test_checkpoints import ask_to_end
@@ -776,35 +775,26 @@ def test_a_checkpoint_of_another_run_is_refused(world, tmp_path, capsys, changes
 # -- ranks --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("changes", [dict(), dict(lora_r=0, dtype="bf16")], ids=["LoRA", "all weights"])
-def test_two_ranks_are_one_process(world, tmp_path, changes):
-    same = dict(max_steps=10, epochs=2, learning_rate=1e-3, lora_dropout=None if changes else 0, max_grad_norm=0.5)
+def test_two_ranks_with_all_weights_in_bf16_are_one_process(world, tmp_path):
+    same = dict(
+        max_steps=10, epochs=2, learning_rate=1e-3, max_grad_norm=0.5, lora_r=0, dtype="bf16", lora_dropout=None
+    )
     # 6 updates an epoch, the last one of 4 pairs; 9 held-out pairs, an odd number
     data = dict(train_harmless_path=write_rows(tmp_path / "train.jsonl", rows(34, labelled=lambda n: n % 3)))
-    one = Run(world, tmp_path / "one", **same | data, batch_size=6, **changes)
-    words = command(world, tmp_path / "two", **same | data, batch_size=3, **changes)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
-        [*launcher, str(ROOT / "train_rm.py"), *words], env=environment, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "Distributed training initialized: world_size=2" in done.stdout
-    assert done.stdout.count("Saving best model to ") >= 1
+    one = Run(world, tmp_path / "one", **same | data, batch_size=6)
+    codes, said = run_ranks("train_rm", command(world, tmp_path / "two", **same | data, batch_size=3), 2, tmp_path)
+    assert codes == [0, 0], said
+    assert said[0].count("Saving best model to ") >= 1
     lines = [json.loads(line) for line in (tmp_path / "two/metrics.jsonl").read_text().splitlines()]
     assert len(lines) == len(one.lines) == 10 + 3
-    near = 1e-5 if not changes else 2e-2  # bf16 rounds other products where a pass has other pairs
+    near = 2e-2  # bf16 rounds other products where a pass has other pairs, and more of them where weights are sharded
     for ours_, theirs_ in zip(lines, one.lines, strict=True):
         assert ours_.keys() == theirs_.keys()
         for key in theirs_:
-            if not (changes and "acc" in key):
+            if "acc" not in key:
                 assert ours_[key] == pytest.approx(theirs_[key], abs=near, rel=near), key
-    name = "model.safetensors" if changes else "adapter_model.safetensors"
-    expected, weights = load_file(one.folder / name), load_file(tmp_path / "two" / name)
+    expected, weights = load_file(one.folder / "model.safetensors"), load_file(tmp_path / "two/model.safetensors")
     assert max((weights[key].float() - expected[key].float()).abs().max().item() for key in expected) < near
-    if not changes:
-        moved = max(expected[key].abs().max().item() for key in expected if "lora_B" in key or "score" in key)
-        assert moved > 1e-3, "B and the head start at zero"
 
 
 # -- bad input ----------------------------------------------------------------------------------------------------

@@ -3,10 +3,8 @@ ranks, what a run says and leaves, and a user's mistakes.  (The equations: test_
 """
 
 import json
-import os
 import re
 import shutil
-import subprocess
 import sys
 
 import pytest
@@ -319,48 +317,6 @@ def test_resumed_is_uninterrupted_lambda_included(train, tmp_path, monkeypatch, 
     assert "resumed from" in log
     for name in ("adapter_model.safetensors", "metrics.jsonl"):
         assert (resumed / name).read_bytes() == (whole / name).read_bytes()
-
-
-def run_on_ranks(ranks, batch, out, toy, judges, *more):
-    """A run as a user starts it, (adapter, metrics)."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
-    words = ["--model", toy / "model", "--output-dir", out, "--batch-size", batch]
-    for task in ("helpful", "harmless"):
-        words += [f"--{task}-rm-path", judges / task]
-        for part in ("train", "val"):
-            words += [f"--{part}-{task}-path", toy / f"{part}/{task}_pairs.jsonl"]
-    words += "--num-samples 100 --eval-samples 10 --max-steps 10 --gradient-accumulation-steps 1".split()
-    words += "--learning-rate 1e-4 --lora-dropout 0 --logging-steps 1 --lambda-lr 0.1".split()
-    words += [*DTYPE, *more]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    command = [str(word) for word in (sys.executable, *launcher, ROOT / "train_safe_mm_dpo.py", *words)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    metrics = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return load_file(out / "adapter_model.safetensors"), metrics
-
-
-def test_two_ranks_are_one_process(toy, judges, tmp_path):
-    """snis with a window that one update does not fill: lambda moves by the same J_C whatever the split."""
-    snis = "--cost-estimate", "snis"
-    ours, metrics = run_on_ranks(1, 8, tmp_path / "1", toy, judges, *snis)
-    theirs, other = run_on_ranks(2, 4, tmp_path / "2", toy, judges, *snis)
-    assert max((ours[key] - theirs[key]).abs().max().item() for key in ours) < 1e-5
-    assert len(set(logged(metrics, "lambda"))) > 5
-    for mine, its in zip(metrics, other, strict=True):
-        for key in mine:
-            assert mine[key] == (its[key] if its[key] is None else pytest.approx(its[key], abs=1e-4)), key
-
-
-def test_two_ranks_sample_different_responses_and_agree_on_lambda(toy, judges, tmp_path):
-    """The script itself compares lambda between ranks before it saves: it would end with an error."""
-    costs = []
-    for ranks in (1, 2):
-        words = "--cost-every", 3, "--max-steps", 4, "--eval-samples", 0
-        _, metrics = run_on_ranks(ranks, 8, tmp_path / str(ranks), toy, judges, *words)
-        assert len(set(logged(metrics, "lambda"))) == 4  # it moves with every update
-        costs.append(logged(metrics, "E_cost")[0])
-    assert costs[0] != costs[1]  # 16 responses on each rank, 32 in all
 
 
 # -- what a run says and leaves ---------------------------------------------------------------------------------------
