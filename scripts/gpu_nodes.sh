@@ -13,7 +13,7 @@
 #
 #   LAUNCHER=torchrun|deepspeed|python   default: torchrun for more than one GPU, else python
 #   LAUNCH=print|ssh                     what to do with the commands for other machines
-#   RDZV_PORT=29400 RDZV_ID=run          where machines meet: a free port of the first one; another id for another run
+#   RDZV_PORT=29400                      where machines meet: a free port of the first one; another for another run
 #   HOSTFILE=FILE                        deepspeed's, for several machines (its own default is /job/hostfile)
 #
 #   read_flags "$@"                      sets flags, the words without --dry-run, and dry_run where it was among them
@@ -248,6 +248,31 @@ check_launcher() {
       ;;
     *) fail "LAUNCHER is torchrun, deepspeed or python, not $LAUNCHER" ;;
   esac
+  check_port
+}
+
+# check_port: refuses to start on a port that is taken, where the first node is this machine.
+check_port() {
+  local host=${node_hosts[0]} port=${RDZV_PORT:-29400} python=.venv/bin/python
+  if [ "$launcher" = deepspeed ]; then
+    port=${RDZV_PORT:-29500} # its own default
+  elif [ "$node_count" = 1 ]; then
+    return # --standalone takes a free one
+  fi
+  if ! starts_something; then return; fi
+  if is_here "$host"; then host=""; fi           # every address of this machine
+  if [ ! -x "$python" ]; then python=python3; fi # setup.sh has not been here yet
+  # To listen is the test, and not to connect: a proxy in between may answer for a machine.
+  "$python" -c 'import errno, socket, sys
+try:
+    socket.create_server((sys.argv[1], 0)).close()
+except OSError:
+    sys.exit()  # another machine
+try:
+    socket.create_server(("", int(sys.argv[2]))).close()
+except OSError as error:
+    sys.exit(98 if error.errno == errno.EADDRINUSE else 0)' "$host" "$port" 2>/dev/null || [ $? != 98 ] ||
+    fail "port $port of this machine is taken, by another run or program: set RDZV_PORT to a free one"
 }
 
 # -- commands ----------------------------------------------------------------------------------------------------------
@@ -287,9 +312,9 @@ set_words() {
     if [ "$node_count" = 1 ]; then
       words+=(--standalone) # a free port
     else
-      # c10d ranks the nodes itself, by address: --node-rank says which command is which
-      words+=("--nnodes=$node_count" "--node-rank=$node" --rdzv-backend=c10d "--rdzv-id=${RDZV_ID:-run}")
-      words+=("--rdzv-endpoint=${node_hosts[0]}:${RDZV_PORT:-29400}")
+      # not --rdzv-backend=c10d: it asks a machine for its own name, which is often 127.0.1.1, and ranks nodes by it
+      words+=("--nnodes=$node_count" "--node-rank=$node")
+      words+=("--master-addr=${node_hosts[0]}" "--master-port=${RDZV_PORT:-29400}")
     fi
     words+=("--nproc-per-node=$per_node")
   fi
@@ -356,7 +381,7 @@ wait_for_all() {
         status=$?
         echo "${0##*/}: a node ended with exit code $status: the others are ended too" >&2
         kill "$@" 2>/dev/null || true
-        wait
+        wait "$@" || true # bare, it would wait for the tee of log_to, which waits for the wrapper
         exit "$status"
       fi
     done

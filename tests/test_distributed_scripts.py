@@ -12,7 +12,7 @@ import time
 import pytest
 import torch
 from test_docs import ROOT
-from test_fast_train import CONF, NODES, ONE_NODE, RECORDS, SOLO, TORCHRUN, Machine, calls
+from test_fast_train import CONF, NODES, ONE_NODE, RECORDS, SOLO, TORCHRUN, Machine, calls, write_tool
 from test_flags import write_world
 
 import train_rm
@@ -160,6 +160,14 @@ def test_a_run_is_logged_and_its_exit_code_is_the_wrappers(tmp_path, machine, wo
     assert calls(machine)[:3] == ["expandable_segments:True", "0,1", "-m"]
     said = (machine.folder / log).read_text().splitlines()
     assert sorted(said) == sorted(2 * [line, "trains", "complains"])
+
+
+def test_a_node_that_fails_ends_a_run_that_is_logged(tmp_path):
+    machine = PolicyMachine(tmp_path)
+    machine.make_venv('if [ "$1" = -c ]; then exit 0; fi; exec sleep 1000')
+    write_tool(machine.tools / "ssh", "exit 255")
+    code, _, err = machine.run(variables={"GPU_NODES": "here:0@node2:0", "LAUNCH": "ssh"})
+    assert code == 255 and "a node ended with exit code 255: the others are ended too\n" in err
 
 
 # -- ranks that do not agree -------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ import json
 import os
 import shlex
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -259,7 +260,7 @@ def test_an_allocator_setting_of_the_user_is_kept(machine, variables, begins):
 
 # -- node lists --------------------------------------------------------------------------------------------------------
 
-NODES = "--nnodes=2 --node-rank={} --rdzv-backend=c10d --rdzv-id=run --rdzv-endpoint=node1:29400"
+NODES = "--nnodes=2 --node-rank={} --master-addr=node1 --master-port=29400"
 TWO_NODES = [f"CUDA_VISIBLE_DEVICES=0,1 {TORCHRUN} {NODES.format(rank)} --nproc-per-node=2" for rank in (0, 1)]
 
 
@@ -298,9 +299,9 @@ def test_a_node_list(machine, nodes, gpus, visible, begins):
 
 def test_what_other_machines_have_to_be_told(machine):
     told = {"NCCL_SOCKET_IFNAME": "eth 0", "HF_HUB_OFFLINE": "1", "HF_TOKEN": "secret", "GLOO_X": "y"}
-    out = machine.printed(GPU_NODES="node1@node2", RDZV_PORT="1234", RDZV_ID="second", **told)
+    out = machine.printed(GPU_NODES="node1@node2", RDZV_PORT="1234", **told)
     assert f"{CONF} GLOO_X=y HF_HUB_OFFLINE=1 NCCL_SOCKET_IFNAME='eth 0' {TORCHRUN} --nnodes=2 " in out
-    assert out.count("--rdzv-id=second --rdzv-endpoint=node1:1234 ") == 2
+    assert out.count("--master-addr=node1 --master-port=1234 ") == 2
     assert "secret" not in out
     assert "NCCL" not in machine.printed(**told)  # a process of this shell has it
 
@@ -391,6 +392,41 @@ def test_a_wrong_setting_is_one_sentence_before_anything_starts(machine, gpus, v
 )
 def test_deepspeed_needs_numbers(machine, gpus, variables, sentence):
     assert machine.refused("--dry-run", gpus=gpus, LAUNCHER="deepspeed", **variables) == sentence
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {"GPU_NODES": "here:0@node2:0", "LAUNCH": "ssh"},
+        {"GPU_NODES": "127.0.0.2:0@node2:0", "LAUNCH": "ssh"},  # an address of this machine
+        {"GPU_NODES": "localhost:0,1", "LAUNCHER": "deepspeed"},
+    ],
+)
+def test_a_port_that_is_taken_is_one_sentence_before_anything_starts(own_machine, variables):
+    write_tool(own_machine.tools / "python3", f'exec {sys.executable} "$@"')
+    for name in ("ssh", "deepspeed"):
+        write_tool(own_machine.tools / name, "echo started")
+    with socket.create_server(("", 0)) as other:
+        variables |= {"RDZV_PORT": str(other.getsockname()[1])}
+        sentence = own_machine.refused(gpus=2, **variables)
+        assert sentence == (
+            f"port {variables['RDZV_PORT']} of this machine is taken, by another run or program: set RDZV_PORT to a "
+            "free one"
+        )
+        own_machine.printed(gpus=2, **variables)  # a dry run needs no port
+    own_machine.make_venv('if [ "$1" != -c ]; then echo started; fi')
+    code, out, err = own_machine.run(gpus=2, variables=variables)
+    assert (code, err) == (0, "") and out.count("started\n") == (1 if "LAUNCHER" in variables else 2)
+
+
+def test_the_port_of_another_machine_is_not_looked_at(own_machine):
+    own_machine.make_venv("exit 98")
+    write_tool(own_machine.folder / ".venv/bin/python", f'exec {sys.executable} "$@"')
+    write_tool(own_machine.tools / "ssh", "echo started")
+    with socket.create_server(("", 0)) as other:
+        variables = {"GPU_NODES": "192.0.2.1:0@192.0.2.2:0", "LAUNCH": "ssh"}
+        code, out, _ = own_machine.run(variables=variables | {"RDZV_PORT": str(other.getsockname()[1])})
+    assert code == 0 and out.count("started\n") == 2
 
 
 def test_slots_beyond_the_visible_ones(machine):
