@@ -271,7 +271,7 @@ def say(sentence):
 
 
 def run(main, args, *user_errors):
-    """main(args); one of `user_errors` becomes its sentence and exit code 2, NonFinite exit code 3."""
+    """main(args); one of `user_errors` becomes its sentence and exit code 2, NonFinite 3, a rank that is gone 1."""
     prog = os.path.basename(sys.argv[0])
     try:
         main(args)
@@ -281,6 +281,24 @@ def run(main, args, *user_errors):
     except FloatingPointError as error:
         say(f"{prog}: {error}")
         sys.exit(3)
+    except RuntimeError as error:
+        if not _rank_is_gone(error):
+            raise
+        # From every rank: the one that speaks for this machine may be the one that is gone.
+        reason = re.sub(r"\[[^]]*gloo[^]]*\] ?", "", str(error)).partition(". ")[0].splitlines()[0]
+        sentence = f"rank {os.environ.get('RANK')} cannot reach another ({reason}): see what that one said last"
+        if getattr(args, "save_steps", 0):
+            sentence += "; --resume auto goes on from the last checkpoint"
+        print(f"{prog}: {sentence}", file=sys.stderr)
+        sys.exit(1)
     except KeyboardInterrupt:
         say(f"{prog}: interrupted")
         sys.exit(130)
+
+
+def _rank_is_gone(error):
+    """Whether an exchange failed because another rank died or does not answer: torch has no class for it."""
+    text = str(error)
+    of_exchange = "gloo" in text.lower() or type(error).__name__.startswith("Dist")
+    words = "closed|closure|reset|refused|roken pipe|imed out|remote process exited"
+    return of_exchange and bool(re.search(words, text))

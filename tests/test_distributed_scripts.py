@@ -4,6 +4,7 @@ agree, and a rank that dies.
 
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -339,7 +340,9 @@ def test_the_same_rows_may_lie_elsewhere(ended):
 
 def test_a_rank_waits_for_the_others_as_long_as_it_is_told(ended):
     codes, seconds, errors = ended["a rank that does not come"]
-    assert codes[0] == 1 and "imed out" in errors[0], errors[0]
+    sentence = "dpo_hf_run.py: rank 0 cannot reach another (Timed out waiting 2000ms for "
+    assert codes[0] == 1 and errors[0].startswith(sentence), errors[0]
+    assert errors[0].endswith("): see what that one said last\n"), "there are no checkpoints to speak of"
     assert 2 <= seconds < 120
 
 
@@ -376,5 +379,7 @@ def test_a_dead_rank_ends_the_job_within_a_minute_with_a_message(world, tmp_path
     )
     assert time.time() - (tmp_path / "died").stat().st_mtime < 60
     assert done.returncode == 1
+    sentence = r"^dies.py: rank 0 cannot reach another \(.+\): see what that one said last; --resume auto goes on from"
+    assert len(re.findall(sentence, done.stderr, re.MULTILINE)) == 1
     assert "Signal 9 (SIGKILL) received" in done.stderr and "exitcode  : -9" in done.stderr
     assert (tmp_path / "out/checkpoint-4/manifest.json").exists()  # from which --resume auto goes on
