@@ -68,7 +68,15 @@ def start(device="auto", timeout=600):
     if size > 1:
         # On GPUs both: flags and counts go between hosts by gloo, without waiting for a device.
         backend = "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
+        try:
+            dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
+        except dist.DistNetworkError as error:
+            if "EADDRINUSE" not in str(error):
+                raise
+            raise DeviceError(
+                f"MASTER_PORT {os.environ['MASTER_PORT']} is taken on this machine, by another run or program: set a "
+                "free one (deepspeed: --master_port)"
+            ) from None
     return World(rank, size, torch.device(device))
 
 
