@@ -16,6 +16,7 @@ Copy with: checkpoints.py distributed.py flags.py lora.py losses.py memory_estim
     packed_model.py packing.py preference_data.py run_files.py score_cache.py speed.py toy_world.py
 """
 
+import gc
 import itertools
 import sys
 from functools import partial
@@ -213,6 +214,7 @@ def main(args):
         )
     watch.phase("other")
     reference = None  # frozen: it has said all it has to say
+    gc.collect()  # a sharded model has methods that hold it
     say(*distributed.start_lines("policy model", parameters, policy, args, world, slow_rate=2e-5), sep="\n")
 
     # 4 optimiser

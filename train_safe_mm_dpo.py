@@ -22,6 +22,7 @@ Copy with: checkpoints.py distributed.py expected_cost.py flags.py lora.py losse
     speed.py toy_world.py
 """
 
+import gc
 import itertools
 import math
 import sys
@@ -327,6 +328,7 @@ def main(args):
             lora.remove_adapter(policy, task)
     frozen = judges = base_of = None  # the others leave memory
     reference = reference if args.kl_coeff or (args.lora_r and reference is policy) else None
+    gc.collect()  # a sharded model has methods that hold it
     say(*distributed.start_lines("policy model", parameters, policy, args, world, slow_rate=2e-5), sep="\n")
 
     # 4 optimiser

@@ -21,6 +21,7 @@ Copy with: checkpoints.py distributed.py flags.py lora.py losses.py memory_estim
     packed_model.py packing.py preference_data.py preference_prompt.py run_files.py score_cache.py speed.py toy_world.py
 """
 
+import gc
 import itertools
 import math
 import sys
@@ -321,6 +322,7 @@ def main(args):
         facts[asked, 2:] = frozen_logps([prompted_pairs[i] for i in asked], "prompted", sha256)
     watch.phase("other")
     reference = reference if args.lambda_kl else None  # else it has said all it has to say
+    gc.collect()  # a sharded model has methods that hold it
     say(*distributed.start_lines("policy model", parameters, policy, args, world, slow_rate=2e-5), sep="\n")
 
     # 4 optimiser

@@ -2,9 +2,11 @@
 any number of ranks.
 """
 
+import gc
 import json
 import re
 import shutil
+import weakref
 from argparse import Namespace
 
 import pytest
@@ -269,4 +271,32 @@ def skip_a_step():
 
 def test_an_infinite_gradient_of_one_rank_is_skipped_by_all(tmp_path):
     codes, said = on_ranks(skip_a_step, (), 2, tmp_path)
+    assert codes == [0, 0], "\n".join(said)
+
+
+def give_back():
+    """On each of two ranks: the states of a reference can be used outside of it, and it leaves memory when let go."""
+    world = distributed.start("cpu")
+    model, reference, twin = tiny_model("qwen3"), tiny_model("qwen3", seed=1), tiny_model("qwen3", seed=1)
+    for each in (model, reference, twin):
+        prepare_model(each)
+    distributed.shard(model, reference, world, torch.float32, print)
+    batch = pack(random_pairs([(3, 4, 5), (2, 6, 3)]))
+    with torch.no_grad():
+        ours = model.packed_logps(batch, reference.response_states(batch))
+        plain = tiny_model("qwen3")
+        prepare_model(plain)
+        expected = plain.packed_logps(batch, twin.response_states(batch))
+    torch.testing.assert_close(ours, expected)
+    assert min(expected[2:][0].min(), expected[3].min()) > 0.01, "there is a KL"
+    kept = [weakref.ref(parameter) for parameter in reference.model.layers.parameters()]
+    assert all(parameter().to_local().numel() for parameter in kept)
+    del reference, each
+    gc.collect()
+    assert not any(parameter() is not None for parameter in kept)
+    distributed.stop()
+
+
+def test_a_reference_is_used_and_given_back(tmp_path):
+    codes, said = on_ranks(give_back, (), 2, tmp_path)
     assert codes == [0, 0], "\n".join(said)
