@@ -271,7 +271,7 @@ def shard(model, reference, world, dtype, say, offload=False):
         "mp_policy": MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32),
         "offload_policy": CPUOffloadPolicy(pin_memory=world.device.type == "cuda") if offload else OffloadPolicy(),
     }
-    for each in {model, reference}:
+    for each in dict.fromkeys((model, reference)):
         if not each.packs_pairs:
             each.to(world.device)
             say(f"Not sharded, as sequences are scored one by one: each of {world.size} ranks has all of the weights")
@@ -329,7 +329,7 @@ def whole_state(model, dtype, world):
     for name, tensor in model.state_dict().items():
         tensor = None if name in again else _whole(tensor)
         if world.is_main and tensor is not None:
-            state[name] = tensor.to("cpu", dtype)
+            state[name] = tensor.cpu().to(dtype if tensor.is_floating_point() else tensor.dtype)
     return state
 
 
