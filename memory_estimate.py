@@ -5,17 +5,19 @@ weights (meta device) runs one pass of the run's largest size.  Every tensor tha
 storage once, and of all that is made on the way the most that is alive at one time.  Attention stands there for what a
 fused kernel keeps: query, key, value, output and one number per row.
 
-    print(Estimate(skeleton, lora.add_adapter, TokenLogps, ranks=8).report(args))
+    rows = Estimate(skeleton, lora.add_adapter, TokenLogps, ranks=8).rows(args)
 
-A run has four moments (columns of the table), and its memory is that of the largest:
+A run has four moments (columns of memory_report's table), and its memory is that of the largest:
     scoring     the frozen models score all pairs, without gradient
     head        a pass has gone through the blocks and is at the language-model head: all activations are kept
     backward    a pass is in the last block on its way back: all activations are kept, and gradients pass
-    update      gradients go to the other ranks, AdamW steps
+    update      gradients go to the other ranks, the optimiser steps; a policy that has to, samples
+
+All weights trained over several ranks are sharded (FSDP2): a rank keeps its share, and gathers whole weights, in the
+type that is computed in, of what is in no block and of two blocks at a time.
 """
 
 import copy
-import itertools
 import weakref
 from argparse import Namespace
 from functools import cache
@@ -32,14 +34,12 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-GB = 1e9
-DEVICES = 24, 40, 64, 80, 141  # GB that cards have
 CUDA = 0.8e9  # what CUDA's context and the libraries' workspaces take, about
 WIDE = 4  # bytes of fp32
 HEAD_CHUNK = 1024  # packed_model's
+USABLE = 0.9  # of a device; the rest is for fragmentation and for what is left out here
 SOME = 1024  # tokens that are measured: with fused attention memory grows in line with them
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-MOMENTS = "scoring", "head", "backward", "update"
 
 
 # -- a pass on the meta device ---------------------------------------------------------------------------------------
@@ -233,10 +233,37 @@ def size_of(parameters, width=None):
     return sum(parameter.numel() * (width or parameter.element_size()) for parameter in parameters)
 
 
-def compute_dtype(name):
-    """The type that --dtype NAME is on the GPU here or, without one, on one that has bf16."""
-    lacks = torch.cuda.is_available() and not torch.cuda.is_bf16_supported(including_emulation=False)
-    return DTYPES[("fp16" if lacks else "bf16") if name == "auto" else name]
+def groups(model):
+    """Numbers in the weights of the largest block, in those of no block, and in the language-model head."""
+    blocks = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    sizes, head = [size_of(block.parameters(), 1) for block in blocks], model.get_output_embeddings()
+    return max(sizes), size_of(model.parameters(), 1) - sum(sizes), head.weight.numel() if head else 0
+
+
+def of_shards(model, reference, width, with_kl, samples):
+    """The rows of what FSDP2 gathers, in `width` bytes a number; reference: the model that scores all pairs first.
+
+    The next block is gathered while one computes.  The gradients of a block are there whole, and in fp32, on their way,
+    those of the one before.  What is in no block is gathered for a whole pass, of a reference from then on; its
+    gradients go last.  A policy that samples is whole, between two updates.
+    """
+    (block, rest, head), (ref_block, ref_rest, _) = groups(model), groups(reference)
+    held = ref_rest * with_kl
+    whole = size_of(model.parameters(), 1) if samples else 0
+    gathered = ref_rest + 2 * ref_block, held + rest + block, held + rest + 2 * block, held + whole
+    return {
+        "gathered weights": [width * numbers for numbers in gathered],
+        "whole gradients": [0, 0, width * (head + block) + WIDE * block, (width + WIDE) * rest],
+    }
+
+
+def moments_bytes(sizes, optimizer):
+    """Bytes of AdamW's two moments of tensors of these sizes.
+
+    adamw8bit (bitsandbytes): a byte for each number and 4 for the largest of each 256; fp32 in tensors below 4,096.
+    """
+    narrow = [size for size in sizes if optimizer == "adamw8bit" and size >= 4096]
+    return 2 * (WIDE * (sum(sizes) - sum(narrow)) + sum(size + WIDE * -(-size // 256) for size in narrow))
 
 
 class Estimate:
@@ -251,13 +278,28 @@ class Estimate:
         self.reference, self.reward_folders, self.vectors = reference, reward_folders or {}, vectors
         self.model, self.measured, self.head = cache(self._model), cache(self._measured), cache(self._head)
 
+    @staticmethod
+    def dtype(args):
+        """The type that --dtype is on the GPU here or, without one, on one that has bf16."""
+        lacks = torch.cuda.is_available() and not torch.cuda.is_bf16_supported(including_emulation=False)
+        return DTYPES[("fp16" if lacks else "bf16") if args.dtype == "auto" else args.dtype]
+
+    def tokens(self, args):
+        """Of the largest pass: both responses as long as --max-length lets them be, behind the shortest prompt."""
+        longest = 2 * args.max_length + self.vectors
+        return max(args.tokens_per_microbatch, longest) if args.tokens_per_microbatch else args.batch_size * longest
+
+    def shares(self, lora_r):
+        """Over how many ranks weights, gradients and moments are sharded."""
+        return self.ranks if lora_r == 0 else 1
+
     def _model(self, lora_r, dropout, dtype):
-        """The skeleton in the types of a run; where all weights are trained, a lever gets its adapter here."""
+        """The skeleton in the types of a pass; where all weights are trained, a lever gets its adapter here."""
         model = copy.deepcopy(self.skeleton)
         if lora_r and not any("lora_" in name for name, _ in model.named_parameters()):
             self.add_adapter(model, "policy", lora_r, 32.0)
         for name, parameter in model.named_parameters():
-            wide = "lora_" in name or name == "score.weight" or lora_r == 0
+            wide = "lora_" in name or self.shares(lora_r) == 1 and (name == "score.weight" or lora_r == 0)
             parameter.data = parameter.data.to(torch.float32 if wide else dtype)
             parameter.requires_grad_(lora_r is not None and (parameter.requires_grad or name == "score.weight"))
         for module in model.modules():
@@ -274,7 +316,8 @@ class Estimate:
         stack = next(m for m in stacks if isinstance(m[0], GradientCheckpointingLayer))
         more = max(0, len(stack) - 2)
         del stack[2:]
-        passed = measure(model, SOME, dtype if lora_r == 0 and dtype != torch.float32 else None)
+        autocast = lora_r == 0 and self.shares(lora_r) == 1 and dtype != torch.float32
+        passed = measure(model, SOME, dtype if autocast else None)
         saved, casts = ([*of[:-1], *of[-2:-1] * more, of[-1]] for of in (passed.saved, passed.casts))
         return Pass(saved, casts, passed.inputs + passed.inputs[-1:] * more, passed.passing, passed.ungraded)
 
@@ -282,37 +325,50 @@ class Estimate:
         model = self.model(lora_r, dropout, dtype)
         return head_bytes(model, self.log_probs, num_tokens, dtype, with_kl) if self.log_probs else (0, 0)
 
-    def rows(self, args):
-        """{term: its bytes at each of MOMENTS}."""
-        dtype, lora_r, on = compute_dtype(args.dtype), getattr(args, "lora_r", None), checkpoints(args)
-        how = lora_r, getattr(args, "lora_dropout", 0.0), dtype
-        model, passed, passes = self.model(*how), self.measured(*how), pass_tokens(args, self.vectors) / SOME
+    def rows(self, args, tokens=None):
+        """{term: its bytes at each of the four moments}; tokens: of the largest pass, where they are known.
+
+        Gradient checkpointing `auto` counts as off.
+        """
+        lora_r, on = getattr(args, "lora_r", None), args.gradient_checkpointing == "on"
+        how, tokens = (lora_r, getattr(args, "lora_dropout", 0.0), self.dtype(args)), tokens or self.tokens(args)
+        full, shares, narrow = lora_r == 0, self.shares(lora_r), how[-1].itemsize
+        optimizer, offload = getattr(args, "optimizer", "adamw"), getattr(args, "optimizer_offload", False)
+        on_device = not (offload and shares > 1)  # with shards, weights and gradients go to the CPU too
         with_kl = bool(getattr(args, "kl_coeff", 0) or getattr(args, "lambda_kl", 0))
-        head, ungraded_head = self.head(*how, pass_tokens(args), with_kl)
+        model, passed, passes = self.model(*how), self.measured(*how), tokens / SOME
+        head, ungraded_head = self.head(*how, tokens, with_kl)
         adapter = size_of(p for name, p in model.named_parameters() if "lora_" in name)
         base = [p for name, p in model.named_parameters() if "lora_" not in name]
         soft = self.vectors * model.get_input_embeddings().weight.shape[1]
-        trained = WIDE * (soft + sum(p.numel() for p in model.parameters() if p.requires_grad))
-        other = self.reference.parameters() if self.reference is not None else base if lora_r == 0 else []
-        other = size_of(other, base[0].element_size())
+        sizes = [soft, *(p.numel() for p in model.parameters() if p.requires_grad)]
+        trained, moments = WIDE * sum(sizes) / shares, 0 if offload else moments_bytes(sizes, optimizer) / shares
+        # Gradients of earlier passes of an update, or those that the last one has begun with.
+        earlier = args.gradient_accumulation_steps > 1 or args.tokens_per_microbatch
+        begun = trained if earlier else WIDE * (groups(model)[0] + groups(model)[2]) / shares * full
+        reference = self.reference or model  # without another, LoRA's is the policy with its adapter off
+        another = (self.reference is not None or (full and with_kl)) and on_device
+        other = another * size_of(reference.parameters(), WIDE if full else narrow) / shares
         rewards = {task: self._reward_bytes(folder, base, adapter, how) for task, folder in self.reward_folders.items()}
-        judge = rewards.get("harmless", 0) if getattr(args, "cost_estimate", None) == "policy" else 0
+        samples = getattr(args, "cost_estimate", None) == "policy" and "harmless" in rewards
         casts, of_block = sum(passed.casts), max(passed.casts) if on else sum(passed.casts)
-        of_other = casts * with_kl  # the reference, which is computed with in dtype too
-        return {
-            "policy weights": [size_of(base)] * 4,
+        rows = {
+            "policy weights": [size_of(base, WIDE if full else None) / shares * on_device] * 4,
             "adapters": [adapter + WIDE * soft] * 4,
-            "gradients": [0, trained, trained, trained],
-            "optimiser (AdamW)": [0] + [2 * trained] * 3,
+            "gradients": [of * on_device for of in (0, trained if earlier else 0, begun, trained)],
+            "optimiser": [0] + [moments] * 3,
             "reference": [other] + [other * with_kl] * 3,
-            "reward models": [sum(rewards.values())] + [judge] * 3,
+            "reward models": [sum(rewards.values())] + [samples * rewards.get("harmless", 0)] * 3,
             "activations": [0, passed.kept(on, False) * passes, passed.kept(on, True) * passes, 0],
             "passing in a block": [passed.ungraded * passes, 0, passed.passing * passes, 0],
             "logits chunk": [ungraded_head, head, 0, 0],
-            "weights cast": [casts, casts + of_other, of_block, 0],
-            "flat gradient" if self.ranks > 1 else "AdamW's roots": [0, 0, 0, trained],
-            "CUDA": [CUDA] * 4,
         }
+        if shares > 1:
+            rows |= of_shards(model, reference, narrow, with_kl, samples)
+        else:  # with a KL the reference, too, is computed with in this type
+            rows["weights cast"] = [casts, casts * (1 + with_kl), of_block, 0]
+            rows["flat gradient"] = [0, 0, 0, trained * (self.ranks > 1)]
+        return rows | {"CUDA": [CUDA] * 4}
 
     def _reward_bytes(self, folder, base, adapter, how):
         """A frozen reward model: an adapter on the policy's base, as large as its file or else as the policy's."""
@@ -322,79 +378,20 @@ class Estimate:
         alone = size_of(base, how[2].itemsize) if not how[0] else 0
         return alone + (sum(files) or adapter)
 
-    def total(self, args):
+    def total(self, args, tokens=None):
         """Bytes at the moment that has the most."""
-        return max(map(sum, zip(*self.rows(args).values(), strict=True)))
+        return max(map(sum, zip(*self.rows(args, tokens).values(), strict=True)))
 
-    def lever(self, args, limit):
-        """The flags of the cheapest lever, or pair of them, with which the run takes at most `limit` bytes, or None."""
-        kinds = [kind for kind in levers(args) if kind]
-        for some in (*((kind,) for kind in kinds), *itertools.combinations(kinds, 2)):
-            if self.total(_with(args, [kind[-1] for kind in some])) <= limit:  # the strongest step of each
-                steps = (steps for steps in itertools.product(*some) if self.total(_with(args, steps)) <= limit)
-                return " ".join(_words(next(steps)))
-        return None
+    def checkpointing(self, args, room, tokens=None):
+        """Whether a run on devices of `room` bytes has gradient checkpointing; auto: where it would not fit without."""
+        if args.gradient_checkpointing != "auto":
+            return args.gradient_checkpointing == "on"
+        return self.total(args, tokens) > USABLE * room
 
-    def report(self, args):
-        """The table and, for cards of DEVICES, whether they have the room or which flags would make it enough."""
-        rows, total = self.rows(args), self.total(args)
-        dtype = str(compute_dtype(args.dtype)).removeprefix("torch.")
-        auto = " (--dtype auto on a GPU)" if args.dtype == "auto" else ""
-        checkpointing = "on" if checkpoints(args) else "off"
-        lines = [
-            f"Memory of each of {self.ranks} devices in GB, estimated: {dtype}{auto}, passes of at most "
-            f"{pass_tokens(args, self.vectors):,} tokens, gradient checkpointing {checkpointing}",
-            f"{'':20}" + "".join(f"{moment:>10}" for moment in MOMENTS),
-        ]
-        sums = {"total": [sum(column) for column in zip(*rows.values(), strict=True)]}
-        for name, numbers in (rows | sums).items():
-            lines.append(f"{name:20}" + "".join(f"{number / GB:10.2f}" for number in numbers))
-        roomy = [str(size) for size in DEVICES if total <= size * GB]
-        line = f"{total / GB:.2f} GB at most: fits {', '.join(roomy) + ' GB' if roomy else 'no card of these sizes'}"
-        for size in DEVICES[: len(DEVICES) - len(roomy)]:
-            line += f"; for {size} GB: {self.lever(args, size * GB) or 'no flag or pair of flags is enough'}"
-        return "\n".join([*lines, line])
-
-
-# -- flags -----------------------------------------------------------------------------------------------------------
-
-
-def checkpoints(args):
-    """Whether the run has gradient checkpointing; auto is on where all weights are trained."""
-    auto = args.gradient_checkpointing == "auto" and getattr(args, "lora_r", None) == 0
-    return auto or args.gradient_checkpointing == "on"
-
-
-def pass_tokens(args, vectors=0):
-    """Tokens of the largest pass: both responses as long as --max-length lets them be, behind the shortest prompt."""
-    longest = 2 * args.max_length + vectors
-    return max(args.tokens_per_microbatch, longest) if args.tokens_per_microbatch else args.batch_size * longest
-
-
-def levers(args):
-    """What can be done for memory, the cheapest first: for each lever its steps {flag: value}, the mildest first."""
-    pairs, budget, longest = (
-        args.batch_size * args.gradient_accumulation_steps,
-        args.tokens_per_microbatch,
-        args.max_length,
-    )
-    sizes = [size for size in _halves(args.batch_size, 1) if not budget]
-    yield [{"batch_size": size, "gradient_accumulation_steps": -(-pairs // size)} for size in sizes] or [
-        {"tokens_per_microbatch": size} for size in _halves(budget, 2 * longest)
-    ]
-    yield [{"gradient_checkpointing": "on"}] * (args.gradient_checkpointing != "on")
-    yield [{"lora_r": 16}] * (getattr(args, "lora_r", None) == 0)
-    prompt = args.max_prompt_length
-    yield [{"max_length": size, "max_prompt_length": min(prompt, size // 2)} for size in _halves(longest, 64)]
-
-
-def _halves(number, least):
-    return [number >> times for times in range(1, number.bit_length()) if number >> times >= least]
-
-
-def _with(args, steps):
-    return Namespace(**vars(args) | {name: value for step in steps for name, value in step.items()})
-
-
-def _words(steps):
-    return [f"--{name.replace('_', '-')} {value}" for step in steps for name, value in step.items()]
+    def first_update(self, args, checkpointing, tokens=None):
+        """Bytes of tensors at most in the first update, whose passes have no moments yet; checkpointing: whether on."""
+        mode = {"gradient_checkpointing": "on" if checkpointing else "off"}
+        rows = self.rows(Namespace(**vars(args) | mode), tokens)
+        rows["optimiser"] = [0, 0, 0, rows["optimiser"][-1]]
+        del rows["CUDA"]  # torch does not see it
+        return max(list(map(sum, zip(*rows.values(), strict=True)))[1:])

@@ -1,0 +1,89 @@
+"""What memory_estimate.Estimate says, in words: the table of --estimate-memory, the cards that have the room, the flags
+that would make it enough, and what a GPU then measured.
+
+    print(report(Estimate(skeleton, lora.add_adapter, TokenLogps, ranks=8), args))
+"""
+
+import itertools
+from argparse import Namespace
+
+GB = 1e9
+MOMENTS = "scoring", "head", "backward", "update"  # memory_estimate's
+DEVICES = 24, 40, 64, 80, 141  # GB that cards have
+
+
+def report(estimate, args):
+    """The table of an Estimate and, for cards of DEVICES, whether they have the room or which flags make it enough."""
+    rows, mode = estimate.rows(args), args.gradient_checkpointing
+    sums = {"total": [sum(column) for column in zip(*rows.values(), strict=True)]}
+    dtype = str(estimate.dtype(args)).removeprefix("torch.")
+    auto = " (--dtype auto on a GPU)" if args.dtype == "auto" else ""
+    lines = [
+        f"Memory of each of {estimate.ranks} devices in GB, estimated: {dtype}{auto}, passes of at most "
+        f"{estimate.tokens(args):,} tokens, gradient checkpointing {'off' if mode == 'auto' else mode}",
+        f"{'':20}" + "".join(f"{moment:>10}" for moment in MOMENTS),
+    ]
+    for name, numbers in (rows | sums).items():
+        lines.append(f"{name:20}" + "".join(f"{number / GB:10.2f}" for number in numbers))
+    as_it_is, turned_on, advice = [], [], ""  # sizes of cards
+    for size in DEVICES:
+        auto_on = mode == "auto" and estimate.checkpointing(args, size * GB)
+        of_card = _with(args, [{"gradient_checkpointing": "on"}] * auto_on)
+        if estimate.total(of_card) <= size * GB:
+            (turned_on if auto_on else as_it_is).append(str(size))
+        else:
+            flags = lever(estimate, of_card, size * GB)
+            advice += f"; for {size} GB: {flags or 'no flag or pair of flags is enough'}"
+    fits = [f"{', '.join(as_it_is)} GB"] * bool(as_it_is)
+    fits += [f"{', '.join(turned_on)} GB, where auto turns checkpointing on"] * bool(turned_on)
+    line = f"{max(sums['total']) / GB:.2f} GB at most: fits {' and '.join(fits) or 'no card of these sizes'}{advice}"
+    return "\n".join([*lines, line])
+
+
+def compared(predicted, measured):
+    """A log line of two numbers of bytes: Estimate.first_update, and torch.cuda.max_memory_allocated of that update."""
+    numbers = f"{predicted / GB:.2f} GB predicted, {measured / GB:.2f} GB measured"
+    return f"GPU memory of the first update: {numbers} ({round(100 * (measured / predicted - 1)):+d} %)"
+
+
+def lever(estimate, args, limit):
+    """The flags of the cheapest lever, or pair of them, with which the run takes at most `limit` bytes, or None."""
+    kinds = [kind for kind in levers(args, sharded=estimate.shares(getattr(args, "lora_r", None)) > 1) if kind]
+    for some in (*((kind,) for kind in kinds), *itertools.combinations(kinds, 2)):
+        if estimate.total(_with(args, [kind[-1] for kind in some])) <= limit:  # the strongest step of each
+            steps = (steps for steps in itertools.product(*some) if estimate.total(_with(args, steps)) <= limit)
+            return " ".join(_words(next(steps)))
+    return None
+
+
+def levers(args, sharded):
+    """What can be done for memory, the cheapest first: for each lever its steps {flag: value}, the mildest first."""
+    pairs, budget, longest = (
+        args.batch_size * args.gradient_accumulation_steps,
+        args.tokens_per_microbatch,
+        args.max_length,
+    )
+    sizes = [size for size in _halves(args.batch_size, 1) if not budget]
+    yield [{"batch_size": size, "gradient_accumulation_steps": -(-pairs // size)} for size in sizes] or [
+        {"tokens_per_microbatch": size} for size in _halves(budget, 2 * longest)
+    ]
+    yield [{"gradient_checkpointing": "on"}] * (args.gradient_checkpointing != "on")
+    if getattr(args, "optimizer", "adamw") == "adamw" and not getattr(args, "optimizer_offload", False):
+        # One or the other; bitsandbytes does not step on shards.
+        yield [{"optimizer": "adamw8bit"}] * (not sharded) + [{"optimizer_offload": True}]
+    yield [{"lora_r": 16}] * (getattr(args, "lora_r", None) == 0)
+    prompt = args.max_prompt_length
+    yield [{"max_length": size, "max_prompt_length": min(prompt, size // 2)} for size in _halves(longest, 64)]
+
+
+def _halves(number, least):
+    return [number >> times for times in range(1, number.bit_length()) if number >> times >= least]
+
+
+def _with(args, steps):
+    return Namespace(**vars(args) | {name: value for step in steps for name, value in step.items()})
+
+
+def _words(steps):
+    flags = {f"--{name.replace('_', '-')}": value for step in steps for name, value in step.items()}
+    return [name if value is True else f"{name} {value}" for name, value in flags.items()]
