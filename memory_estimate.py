@@ -12,9 +12,6 @@ A run has four moments (columns of memory_report's table), and its memory is tha
     head        a pass has gone through the blocks and is at the language-model head: all activations are kept
     backward    a pass is in the last block on its way back: all activations are kept, and gradients pass
     update      gradients go to the other ranks, the optimiser steps; a policy that has to, samples
-
-All weights trained over several ranks are sharded (FSDP2): a rank keeps its share, and gathers whole weights, in the
-type that is computed in, of what is in no block and of two blocks at a time.
 """
 
 import copy
@@ -40,6 +37,10 @@ HEAD_CHUNK = 1024  # packed_model's
 USABLE = 0.9  # of a device; the rest is for fragmentation and for what is left out here
 SOME = 1024  # tokens that are measured: with fused attention memory grows in line with them
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+class EstimateError(ValueError):
+    """A model whose passes cannot be run without its weights, in one sentence for the user."""
 
 
 # -- a pass on the meta device ---------------------------------------------------------------------------------------
@@ -248,8 +249,7 @@ def of_shards(model, reference, width, with_kl, samples):
     gradients go last.  A policy that samples is whole, between two updates.
     """
     (block, rest, head), (ref_block, ref_rest, _) = groups(model), groups(reference)
-    held = ref_rest * with_kl
-    whole = size_of(model.parameters(), 1) if samples else 0
+    held, whole = ref_rest * with_kl, samples * size_of(model.parameters(), 1)
     gathered = ref_rest + 2 * ref_block, held + rest + block, held + rest + 2 * block, held + whole
     return {
         "gathered weights": [width * numbers for numbers in gathered],
@@ -285,7 +285,7 @@ class Estimate:
         return DTYPES[("fp16" if lacks else "bf16") if args.dtype == "auto" else args.dtype]
 
     def tokens(self, args):
-        """Of the largest pass: both responses as long as --max-length lets them be, behind the shortest prompt."""
+        """Of the largest pass, where nobody gives them: two responses as long as can be, behind the shortest prompt."""
         longest = 2 * args.max_length + self.vectors
         return max(args.tokens_per_microbatch, longest) if args.tokens_per_microbatch else args.batch_size * longest
 
@@ -326,25 +326,27 @@ class Estimate:
         return head_bytes(model, self.log_probs, num_tokens, dtype, with_kl) if self.log_probs else (0, 0)
 
     def rows(self, args, tokens=None):
-        """{term: its bytes at each of the four moments}; tokens: of the largest pass, where they are known.
-
-        Gradient checkpointing `auto` counts as off.
-        """
+        """{term: its bytes at each of the four moments}, with checkpointing `auto` as off.  Raises EstimateError."""
         lora_r, on = getattr(args, "lora_r", None), args.gradient_checkpointing == "on"
         how, tokens = (lora_r, getattr(args, "lora_dropout", 0.0), self.dtype(args)), tokens or self.tokens(args)
         full, shares, narrow = lora_r == 0, self.shares(lora_r), how[-1].itemsize
         optimizer, offload = getattr(args, "optimizer", "adamw"), getattr(args, "optimizer_offload", False)
         on_device = not (offload and shares > 1)  # with shards, weights and gradients go to the CPU too
         with_kl = bool(getattr(args, "kl_coeff", 0) or getattr(args, "lambda_kl", 0))
-        model, passed, passes = self.model(*how), self.measured(*how), tokens / SOME
-        head, ungraded_head = self.head(*how, tokens, with_kl)
+        try:
+            passed, (head, ungraded_head) = self.measured(*how), self.head(*how, tokens, with_kl)
+        except Exception as problem:  # whatever a foreign model does here
+            reason = f"{type(problem).__name__}: {problem}".partition("\n")[0]
+            raise EstimateError(
+                f"the memory of this model's passes cannot be estimated ({reason}): leave --estimate-memory out"
+            ) from None
+        model, passes = self.model(*how), tokens / SOME
         adapter = size_of(p for name, p in model.named_parameters() if "lora_" in name)
         base = [p for name, p in model.named_parameters() if "lora_" not in name]
         soft = self.vectors * model.get_input_embeddings().weight.shape[1]
         sizes = [soft, *(p.numel() for p in model.parameters() if p.requires_grad)]
         trained, moments = WIDE * sum(sizes) / shares, 0 if offload else moments_bytes(sizes, optimizer) / shares
-        # Gradients of earlier passes of an update, or those that the last one has begun with.
-        earlier = args.gradient_accumulation_steps > 1 or args.tokens_per_microbatch
+        earlier = args.gradient_accumulation_steps > 1 or args.tokens_per_microbatch  # passes, and their gradients
         begun = trained if earlier else WIDE * (groups(model)[0] + groups(model)[2]) / shares * full
         reference = self.reference or model  # without another, LoRA's is the policy with its adapter off
         another = (self.reference is not None or (full and with_kl)) and on_device
@@ -386,12 +388,13 @@ class Estimate:
         """Whether a run on devices of `room` bytes has gradient checkpointing; auto: where it would not fit without."""
         if args.gradient_checkpointing != "auto":
             return args.gradient_checkpointing == "on"
-        return self.total(args, tokens) > USABLE * room
+        try:
+            return self.total(args, tokens) > USABLE * room
+        except EstimateError:
+            return getattr(args, "lora_r", None) == 0  # a guess: there it is needed most
 
     def first_update(self, args, checkpointing, tokens=None):
         """Bytes of tensors at most in the first update, whose passes have no moments yet; checkpointing: whether on."""
-        mode = {"gradient_checkpointing": "on" if checkpointing else "off"}
-        rows = self.rows(Namespace(**vars(args) | mode), tokens)
-        rows["optimiser"] = [0, 0, 0, rows["optimiser"][-1]]
-        del rows["CUDA"]  # torch does not see it
+        rows = self.rows(Namespace(**vars(args) | {"gradient_checkpointing": ("off", "on")[checkpointing]}), tokens)
+        rows |= {"optimiser": [0, 0, 0, rows["optimiser"][3]], "CUDA": [0] * 4}  # what CUDA takes torch does not see
         return max(list(map(sum, zip(*rows.values(), strict=True)))[1:])

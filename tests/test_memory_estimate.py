@@ -25,7 +25,7 @@ import packed_model
 import train_rm
 import train_safe_mm_dpo
 import train_with_preference_prompt
-from memory_estimate import CUDA, Estimate, measure
+from memory_estimate import CUDA, Estimate, EstimateError, measure
 from memory_report import GB, compared, lever, report
 from packed_model import TokenLogps
 
@@ -280,6 +280,14 @@ def test_auto_checkpoints_where_the_run_would_not_fit_without(mistral):
     assert estimate.checkpointing(flags(gradient_checkpointing="on"), 1e15)
     assert not estimate.checkpointing(auto, 24 * GB, tokens=512), "short pairs"
     assert estimate.checkpointing(auto, 24 * GB)
+
+
+def test_a_model_that_cannot_be_measured_is_one_sentence_and_auto_goes_by_what_is_trained():
+    estimate = estimate_of("bloom", 0)  # its blocks know no attention functions
+    with pytest.raises(EstimateError, match=r"^the memory of this model's passes cannot be estimated \(ValueError: "):
+        estimate.rows(flags(lora_r=0))
+    assert estimate.checkpointing(flags(lora_r=0, gradient_checkpointing="auto"), 1e15)
+    assert not estimate_of("bloom", 4).checkpointing(flags(lora_r=4, gradient_checkpointing="auto"), 1)
 
 
 def test_the_report_says_where_auto_checkpoints(mistral):
