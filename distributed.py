@@ -80,6 +80,24 @@ def start(device="auto", timeout=600):
     return World(rank, size, torch.device(device))
 
 
+def room(world):
+    """Bytes of the device that a rank has for itself, the least of all ranks: a GPU's memory; or a machine's, shared by
+    its ranks.
+    """
+    if world.device.type == "cuda":
+        size = torch.cuda.mem_get_info(world.device)[1]
+    elif world.device.type == "mps":
+        size = torch.mps.recommended_max_memory()
+    elif hasattr(os, "sysconf"):  # not on Windows
+        size = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    else:
+        size = math.inf
+    least = torch.tensor(float(size), dtype=torch.float64)
+    if world.size > 1:
+        dist.all_reduce(least, op=dist.ReduceOp.MIN)
+    return least.item()
+
+
 def stop():
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -12,8 +12,9 @@ Deviations from the paper: AdamW instead of RMSprop; label smoothing, robust, hi
     python dpo_hf_run.py --model Qwen/Qwen3-0.6B --dataset pairs.jsonl --learning-rate 1e-4    # one GPU
     torchrun --nproc_per_node=4 dpo_hf_run.py --dataset pairs.jsonl --learning-rate 1e-4       # four GPUs
 
-Copy with: checkpoints.py distributed.py flags.py lora.py losses.py memory_estimate.py model_files.py optimizers.py
-    packed_model.py packing.py preference_data.py run_files.py score_cache.py speed.py toy_world.py
+Copy with: checkpoints.py distributed.py flags.py lora.py losses.py memory_estimate.py memory_report.py
+    model_files.py optimizers.py packed_model.py packing.py preference_data.py run_files.py score_cache.py speed.py
+    toy_world.py
 """
 
 import gc
@@ -30,6 +31,7 @@ import distributed
 import flags
 import lora
 import memory_estimate
+import memory_report
 import optimizers
 import run_files
 import score_cache
@@ -38,7 +40,7 @@ import toy_world
 from losses import DPO_LOSSES, PAIR_METRICS, displacement, dpo_loss, nll_loss, pair_metrics
 from model_files import ModelError, enable_checkpointing, load_model, load_skeleton, load_tokenizer, save_whole
 from packed_model import TokenLogps, prepare_model
-from packing import epoch_plan, hold_out, pack, passes_of_rank, send
+from packing import epoch_plan, hold_out, largest_pass, pack, passes_of_rank, send
 from preference_data import DataError, fingerprint, load_pairs
 
 TOY_FOLDER = "outputs/toy_world"
@@ -136,9 +138,9 @@ def main(args):
     skeleton = load_skeleton(args.model, tokenizer, args.trust_remote_code)
     add_adapters(skeleton, args)  # a wrong adapter or target shows here
     other = load_skeleton(args.ref_model_path, tokenizer, args.trust_remote_code) if args.ref_model_path else None
+    estimate = memory_estimate.Estimate(skeleton, lora.add_adapter, TokenLogps, world.size, other)
     if args.estimate_memory:
-        estimate = memory_estimate.Estimate(skeleton, lora.add_adapter, TokenLogps, world.size, other)
-        say(estimate.report(args))
+        say(memory_report.report(estimate, args))
         return distributed.stop()
     read = partial(
         load_pairs,
@@ -181,8 +183,10 @@ def main(args):
     distributed.seed_everything(args.seed)
     parameters = add_adapters(policy, args)
     say(f"{prepare_model(policy)} ({world.device}, {str(dtype).removeprefix('torch.')})")
-    if args.gradient_checkpointing == "on" or (args.gradient_checkpointing == "auto" and not args.lora_r):
+    checkpointing = estimate.checkpointing(args, distributed.room(world), largest_pass(**within))
+    if checkpointing:
         enable_checkpointing(policy)
+        say("gradient checkpointing: on")
     if args.ref_model_path:  # else the policy is its own reference, before its first update
         reference = load(args.ref_model_path, weights_dtype)
         prepare_model(reference)
@@ -285,6 +289,8 @@ def main(args):
         at["tokens"] += sum(lengths[i] for i in in_update)
         watch.work(num_pairs, sum(pair_flops[i] for i in in_update))
         bar.update()
+        if at["step"] == 1 and world.device.type == "cuda":
+            say(memory_report.first_update(estimate, args, checkpointing, micro_batches, lengths))
 
         step, epoch = at["step"], (at["step"] - 1) // updates_per_epoch + 1
         if step % args.logging_steps == 0 or step == num_updates:
@@ -343,7 +349,7 @@ def main(args):
 
 
 USER_ERRORS = (DataError, ModelError, lora.AdapterError, distributed.DeviceError, run_files.RunFolderError)
-USER_ERRORS += checkpoints.CheckpointError, optimizers.OptimizerError
+USER_ERRORS += checkpoints.CheckpointError, memory_estimate.EstimateError, optimizers.OptimizerError
 
 if __name__ == "__main__":
     flags.run(main, get_args(), *USER_ERRORS)

@@ -199,7 +199,7 @@ def add_common_flags(
     modes = "auto", "on", "off"
     what = "how long a rank waits for the others before it ends"
     add("--ddp-timeout", type=natural, default=600, metavar="SECONDS", help=what)
-    add("--gradient-checkpointing", choices=modes, default="auto", help="slower, less memory; auto: on without LoRA")
+    add("--gradient-checkpointing", choices=modes, default="auto", help="slower, less memory; auto: where it is needed")
     what = "say what memory the run will take, from the model's config alone, and end"
     add("--estimate-memory", action="store_true", help=what)
     add("--trust-remote-code", action="store_true", help="run model code that comes with the weights")

@@ -12,8 +12,9 @@ Deviations from prompt tuning's paper: preference pairs instead of targets; Adam
     python learn_prompt.py --model Qwen/Qwen2.5-1.5B-Instruct --dataset-path pairs.jsonl --prompt-init vocab  # one GPU
     torchrun --nproc_per_node=4 learn_prompt.py --dataset-path pairs.jsonl --prompt-init vocab             # four GPUs
 
-Copy with: checkpoints.py distributed.py flags.py losses.py memory_estimate.py model_files.py optimizers.py
-    packed_model.py packing.py preference_data.py preference_prompt.py run_files.py score_cache.py speed.py toy_world.py
+Copy with: checkpoints.py distributed.py flags.py losses.py memory_estimate.py memory_report.py model_files.py
+    optimizers.py packed_model.py packing.py preference_data.py preference_prompt.py run_files.py score_cache.py
+    speed.py toy_world.py
 """
 
 import itertools
@@ -28,6 +29,7 @@ import checkpoints
 import distributed
 import flags
 import memory_estimate
+import memory_report
 import optimizers
 import run_files
 import score_cache
@@ -36,7 +38,7 @@ import toy_world
 from losses import PAIR_METRICS, dpo_loss, pair_metrics
 from model_files import ModelError, enable_checkpointing, load_model, load_skeleton, load_tokenizer
 from packed_model import TokenLogps, prepare_model
-from packing import epoch_plan, hold_out, pack, passes_of_rank, send
+from packing import epoch_plan, hold_out, largest_pass, pack, passes_of_rank, send
 from preference_data import DataError, Pair, fingerprint, load_pairs
 from preference_prompt import VECTOR_POSITIONS, PromptError, save_soft_prompt, use_soft_prompt, with_virtual_tokens
 
@@ -131,10 +133,10 @@ def main(args):
     # 2 data (before the models: a mistake in it should not wait for gigabytes of weights)
     tokenizer = load_tokenizer(args.model, args.trust_remote_code)
     skeleton = load_skeleton(args.model, tokenizer, args.trust_remote_code)
+    vectors = args.num_virtual_tokens or 20
+    estimate = memory_estimate.Estimate(skeleton, None, TokenLogps, world.size, vectors=vectors)
     if args.estimate_memory:
-        vectors = args.num_virtual_tokens or 20
-        estimate = memory_estimate.Estimate(skeleton, None, TokenLogps, world.size, vectors=vectors)
-        say(estimate.report(args))
+        say(memory_report.report(estimate, args))
         return distributed.stop()
     read = partial(
         load_pairs,
@@ -174,8 +176,10 @@ def main(args):
     model = load_model(args.model, dtype, world.device, args.trust_remote_code).requires_grad_(False)
     distributed.seed_everything(args.seed)
     say(f"{prepare_model(model)} ({world.device}, {str(dtype).removeprefix('torch.')})")
-    if args.gradient_checkpointing == "on":
+    checkpointing = estimate.checkpointing(args, distributed.room(world), largest_pass(**within))
+    if checkpointing:
         enable_checkpointing(model)
+        say("gradient checkpointing: on")
     identity = {"script": "learn_prompt.py", "dtype": str(dtype)}
     identity |= run_files.flags_that_matter(args, world.size) | {"data": fingerprint([pairs[i] for i in train])}
     if world.is_main:
@@ -266,6 +270,8 @@ def main(args):
         at["tokens"] += sum(lengths[i] for i in in_update)
         watch.work(num_pairs, sum(pair_flops[i] for i in in_update))
         bar.update()
+        if at["step"] == 1 and world.device.type == "cuda":
+            say(memory_report.first_update(estimate, args, checkpointing, micro_batches, lengths))
 
         step, epoch = at["step"], (at["step"] - 1) // updates_per_epoch + 1
         if step % args.logging_steps == 0 or step == num_updates:
@@ -310,7 +316,7 @@ def main(args):
 
 
 USER_ERRORS = (DataError, ModelError, PromptError, distributed.DeviceError, run_files.RunFolderError)
-USER_ERRORS += checkpoints.CheckpointError, optimizers.OptimizerError
+USER_ERRORS += checkpoints.CheckpointError, memory_estimate.EstimateError, optimizers.OptimizerError
 
 if __name__ == "__main__":
     flags.run(main, get_args(), *USER_ERRORS)

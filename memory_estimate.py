@@ -397,4 +397,4 @@ class Estimate:
         """Bytes of tensors at most in the first update, whose passes have no moments yet; checkpointing: whether on."""
         rows = self.rows(Namespace(**vars(args) | {"gradient_checkpointing": ("off", "on")[checkpointing]}), tokens)
         rows |= {"optimiser": [0, 0, 0, rows["optimiser"][3]], "CUDA": [0] * 4}  # what CUDA takes torch does not see
-        return max(list(map(sum, zip(*rows.values(), strict=True)))[1:])
+        return max(map(sum, zip(*rows.values(), strict=True)))

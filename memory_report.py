@@ -7,6 +7,8 @@ that would make it enough, and what a GPU then measured.
 import itertools
 from argparse import Namespace
 
+import torch
+
 GB = 1e9
 MOMENTS = "scoring", "head", "backward", "update"  # memory_estimate's
 DEVICES = 24, 40, 64, 80, 141  # GB that cards have
@@ -40,8 +42,18 @@ def report(estimate, args):
     return "\n".join([*lines, line])
 
 
+def first_update(estimate, args, checkpointing, micro_batches, lengths):
+    """The log line that compares the estimate with what a GPU needed until the first update was done."""
+    tokens = max(sum(lengths[i] for i in indices) for share in micro_batches for indices in share)
+    measured = torch.cuda.max_memory_allocated()
+    try:
+        return compared(estimate.first_update(args, checkpointing, tokens), measured)
+    except ValueError as error:  # memory_estimate.EstimateError
+        return f"GPU memory of the first update: {measured / GB:.2f} GB measured; {error}"
+
+
 def compared(predicted, measured):
-    """A log line of two numbers of bytes: Estimate.first_update, and torch.cuda.max_memory_allocated of that update."""
+    """A log line of two numbers of bytes."""
     numbers = f"{predicted / GB:.2f} GB predicted, {measured / GB:.2f} GB measured"
     return f"GPU memory of the first update: {numbers} ({round(100 * (measured / predicted - 1)):+d} %)"
 

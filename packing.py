@@ -83,6 +83,11 @@ def passes_of_rank(indices, rank, ranks, batch_size, lengths=None, budget=0):
     return passes_of_ranks(indices, ranks, batch_size, lengths, budget)[rank]
 
 
+def largest_pass(ranks, batch_size, lengths, budget):
+    """The most tokens that a pass can have, whatever the shuffle, on any number of ranks."""
+    return max(budget, *lengths, 0) if budget else sum(sorted(lengths)[-batch_size:])
+
+
 def hold_out(pairs, num_samples, seed):
     """Split off at least `num_samples` pairs for evaluation, where there are so many: indices (train, held out).
 

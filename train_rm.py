@@ -14,8 +14,9 @@ Deviations: the label terms are per row, so rows without labels train the rankin
     python train_rm.py --task helpful --config configs/rm_config.yaml                          # one GPU
     torchrun --nproc_per_node=8 train_rm.py --task harmless --config configs/rm_config.yaml    # eight GPUs
 
-Copy with: checkpoints.py distributed.py flags.py lora.py losses.py memory_estimate.py model_files.py optimizers.py
-    packed_model.py packing.py preference_data.py run_files.py score_cache.py speed.py toy_world.py
+Copy with: checkpoints.py distributed.py flags.py lora.py losses.py memory_estimate.py memory_report.py
+    model_files.py optimizers.py packed_model.py packing.py preference_data.py run_files.py score_cache.py speed.py
+    toy_world.py
 """
 
 import itertools
@@ -32,6 +33,7 @@ import distributed
 import flags
 import lora
 import memory_estimate
+import memory_report
 import optimizers
 import run_files
 import score_cache
@@ -48,7 +50,7 @@ from model_files import (
     save_whole,
 )
 from packed_model import prepare_scores
-from packing import epoch_plan, pack, passes_of_rank, send
+from packing import epoch_plan, largest_pass, pack, passes_of_rank, send
 from preference_data import DataError, fingerprint, load_pairs
 
 TOY_FOLDER = "outputs/toy_world"
@@ -175,8 +177,9 @@ def main(args):
     skeleton = load_skeleton(args.model, tokenizer, args.trust_remote_code, scores=True)
     if args.lora_r:  # a wrong target shows here
         lora.add_adapter(skeleton, "reward", args.lora_r, args.lora_alpha, 0.0, args.lora_target_modules)
+    estimate = memory_estimate.Estimate(skeleton, lora.add_adapter, ranks=world.size)
     if args.estimate_memory:
-        say(memory_estimate.Estimate(skeleton, lora.add_adapter, ranks=world.size).report(args))
+        say(memory_report.report(estimate, args))
         return distributed.stop()
     watch.phase("tokenise")
     names = "max_length max_prompt_length skip_invalid chat_template_strings".split()
@@ -221,8 +224,10 @@ def main(args):
         adapter = args.lora_r, args.lora_alpha, args.lora_dropout, args.lora_target_modules
         parameters = [*lora.add_adapter(model, "reward", *adapter), model.score.weight.requires_grad_(True)]
     say(f"{prepare_scores(model)} ({world.device}, {str(dtype).removeprefix('torch.')})")
-    if args.gradient_checkpointing == "on" or (args.gradient_checkpointing == "auto" and not args.lora_r):
+    checkpointing = estimate.checkpointing(args, distributed.room(world), largest_pass(**within))
+    if checkpointing:
         enable_checkpointing(model)
+        say("gradient checkpointing: on")
     identity = {"script": "train_rm.py", "dtype": str(dtype)}
     identity |= run_files.flags_that_matter(args, world.size) | {"data": fingerprint([pairs[i] for i in train])}
     identity["validation data"] = fingerprint([pairs[i] for i in held_out])  # it decides which epoch is the best
@@ -331,6 +336,8 @@ def main(args):
         at["tokens"] += sum(lengths[i] for i in in_update)
         watch.work(num_pairs, sum(pair_flops[i] for i in in_update))
         bar.update()
+        if at["step"] == 1 and world.device.type == "cuda":
+            say(memory_report.first_update(estimate, args, checkpointing, micro_batches, lengths))
 
         step, epoch = at["step"], (at["step"] - 1) // updates_per_epoch + 1
         ends_epoch = step % updates_per_epoch == 0 or step == num_updates
@@ -384,7 +391,7 @@ def main(args):
 
 
 USER_ERRORS = (DataError, ModelError, lora.AdapterError, distributed.DeviceError, run_files.RunFolderError)
-USER_ERRORS += checkpoints.CheckpointError, optimizers.OptimizerError
+USER_ERRORS += checkpoints.CheckpointError, memory_estimate.EstimateError, optimizers.OptimizerError
 
 if __name__ == "__main__":
     flags.run(main, get_args(), *USER_ERRORS)

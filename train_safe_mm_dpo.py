@@ -17,9 +17,9 @@ Deviations from the papers: E[cost] is of offline prompts, sampled every few upd
     python train_safe_mm_dpo.py --config configs/dpo_config.yaml                            # one GPU
     torchrun --nproc_per_node=8 train_safe_mm_dpo.py --config configs/dpo_config.yaml       # eight GPUs
 
-Copy with: checkpoints.py distributed.py expected_cost.py flags.py lora.py losses.py memory_estimate.py model_files.py
-    optimizers.py packed_model.py packing.py preference_data.py reward_models.py run_files.py sampling.py score_cache.py
-    speed.py toy_world.py
+Copy with: checkpoints.py distributed.py expected_cost.py flags.py lora.py losses.py memory_estimate.py
+    memory_report.py model_files.py optimizers.py packed_model.py packing.py preference_data.py reward_models.py
+    run_files.py sampling.py score_cache.py speed.py toy_world.py
 """
 
 import gc
@@ -37,6 +37,7 @@ import distributed
 import flags
 import lora
 import memory_estimate
+import memory_report
 import optimizers
 import reward_models
 import run_files
@@ -57,7 +58,7 @@ from losses import (
 )
 from model_files import ModelError, enable_checkpointing, load_model, load_skeleton, load_tokenizer, save_whole
 from packed_model import TokenLogps, prepare_model, prepare_scores
-from packing import epoch_plan, joined, pack, passes, passes_of_rank, send
+from packing import epoch_plan, joined, largest_pass, pack, passes, passes_of_rank, send
 from preference_data import DataError, fingerprint, load_pairs
 from sampling import sample
 
@@ -227,9 +228,9 @@ def main(args):
     needed = {"helpful": args.w or args.combine != "additive"}
     needed["harmless"] = args.lambda_init and (args.w or args.lambda_lr or args.combine != "additive")
     folders = {task: getattr(args, f"{task}_rm_path") for task in TASKS if needed[task]}
+    estimate = memory_estimate.Estimate(skeleton, lora.add_adapter, TokenLogps, world.size, other, folders)
     if args.estimate_memory:
-        estimate = memory_estimate.Estimate(skeleton, lora.add_adapter, TokenLogps, world.size, other, folders)
-        say(estimate.report(args))
+        say(memory_report.report(estimate, args))
         return distributed.stop()
     records = {task: reward_models.read_record(folder, task, tokenizer) for task, folder in folders.items()}
     if "harmless" in records:  # an `auto` that cannot be is told before anything loads
@@ -285,8 +286,10 @@ def main(args):
         adapter = args.lora_r, args.lora_alpha, args.lora_dropout, args.lora_target_modules
         parameters = lora.add_adapter(policy, "policy", *adapter)
     say(f"{prepare_model(policy)} ({world.device}, {str(dtype).removeprefix('torch.')})")
-    if args.gradient_checkpointing == "on" or (args.gradient_checkpointing == "auto" and not args.lora_r):
+    checkpointing = estimate.checkpointing(args, distributed.room(world), largest_pass(**within))
+    if checkpointing:
         enable_checkpointing(policy)
+        say("gradient checkpointing: on")
     autocast = torch.autocast(world.device.type, dtype, enabled=weights_dtype != dtype)
     watch.phase("cache")
     identity = {"script": "train_safe_mm_dpo.py", "dtype": str(dtype)}
@@ -455,6 +458,8 @@ def main(args):
         watch.phase("other")
         watch.work(num_pairs, sum(pair_flops[i] for i in in_update))
         bar.update()
+        if at["step"] == 1 and world.device.type == "cuda":
+            say(memory_report.first_update(estimate, args, checkpointing, micro_batches, lengths))
 
         step, epoch = at["step"], (at["step"] - 1) // updates_per_epoch + 1
         if logs:
@@ -520,7 +525,12 @@ def main(args):
 
 
 USER_ERRORS = (DataError, ModelError, lora.AdapterError, distributed.DeviceError, run_files.RunFolderError)
-USER_ERRORS += (checkpoints.CheckpointError, optimizers.OptimizerError, reward_models.RewardModelError)
+USER_ERRORS += (
+    checkpoints.CheckpointError,
+    memory_estimate.EstimateError,
+    optimizers.OptimizerError,
+    reward_models.RewardModelError,
+)
 
 if __name__ == "__main__":
     flags.run(main, get_args(), *USER_ERRORS)

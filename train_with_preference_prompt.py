@@ -17,8 +17,9 @@ Deviations from DPO's paper: the two terms behind it; AdamW instead of RMSprop.
     torchrun --nproc_per_node=4 train_with_preference_prompt.py --dataset-path pairs.jsonl \\
         --use-prompt-embedding --prompt-embedding-path outputs/soft_prompt                      # four GPUs
 
-Copy with: checkpoints.py distributed.py flags.py lora.py losses.py memory_estimate.py model_files.py optimizers.py
-    packed_model.py packing.py preference_data.py preference_prompt.py run_files.py score_cache.py speed.py toy_world.py
+Copy with: checkpoints.py distributed.py flags.py lora.py losses.py memory_estimate.py memory_report.py
+    model_files.py optimizers.py packed_model.py packing.py preference_data.py preference_prompt.py run_files.py
+    score_cache.py speed.py toy_world.py
 """
 
 import gc
@@ -36,6 +37,7 @@ import distributed
 import flags
 import lora
 import memory_estimate
+import memory_report
 import optimizers
 import run_files
 import score_cache
@@ -44,7 +46,7 @@ import toy_world
 from losses import PAIR_METRICS, aligned_loss, displacement, dpo_loss, nll_loss, pair_metrics
 from model_files import ModelError, enable_checkpointing, load_model, load_skeleton, load_tokenizer, save_whole
 from packed_model import TokenLogps, prepare_model
-from packing import epoch_plan, hold_out, pack, passes_of_rank, send
+from packing import epoch_plan, hold_out, largest_pass, pack, passes_of_rank, send
 from preference_data import DataError, Pair, fingerprint, load_pairs
 from preference_prompt import (
     TEXT_POSITIONS,
@@ -207,9 +209,9 @@ def main(args):
     if args.lora_r:  # a wrong target shows here
         lora.add_adapter(skeleton, "policy", args.lora_r, args.lora_alpha, 0.0, args.lora_target_modules)
     other = load_skeleton(args.ref_model_path, tokenizer, args.trust_remote_code) if args.ref_model_path else None
+    estimate = memory_estimate.Estimate(skeleton, lora.add_adapter, TokenLogps, world.size, other)
     if args.estimate_memory:
-        estimate = memory_estimate.Estimate(skeleton, lora.add_adapter, TokenLogps, world.size, other)
-        say(estimate.report(args))
+        say(memory_report.report(estimate, args))
         return distributed.stop()
     vectors, position = None, args.preference_position or "system"
     if args.use_prompt_embedding:
@@ -276,8 +278,10 @@ def main(args):
         adapter = args.lora_r, args.lora_alpha, args.lora_dropout, args.lora_target_modules
         parameters = lora.add_adapter(policy, "policy", *adapter)
     say(f"{prepare_model(policy)} ({world.device}, {str(dtype).removeprefix('torch.')})")
-    if args.gradient_checkpointing == "on" or (args.gradient_checkpointing == "auto" and not args.lora_r):
+    checkpointing = estimate.checkpointing(args, distributed.room(world), largest_pass(**within))
+    if checkpointing:
         enable_checkpointing(policy)
+        say("gradient checkpointing: on")
     if args.ref_model_path or (args.lambda_kl and not args.lora_r):  # else the policy before its first update
         reference = load(args.ref_model_path or args.model, weights_dtype)
         prepare_model(reference)
@@ -401,6 +405,8 @@ def main(args):
         at["tokens"] += sum(lengths[i] for i in in_update)
         watch.work(num_pairs, sum(pair_flops[i] for i in in_update))
         bar.update()
+        if at["step"] == 1 and world.device.type == "cuda":
+            say(memory_report.first_update(estimate, args, checkpointing, micro_batches, lengths))
 
         step, epoch = at["step"], (at["step"] - 1) // updates_per_epoch + 1
         if step % args.logging_steps == 0 or step == num_updates:
@@ -458,7 +464,7 @@ def main(args):
 
 
 USER_ERRORS = (DataError, ModelError, lora.AdapterError, distributed.DeviceError, run_files.RunFolderError)
-USER_ERRORS += (checkpoints.CheckpointError, optimizers.OptimizerError, PromptError)
+USER_ERRORS += (checkpoints.CheckpointError, memory_estimate.EstimateError, optimizers.OptimizerError, PromptError)
 
 if __name__ == "__main__":
     flags.run(main, get_args(), *USER_ERRORS)

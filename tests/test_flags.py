@@ -3,6 +3,7 @@
 """
 
 import json
+import os
 import re
 import sys
 from pathlib import Path
@@ -540,6 +541,18 @@ def test_gradient_checkpointing_runs_each_block_again(monkeypatch, run):
         run(gradient_checkpointing=setting, eval_samples=0, max_steps=1)
         counts.append(sum(calls))
     assert counts[1] == counts[0] + 2  # two blocks, one micro-batch
+
+
+@pytest.mark.parametrize("lora_r", [16, 0])
+def test_gradient_checkpointing_auto_is_on_where_memory_is_short(monkeypatch, run, capsys, lora_r):
+    """What the run takes is the estimate's 0.8 GB for CUDA and next to nothing else: 90 % of 0.85 GB are too few."""
+    plain, same = os.sysconf, dict(lora_r=lora_r, max_steps=1, eval_samples=0)
+    for size, ranks, said in ((1.0e9, 1, False), (0.85e9, 1, True), (1.7e9, 2, True)):
+        memory = {"SC_PHYS_PAGES": int(size), "SC_PAGE_SIZE": 1}
+        monkeypatch.setattr(os, "sysconf", lambda name, memory=memory: memory.get(name) or plain(name))
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
+        run(**same)
+        assert ("gradient checkpointing: on" in capsys.readouterr().out.splitlines()) == said
 
 
 @pytest.mark.parametrize(
