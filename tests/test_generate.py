@@ -83,7 +83,7 @@ def make_reward_model(base, folder, whole=False):
     folder.mkdir(parents=True)
     if whole:
         lora.merge_adapter(model, "reward")
-    save_model(folder, model, tokenizer, record | {"pad_token_id": 0}, torch.float32, whole)
+    save_model(folder, model, tokenizer, record | {"pad_token_id": 0}, model.state_dict() if whole else None)
     return folder
 
 
