@@ -7,7 +7,9 @@ import difflib
 import math
 import os
 import re
+import signal
 import sys
+import time
 
 import yaml
 
@@ -276,11 +278,9 @@ def run(main, args, *user_errors):
     try:
         main(args)
     except user_errors as error:
-        say(f"{prog}: {error}")
-        sys.exit(2)
+        _end(f"{prog}: {error}", 2)
     except FloatingPointError as error:
-        say(f"{prog}: {error}")
-        sys.exit(3)
+        _end(f"{prog}: {error}", 3)
     except RuntimeError as error:
         if not _rank_is_gone(error):
             raise
@@ -294,6 +294,17 @@ def run(main, args, *user_errors):
     except KeyboardInterrupt:
         say(f"{prog}: interrupted")
         sys.exit(130)
+
+
+def _end(sentence, code):
+    """Say why, and exit.  A rank that fails alone has to speak for itself; where the first process of the machine fails
+    too, the launcher ends the others before they have waited for so long.
+    """
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(3)
+    print(" ".join(sentence.split()), file=sys.stderr, flush=True)
+    sys.exit(code)
 
 
 def _rank_is_gone(error):

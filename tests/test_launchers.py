@@ -65,7 +65,7 @@ def deepspeed_gives(script, words, folder, port):
     shared |= {"CROSS_RANK": "0", "CROSS_SIZE": "1", "LOCAL_SIZE": "2"}
     processes = []
     for rank in (0, 1):
-        (folder / str(rank)).mkdir()
+        (folder / str(rank)).mkdir(exist_ok=True)
         processes.append(
             subprocess.Popen(
                 [sys.executable, "-u", ROOT / script, f"--local_rank={rank}", *words],
@@ -96,6 +96,25 @@ def test_what_deepspeed_starts_is_two_ranks(toy, tmp_path, script):
     assert "Effective batch size: 8 (batch_size=2 x accumulation=2 x 2 processes)" in out
     assert other_out == "" and list((tmp_path / "1").iterdir()) == [], "rank 0 alone writes"
     check_result(tmp_path / "0", script)
+
+
+def test_a_mistake_that_all_ranks_see_is_told_once_under_torchrun(toy, tmp_path):
+    launcher = "-m torch.distributed.run --standalone --nproc-per-node=2".split()
+    words = [*words_of("dpo_hf_run.py", toy), "--dataset", "nowhere.jsonl", "--device", "cpu"]
+    command = [sys.executable, *launcher, ROOT / "dpo_hf_run.py", *words]
+    done = subprocess.run(command, cwd=tmp_path, env=offline(), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 1, "torchrun's own, whatever that of the ranks was"
+    assert sum(line.startswith("dpo_hf_run.py: ") for line in done.stderr.splitlines()) == 1, done.stderr
+
+
+def test_a_mistake_that_one_rank_alone_sees_is_told_by_it(toy, tmp_path):
+    (tmp_path / "0").mkdir()
+    (tmp_path / "0/pairs.jsonl").write_bytes((toy / "train/helpful_pairs.jsonl").read_bytes())
+    words = [*words_of("dpo_hf_run.py", toy), "--dataset", "pairs.jsonl", "--device", "cpu"]
+    _, (code, out, err) = deepspeed_gives("dpo_hf_run.py", words, tmp_path, free_port())
+    assert (code, out) == (2, "")
+    sentences = [line for line in err.splitlines() if line.startswith("dpo_hf_run.py: ")]
+    assert len(sentences) == 1 and "pairs.jsonl" in sentences[0] and "Traceback" not in err
 
 
 def test_a_master_port_that_is_taken_is_one_sentence_before_any_model_loads(tmp_path):

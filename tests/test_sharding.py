@@ -24,6 +24,7 @@ import train_rm
 from losses import dpo_loss
 from packed_model import prepare_model
 from packing import pack
+from preference_prompt import save_soft_prompt
 
 HOW = """--lora-r 0 --dtype fp32 --device cpu --learning-rate 1e-4 --epochs 2 --logging-steps 1 --report-to none
     --max-length 64 --max-prompt-length 32""".split()
@@ -41,6 +42,7 @@ def world(tmp_path_factory):
         f"--{part}-{task}-path={folder}/pairs.jsonl" for part in ("train", "val") for task in ("helpful", "harmless")
     ]
     how = "--dtype fp32 --device cpu --report-to none --learning-rate 1e-3".split()
+    save_soft_prompt(torch.randn(3, 32, generator=torch.Generator().manual_seed(0)), folder / "soft", "model", "prefix")
     for task in ("helpful", "harmless"):
         where = [f"--model={folder}/model", f"--output-dir={folder}/{task}"]
         run_script([f"--task={task}", *data, *where, *how], train_rm)
@@ -58,7 +60,8 @@ def run(world, script, ranks, out, *changes):
         "train_rm": ["--task=helpful", f"--train-helpful-path={pairs}", f"--val-helpful-path={pairs}"],
         "train_safe_mm_dpo": [f"--{part}-{task}-path={pairs}" for part, task in both]
         + [f"--{task}-rm-path={world / task}" for task in ("helpful", "harmless")],
-        "train_with_preference_prompt": [f"--dataset-path={pairs}", "--preference-text=be kind", "--eval-samples=4"],
+        "train_with_preference_prompt": [f"--dataset-path={pairs}", "--eval-samples=4"]
+        + ["--preference-text=be kind"] * ("--use-prompt-embedding" not in changes),
     }
     words = [f"--model={world / 'model'}", *own[script], *HOW, f"--batch-size={batch}", f"--output-dir={out}"]
     words += [f"--gradient-accumulation-steps={accumulation}", *changes]
@@ -160,6 +163,7 @@ def test_another_number_of_pairs_per_update_is_another_run(world, tmp_path, caps
         ("dpo_hf_run", ["--optimizer-offload"]),
         ("train_safe_mm_dpo", ["--ref-model-path={world}/other", "--combine=soft", "--beta=1"]),
         ("train_with_preference_prompt", ["--lambda-kl=0", "--teacher=ref"]),
+        ("train_with_preference_prompt", ["--use-prompt-embedding", "--prompt-embedding-path={world}/soft"]),
     ],
 )
 def test_levers_and_references_are_sharded_too(world, tmp_path, script, changes):
