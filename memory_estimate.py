@@ -375,10 +375,8 @@ class Estimate:
     def _reward_bytes(self, folder, base, adapter, how):
         """A frozen reward model: an adapter on the policy's base, as large as its file or else as the policy's."""
         files = [file.stat().st_size for file in Path(folder).glob("*.safetensors")]
-        if (Path(folder) / "config.json").exists() and files:  # a whole model
-            return sum(files)
-        alone = size_of(base, how[2].itemsize) if not how[0] else 0
-        return alone + (sum(files) or adapter)
+        whole = files and (Path(folder) / "config.json").exists()
+        return (0 if how[0] or whole else size_of(base, how[2].itemsize)) + (sum(files) or adapter)
 
     def total(self, args, tokens=None):
         """Bytes at the moment that has the most."""
@@ -386,7 +384,9 @@ class Estimate:
 
     def checkpointing(self, args, room, tokens=None):
         """Whether a run on devices of `room` bytes has gradient checkpointing; auto: where it would not fit without."""
-        if args.gradient_checkpointing != "auto":
+        # More than any takes: 8 bytes of activations for each weight and token.  Small models need not be measured.
+        most = size_of(self.skeleton.parameters(), 40 + 8 * (tokens or self.tokens(args))) + CUDA
+        if args.gradient_checkpointing != "auto" or (most <= USABLE * room and self.reference is None):
             return args.gradient_checkpointing == "on"
         try:
             return self.total(args, tokens) > USABLE * room
