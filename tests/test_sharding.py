@@ -131,13 +131,12 @@ def test_a_checkpoint_of_two_ranks_goes_on_with_any_number(world, one_process, t
     assert exact, "with the same number of ranks it is the same run bit for bit"
 
 
+@pytest.mark.parametrize("weights_of", [["--lora-r=4", "--lora-dropout=0"], []], ids=["LoRA", "all weights"])
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_with_lora_too_a_run_goes_on_with_another_number_of_ranks(world, tmp_path, script):
+def test_every_run_goes_on_with_another_number_of_ranks(world, tmp_path, script, weights_of):
     """What each rank has of its own is dealt out anew: sums to log, and the window of importance weights."""
-    each = ["--lora-r=4", "--save-steps=3", "--logging-steps=4"]
-    each += {"dpo_hf_run": [], "train_safe_mm_dpo": ["--lora-dropout=0", "--cost-estimate=snis"]}.get(
-        script, ["--lora-dropout=0"]
-    )
+    each = [*weights_of, "--save-steps=3", "--logging-steps=4"]
+    each += ["--cost-estimate=snis"] * (script == "train_safe_mm_dpo")
     run(world, script, 2, tmp_path / "2", *each)
     for ranks in (1, 4):
         shutil.copytree(tmp_path / "2/checkpoint-3", tmp_path / f"{ranks}/checkpoint-3")
