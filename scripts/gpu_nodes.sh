@@ -8,8 +8,8 @@
 #   node1@node2                    all GPUs of both
 #
 # Where CUDA_VISIBLE_DEVICES is set already, slots of this machine count within it: slot 1 of CUDA_VISIBLE_DEVICES=4,6 is
-# GPU 6.  A name that is not this machine's is another machine: its command is printed, to be run there in a folder like
-# this one, or with LAUNCH=ssh started over ssh in the folder of this name.
+# GPU 6.  A name that is not this machine's is another machine: its command is printed (of several machines this one's,
+# too), to be run there in a folder like this one, or with LAUNCH=ssh started over ssh in the folder of this name.
 #
 #   LAUNCHER=torchrun|deepspeed|python   default: torchrun for more than one GPU, else python
 #   LAUNCH=print|ssh                     what to do with the commands for other machines
