@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -147,17 +148,18 @@ def save(args, world, parameters, optimizer, scheduler, scaler, tensors, state, 
     tensors, state: what else there is, {name: tensor on the CPU} and JSON.  All ranks call it, rank 0 writes.
     """
     tensors = tensors | training_tensors(parameters, optimizer, keep=world.is_main)
-    if not world.is_main:
-        return
     state = state | {"rates": [group["lr"] for group in optimizer.param_groups]}
     state |= {"scheduler": scheduler.state_dict(), "scaler": scaler.state_dict()}
-    try:
-        with new_checkpoint(args.output_dir, state["step"], args.save_total_limit) as folder:
-            save_state(folder, tensors, state)
-            if add_files:
-                add_files(folder)
-    except (OSError, SafetensorError) as error:
-        say(f"checkpoint-{state['step']} could not be written ({error}): older ones stay, training goes on")
+    if world.is_main:
+        try:
+            with new_checkpoint(args.output_dir, state["step"], args.save_total_limit) as folder:
+                save_state(folder, tensors, state)
+                if add_files:
+                    add_files(folder)
+        except (OSError, SafetensorError) as error:
+            say(f"checkpoint-{state['step']} could not be written ({error}): older ones stay, training goes on")
+    if world.size > 1:
+        dist.barrier()  # a rank that ended now, where the run was asked to, would have its launcher end the others
 
 
 def check_identity(folder, identity):

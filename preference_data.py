@@ -341,9 +341,8 @@ def load_pairs(
             labels.append(label)
         except Malformed as problem:
             if not skip_invalid:
-                raise DataError(
-                    f"{where}: {problem}; mend the row, or leave such rows out with --skip-invalid"
-                ) from None
+                advice = "mend the row, or leave such rows out with --skip-invalid"
+                raise DataError(f"{where}: {problem}; {advice}") from None
             left_out["malformed"] += 1
             first = first or f"{where}: {problem}"
         except Unusable as reason:
@@ -366,7 +365,8 @@ def load_pairs(
     reasons = ", ".join(f"{count} because {reason}" for reason, count in left_out.most_common())
     if not pairs:
         raise DataError(f"{source} has {num_rows} rows and no usable pair ({reasons or 'the file is empty'})")
-    report = [f"{source}: {shape.name}, {num_rows:,} rows, {len(pairs):,} pairs"]
+    enough = " (as many as asked for)" if num_rows == limit else ""
+    report = [f"{source}: {shape.name}, {num_rows:,} rows{enough}, {len(pairs):,} pairs"]
     if left_out:
         report.append(f"  left out {sum(left_out.values())} rows: {reasons}; the first is {first}")
     if cut:

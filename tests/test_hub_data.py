@@ -197,7 +197,7 @@ def test_only_as_many_rows_are_read_as_asked(tmp_path):
     for limit in (1, 4, 5):
         pairs, report = load(folder, limit=limit)
         assert prompts(pairs) == Q[:limit]
-        assert report[0] == f"{folder}: prompt/chosen/rejected, {limit} rows, {limit} pairs"
+        assert report[0] == f"{folder}: prompt/chosen/rejected, {limit} rows (as many as asked for), {limit} pairs"
     for limit in (6, 0):
         assert error(folder, limit=limit).startswith(
             f"{folder} is a folder, and `datasets` reads no train split under that name (ArrowInvalid: "
@@ -317,7 +317,7 @@ def test_the_script_takes_a_folder_and_its_mistake_is_exit_code_2(world, tmp_pat
     words += ["--eval-samples", 2, "--output-dir", tmp_path / "out"]
     run_script([*words, "--dataset", folder, "--num-samples", 6])
     out = capsys.readouterr().out
-    assert f"{folder}: prompt/chosen/rejected, 6 rows, 6 pairs\n" in out
+    assert f"{folder}: prompt/chosen/rejected, 6 rows (as many as asked for), 6 pairs\n" in out
     assert "held out 2 pairs by whole prompts, 4 to train on\n" in out
     with pytest.raises(SystemExit) as exit:
         run_script([*words, "--dataset", folder / "other", "--overwrite"])
@@ -438,7 +438,10 @@ def test_the_default_dataset_is_streamed_from_a_hub_and_trained_on(hub_runs):
     folder, outcomes = hub_runs
     out, err, code = outcomes["default"]
     assert code == 0, err
-    assert "lvwerra/stack-exchange-paired: question/response_j/response_k, 20 rows, 20 pairs\n" in out
+    assert (
+        "lvwerra/stack-exchange-paired: question/response_j/response_k, 20 rows (as many as asked for), 20 pairs\n"
+        in out
+    )
     assert "'Question: finetune 0\\n\\nAnswer: '" in out
     assert "held out 2 pairs by whole prompts, 18 to train on\n" in out
     assert (folder / "default/adapter_model.safetensors").exists()

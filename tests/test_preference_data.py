@@ -570,7 +570,8 @@ def test_a_missing_file_is_not_looked_for_on_a_hub(name):
 def test_limit_reads_that_many_rows(tmp_path, limit, count):
     pairs, report = load(write_rows(tmp_path / "rows.jsonl", [strings(n) for n in range(5)]), limit=limit)
     assert [pair.prompt_ids for pair in pairs] == [ids(f"q{n}") for n in range(count)]
-    assert f"{count} rows, {count} pairs" in report[0]
+    rows = f"{count} rows (as many as asked for)" if limit == count else f"{count} rows"
+    assert report[0].endswith(f": prompt/chosen/rejected, {rows}, {count} pairs")
 
 
 def test_limit_does_not_reach_a_malformed_row_behind_it(tmp_path):
