@@ -93,7 +93,8 @@ def sample(model, tokenizer, prompts, max_new_tokens, seed, temperature=1.0, top
     model.eval()
     try:
         how = {"generation_config": config, "logits_processor": LogitsProcessorList(draws), "streamer": streamer}
-        output = model.generate(input_ids=ids, attention_mask=mask, **how)
+        # Else a sharded model generates in step with the other ranks, and one that asks for nothing never comes.
+        output = model.generate(input_ids=ids, attention_mask=mask, synced_gpus=False, **how)
     finally:
         model.generation_config = own
         model.train(was_training)

@@ -25,6 +25,7 @@ from losses import dpo_loss
 from packed_model import prepare_model
 from packing import pack
 from preference_prompt import save_soft_prompt
+from sampling import sample
 
 HOW = """--lora-r 0 --dtype fp32 --device cpu --learning-rate 1e-4 --epochs 2 --logging-steps 1 --report-to none
     --max-length 64 --max-prompt-length 32""".split()
@@ -241,6 +242,7 @@ def take_steps(offload):
         if world.rank == 0:  # as often as this rank has to, without the other
             for _ in range(3):
                 model(input_ids=torch.tensor([[1, 2, 3]]))
+            sample(model, Namespace(eos_token_id=1), [[1, 2, 3]], max_new_tokens=3, seed=0)  # not in step either
     assert all(hasattr(parameter, "to_local") for parameter in model.parameters())
     distributed.stop()
 
