@@ -236,6 +236,7 @@ def check_common_flags(parser, args):
             parser.error(
                 f"--{min(idle).replace('_', '-')} has no effect with --lora-r 0 (no LoRA): leave one of them out"
             )
+        args.save_merged = False  # of a file for LoRA too; the model that is saved is whole
 
 
 # -- numbers that are not finite -----------------------------------------------------------------------------------

@@ -186,6 +186,13 @@ def test_bf16_is_computed_with_and_fp32_is_kept(world, tmp_path):
     assert 0 < max(moved) < 1.2e-3, "six steps of AdamW of 1e-4 at most, in directions that bf16 may turn"
 
 
+def test_save_merged_of_a_config_for_lora_leaves_no_rank_behind(world, tmp_path):
+    (tmp_path / "config.yaml").write_text("save_merged: true\nlora: {r: 8}\n")
+    for script in ("dpo_hf_run", "train_rm"):
+        log = run(world, script, 2, tmp_path / script, f"--config={tmp_path}/config.yaml", "--max-steps=1")
+        assert "saved to" in log and not (tmp_path / script / "merged").exists()
+
+
 def test_what_is_saved_is_a_model_of_transformers(world, tmp_path):
     run(world, "dpo_hf_run", 2, tmp_path / "out", "--max-steps=2")
     with safe_open(tmp_path / "out/model.safetensors", "pt") as file:
