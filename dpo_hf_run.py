@@ -209,7 +209,7 @@ def main(args):
             "reference",
             identity.get("reference"),
             fingerprint(pairs),
-            dtype,
+            f"{dtype}{' sharded' * sharded}",
             lambda indices: reference.packed_logps(pack([pairs[i] for i in indices], world.device)),
             len(pairs),
             share(range(len(pairs))),

@@ -73,7 +73,8 @@ def save_scores(path, scores):
 def frozen_scores(folder, role, sha256, pairs_sha256, dtype, score, num_pairs, passes, device, say):
     """pair_scores by the frozen model with this role ("reference", "helpful", ...), kept in a file of the folder.
 
-    They depend on its weights, the tokens and the number type, and on nothing else; they have to be finite.
+    They depend on its weights, the tokens and the number type, and on nothing else; they have to be finite.  dtype:
+    any words for the number type: shards round to bf16 elsewhere than autocast does.
     """
     what = f"{role} {'log-probs' if role == 'reference' else 'scores'} of {num_pairs:,} pairs"
     path = cache_path(folder, role, weights=sha256, pairs=pairs_sha256, dtype=str(dtype))

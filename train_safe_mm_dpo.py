@@ -313,7 +313,7 @@ def main(args):
                 role,
                 identity[role],
                 fingerprint(pairs),
-                dtype,
+                f"{dtype}{' sharded' * sharded}",
                 lambda indices, ask=ask: ask(pack([pairs[i] for i in indices], world.device)),
                 len(pairs),
                 share(range(len(pairs))),

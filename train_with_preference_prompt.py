@@ -310,7 +310,7 @@ def main(args):
                 role,
                 sha256,
                 fingerprint(rows),
-                dtype,
+                f"{dtype}{' sharded' * sharded}",
                 lambda indices: reference.packed_logps(pack([rows[i] for i in indices], world.device)),
                 len(rows),
                 passes_of_rank(range(len(rows)), world.rank, **mine),

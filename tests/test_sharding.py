@@ -186,6 +186,15 @@ def test_bf16_is_computed_with_and_fp32_is_kept(world, tmp_path):
     assert 0 < max(moved) < 1.2e-3, "six steps of AdamW of 1e-4 at most, in directions that bf16 may turn"
 
 
+def test_bf16_log_probs_of_one_process_are_not_those_of_shards(world, tmp_path):
+    """They round elsewhere: with the other's numbers the reference would not be the policy before its first update."""
+    for ranks in (1, 2):
+        changes = ["--dtype=bf16", f"--cache-dir={tmp_path}", "--max-steps=1"]
+        run(world, "dpo_hf_run", ranks, tmp_path / f"{ranks}", *changes)
+        first = json.loads((tmp_path / f"{ranks}/metrics.jsonl").open().readline())
+        assert first["eval_logps/chosen_change"] == 0 and first["eval_loss"] == pytest.approx(0.693147)
+
+
 def test_save_merged_of_a_config_for_lora_leaves_no_rank_behind(world, tmp_path):
     (tmp_path / "config.yaml").write_text("save_merged: true\nlora: {r: 8}\n")
     for script in ("dpo_hf_run", "train_rm"):
