@@ -329,7 +329,7 @@ def main(args):
     for task in judges:
         if judges[task] is not judge and judges[task].model is policy:
             lora.remove_adapter(policy, task)
-    frozen = judges = base_of = None  # the others leave memory
+    frozen = judges = base_of = ask = weights = None  # the others leave memory
     reference = reference if args.kl_coeff or (args.lora_r and reference is policy) else None
     gc.collect()  # a sharded model has methods that hold it
     say(*distributed.start_lines("policy model", parameters, policy, args, world, slow_rate=2e-5), sep="\n")

@@ -296,7 +296,7 @@ def main(args):
             checkpoints.check_identity(checkpoint, identity)
     if sharded:
         parameters = distributed.shard(policy, reference, world, dtype, say, args.optimizer_offload)
-    for model in {policy, reference} if vectors is not None else ():
+    for model in dict.fromkeys((reference, policy)) if vectors is not None else ():  # `model` keeps the last
         use_soft_prompt(model, vectors.to(world.device))
     autocast = torch.autocast(world.device.type, dtype, enabled=weights_dtype != dtype)
     watch.phase("cache")
