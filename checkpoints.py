@@ -167,6 +167,8 @@ def check_identity(folder, identity):
     saved = _read_state(folder)["identity"]
     for name in identity | saved:
         there, here = saved.get(name), identity.get(name)
+        if name not in saved:
+            raise CheckpointError(f"{folder} is of another version of the script, which has no {name}: start anew")
         if here != there:
             raise CheckpointError(
                 f"{folder} is of another run: {name} was {there} and is {here}; start it the same way"
