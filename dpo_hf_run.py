@@ -183,7 +183,7 @@ def main(args):
     distributed.seed_everything(args.seed)
     parameters = add_adapters(policy, args)
     say(f"{prepare_model(policy)} ({world.device}, {str(dtype).removeprefix('torch.')})")
-    checkpointing = estimate.checkpointing(args, distributed.room(world), largest_pass(**within))
+    checkpointing = estimate.checkpointing(args, distributed.room(world), largest_pass(**within), policy.packs_pairs)
     if checkpointing:
         enable_checkpointing(policy)
         say("gradient checkpointing: on")

@@ -4,6 +4,7 @@ user's mistake is one sentence and exit code 2 (3 when a run goes non-finite), w
 
 import argparse
 import difflib
+import glob
 import math
 import os
 import re
@@ -288,7 +289,7 @@ def run(main, args, *user_errors):
         # From every rank: the one that speaks for this machine may be the one that is gone.
         reason = re.sub(r"\[[^]]*gloo[^]]*\] ?", "", str(error)).partition(". ")[0].splitlines()[0]
         sentence = f"rank {os.environ.get('RANK')} cannot reach another ({reason}): see what that one said last"
-        if getattr(args, "save_steps", 0):
+        if glob.glob(f"{getattr(args, 'output_dir', None)}/checkpoint-*"):
             sentence += "; --resume auto goes on from the last checkpoint"
         print(f"{prog}: {sentence}", file=sys.stderr)
         sys.exit(1)

@@ -176,7 +176,7 @@ def main(args):
     model = load_model(args.model, dtype, world.device, args.trust_remote_code).requires_grad_(False)
     distributed.seed_everything(args.seed)
     say(f"{prepare_model(model)} ({world.device}, {str(dtype).removeprefix('torch.')})")
-    checkpointing = estimate.checkpointing(args, distributed.room(world), largest_pass(**within))
+    checkpointing = estimate.checkpointing(args, distributed.room(world), largest_pass(**within), model.packs_pairs)
     if checkpointing:
         enable_checkpointing(model)
         say("gradient checkpointing: on")

@@ -210,8 +210,7 @@ def head_bytes(model, log_probs, num_tokens, compute, with_kl):
     log_probs: packed_model's TokenLogps, which runs as it stands.
     """
     weight = model.get_output_embeddings().weight
-    like = {"device": "meta", "dtype": compute}
-    states = torch.empty(num_tokens, weight.shape[1], **like, requires_grad=True)
+    states = torch.empty(num_tokens, weight.shape[1], device="meta", dtype=compute, requires_grad=True)
     targets = torch.empty(num_tokens, dtype=torch.long, device="meta")
     softcap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
 
@@ -275,7 +274,7 @@ class Estimate:
 
     def __init__(self, skeleton, add_adapter, log_probs=None, ranks=1, reference=None, reward_folders=None, vectors=0):
         self.skeleton, self.add_adapter, self.log_probs, self.ranks = skeleton, add_adapter, log_probs, ranks
-        self.reference, self.reward_folders, self.vectors = reference, reward_folders or {}, vectors
+        self.reference, self.reward_folders, self.vectors, self.packs = reference, reward_folders or {}, vectors, True
         self.model, self.measured, self.head = cache(self._model), cache(self._measured), cache(self._head)
 
     @staticmethod
@@ -290,8 +289,8 @@ class Estimate:
         return max(args.tokens_per_microbatch, longest) if args.tokens_per_microbatch else args.batch_size * longest
 
     def shares(self, lora_r):
-        """Over how many ranks weights, gradients and moments are sharded."""
-        return self.ranks if lora_r == 0 else 1
+        """Over how many ranks weights, gradients and moments are sharded; a model that takes no packed pairs is not."""
+        return self.ranks if lora_r == 0 and self.packs else 1
 
     def _model(self, lora_r, dropout, dtype):
         """The skeleton in the types of a pass; where all weights are trained, a lever gets its adapter here."""
@@ -382,8 +381,9 @@ class Estimate:
         """Bytes at the moment that has the most."""
         return max(map(sum, zip(*self.rows(args, tokens).values(), strict=True)))
 
-    def checkpointing(self, args, room, tokens=None):
+    def checkpointing(self, args, room, tokens=None, packs=True):
         """Whether a run on devices of `room` bytes has gradient checkpointing; auto: where it would not fit without."""
+        self.packs = packs
         # More than any takes: 8 bytes of activations for each weight and token.  Small models need not be measured.
         most = size_of(self.skeleton.parameters(), 40 + 8 * (tokens or self.tokens(args))) + CUDA
         if args.gradient_checkpointing != "auto" or (most <= USABLE * room and self.reference is None):

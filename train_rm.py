@@ -224,7 +224,7 @@ def main(args):
         adapter = args.lora_r, args.lora_alpha, args.lora_dropout, args.lora_target_modules
         parameters = [*lora.add_adapter(model, "reward", *adapter), model.score.weight.requires_grad_(True)]
     say(f"{prepare_scores(model)} ({world.device}, {str(dtype).removeprefix('torch.')})")
-    checkpointing = estimate.checkpointing(args, distributed.room(world), largest_pass(**within))
+    checkpointing = estimate.checkpointing(args, distributed.room(world), largest_pass(**within), model.packs_pairs)
     if checkpointing:
         enable_checkpointing(model)
         say("gradient checkpointing: on")

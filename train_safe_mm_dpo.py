@@ -286,7 +286,7 @@ def main(args):
         adapter = args.lora_r, args.lora_alpha, args.lora_dropout, args.lora_target_modules
         parameters = lora.add_adapter(policy, "policy", *adapter)
     say(f"{prepare_model(policy)} ({world.device}, {str(dtype).removeprefix('torch.')})")
-    checkpointing = estimate.checkpointing(args, distributed.room(world), largest_pass(**within))
+    checkpointing = estimate.checkpointing(args, distributed.room(world), largest_pass(**within), policy.packs_pairs)
     if checkpointing:
         enable_checkpointing(policy)
         say("gradient checkpointing: on")

@@ -270,6 +270,15 @@ def test_a_7b_model_is_trained_whole_on_eight_devices(mistral):
     assert 40 * GB < estimate.total(args) < 64 * GB
 
 
+def test_a_model_that_takes_no_packed_pairs_is_whole_on_each_device(mistral):
+    estimate, args = Estimate(mistral, lora.add_adapter, TokenLogps, ranks=8), flags(lora_r=0)
+    auto, shards = flags(lora_r=0, gradient_checkpointing="auto"), estimate.total(args)
+    assert not estimate.checkpointing(auto, 80 * GB)
+    assert estimate.checkpointing(auto, 80 * GB, packs=False)
+    assert estimate.total(args) > 110 * GB > 2 * shards
+    assert "gathered weights" not in estimate.rows(args)
+
+
 def test_auto_checkpoints_where_the_run_would_not_fit_without(mistral):
     estimate, auto = Estimate(mistral, lora.add_adapter, TokenLogps), flags(gradient_checkpointing="auto")
     plain, saved = (estimate.total(flags(gradient_checkpointing=mode)) for mode in ("off", "on"))
