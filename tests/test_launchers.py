@@ -78,9 +78,10 @@ def deepspeed_gives(script, words, folder, port):
         )
     deadline = time.monotonic() + 200
     while any(process.poll() is None for process in processes) and time.monotonic() < deadline:
-        if any(process.poll() for process in processes):  # one has failed: it ends the others
+        failed = any(process.poll() for process in processes)
+        time.sleep(1)  # as there: a process that is about to end may do so
+        if failed:  # it ends the others
             break
-        time.sleep(0.1)
     for process in processes:
         process.terminate()
     said = [process.communicate() for process in processes]
@@ -111,8 +112,8 @@ def test_a_mistake_that_one_rank_alone_sees_is_told_by_it(toy, tmp_path):
     (tmp_path / "0").mkdir()
     (tmp_path / "0/pairs.jsonl").write_bytes((toy / "train/helpful_pairs.jsonl").read_bytes())
     words = [*words_of("dpo_hf_run.py", toy), "--dataset", "pairs.jsonl", "--device", "cpu"]
-    _, (code, out, err) = deepspeed_gives("dpo_hf_run.py", words, tmp_path, free_port())
-    assert (code, out) == (2, "")
+    first, (code, out, err) = deepspeed_gives("dpo_hf_run.py", words, tmp_path, free_port())
+    assert (code, out) == (2, ""), first
     sentences = [line for line in err.splitlines() if line.startswith("dpo_hf_run.py: ")]
     assert len(sentences) == 1 and "pairs.jsonl" in sentences[0] and "Traceback" not in err
 
