@@ -26,7 +26,7 @@ import train_rm
 import train_safe_mm_dpo
 import train_with_preference_prompt
 from memory_estimate import CUDA, Estimate, EstimateError, measure
-from memory_report import GB, compared, lever, report
+from memory_report import GB, compared, first_update, lever, report
 from packed_model import TokenLogps
 
 MODELS = "qwen3", "llama", "gpt2"
@@ -382,3 +382,19 @@ def test_every_script_estimates_from_the_config_alone_and_leaves_nothing(script,
     printed = capsys.readouterr().out
     assert "bfloat16 (--dtype auto on a GPU)" in printed
     assert "fits 24, 40, 64, 80, 141 GB" in printed
+
+
+def test_the_first_update_on_a_gpu_is_compared_with_the_estimate_of_its_largest_pass(mistral, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 20e9)
+    estimate, lengths = Estimate(mistral, lora.add_adapter, TokenLogps, ranks=2), [100, 700, 300, 500]
+    line = first_update(estimate, flags(), False, [[[0, 1]], [[2, 3], []]], lengths)  # two ranks, 800 tokens each
+    predicted = estimate.first_update(flags(), False, 800)
+    assert line == (
+        f"GPU memory of the first update: {predicted / GB:.2f} GB predicted, 20.00 GB measured "
+        f"({round(100 * (20e9 / predicted - 1)):+d} %)"
+    )
+    assert 15 * GB < predicted < estimate.first_update(flags(), False, 900)
+    bloom = first_update(estimate_of("bloom", 0), flags(lora_r=0), False, [[[0]]], lengths)
+    assert bloom.startswith(
+        "GPU memory of the first update: 20.00 GB measured; the memory of this model's passes cannot "
+    )
