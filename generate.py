@@ -17,7 +17,6 @@ Copy with: batch_file.py distributed.py flags.py generated_rows.py lora.py model
 import hashlib
 import itertools
 import json
-import os
 import re
 import sys
 import time
@@ -197,7 +196,7 @@ def chat(model, tokenizer, args):
 
 def main(args):
     # 1 setup
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    if distributed.ranks_of_environment()[1] > 1:
         raise distributed.DeviceError("generation is one process: start it with python, not with torchrun")
     world = distributed.start(args.device)
     say, output = partial(distributed.print0, world), BatchFile(args.output or "", args.overwrite)
@@ -246,7 +245,8 @@ def main(args):
         output.check(identity)
 
     # 3 models
-    dtype = distributed.pick_dtype(args.dtype, world)
+    begun_in = None if args.chat else output.begun()[0].get("--dtype")
+    dtype = distributed.pick_dtype(args.dtype, world, begun_in)
     load = partial(load_model, dtype=dtype, device=world.device, trust_remote_code=args.trust_remote_code)
     model = load(args.model)
     if adapter:
