@@ -36,7 +36,7 @@ import score_cache
 import speed
 import toy_world
 from losses import PAIR_METRICS, dpo_loss, pair_metrics
-from model_files import ModelError, enable_checkpointing, load_model, load_skeleton, load_tokenizer
+from model_files import ModelError, check_positions, enable_checkpointing, load_model, load_skeleton, load_tokenizer
 from packed_model import TokenLogps, prepare_model
 from packing import epoch_plan, hold_out, largest_pass, pack, passes_of_rank, send
 from preference_data import DataError, Pair, fingerprint, load_pairs
@@ -133,7 +133,8 @@ def main(args):
     # 2 data (before the models: a mistake in it should not wait for gigabytes of weights)
     tokenizer = load_tokenizer(args.model, args.trust_remote_code)
     skeleton = load_skeleton(args.model, tokenizer, args.trust_remote_code)
-    vectors = args.num_virtual_tokens or 20
+    text = tokenizer(args.preference_text or "", add_special_tokens=False)["input_ids"]
+    vectors = args.num_virtual_tokens or len(text) or 20
     estimate = memory_estimate.Estimate(skeleton, None, TokenLogps, world.size, vectors=vectors)
     if args.estimate_memory:
         say(memory_report.report(estimate, args))
@@ -160,6 +161,8 @@ def main(args):
             raise DataError(f"--eval-samples {args.eval_samples} leaves nothing to train on: make it smaller")
         report.append(f"  held out {len(held_out):,} pairs by whole prompts, {len(train):,} to train on")
     say(*report, sep="\n")
+    longest = max(len(pair.prompt_ids) + max(len(pair.chosen_ids), len(pair.rejected_ids)) for pair in pairs)
+    check_positions(skeleton, vectors + longest, f"{vectors} vectors and {longest} tokens of a pair")
     lengths = [sum(map(len, pair[:3])) for pair in pairs]
     within = {"ranks": world.size, "batch_size": args.batch_size, "lengths": lengths}
     within["budget"] = args.tokens_per_microbatch

@@ -658,7 +658,7 @@ def fails(world, tmp_path, capsys, monkeypatch):
             ["--temperature", "0", "--top-p", "0.5"],
             "--temperature 0 takes the likeliest token each time: leave out --top-p",
         ),
-        (["--top-p", "1.5"], "--top-p 1.5 is no share: 1 at most"),
+        (["--top-p", "1.5"], "--top-p: has to be at most 1, got 1.5"),
         (["--chat"], "--prompts has no effect with --chat: leave one of them out"),
         (["--adapter", "{world}/reward"], "the adapter in {world}/reward is a reward model's, with a scalar head"),
         (["--adapter", "{world}/model"], "{world}/model is not an adapter folder: adapter_config.json is missing"),
@@ -668,8 +668,8 @@ def fails(world, tmp_path, capsys, monkeypatch):
         ),
         (
             ["--max-new-tokens", "125"],
-            "a prompt of 5 tokens and --max-new-tokens 125 are more than the 128 positions of the model: "
-            "make it smaller, or --max-prompt-length",
+            "a prompt of 5 tokens and --max-new-tokens 125 are more than the 128 positions of the model: make "
+            "it smaller",
         ),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
