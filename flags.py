@@ -183,28 +183,17 @@ def add_common_flags(
     """The flags that every training script has, with that script's documented defaults; adapter: those of LoRA too."""
     add, count, natural = parser.add_argument, number(int, least=0), number(int, least=1)
     rate, positive, share = number(float, least=0), number(float, above=0), number(float, least=0, below=1)
+    length, tokens = number(int, least=2, most=10**7), number(int, least=1, most=10**7)  # as of the longest contexts
     # data
     add("--num-samples", type=count, default=0, metavar="N", help="rows to read; 0: all")
     add("--eval-samples", type=count, metavar="N", help="pairs held out; 0: none (default: 10 %%, at most 100)")
-    tokens = number(int, least=1, most=10**7)  # of the longest context that a model has been trained for
-    add(
-        "--max-length",
-        type=number(int, least=2, most=10**7),
-        default=max_length,
-        metavar="N",
-        help="tokens of prompt + response",
-    )
+    add("--max-length", type=length, default=max_length, metavar="N", help="tokens of prompt + response")
     add("--max-prompt-length", type=tokens, default=max_prompt_length, metavar="N", help="tokens of the prompt")
     add("--chat-template-strings", action="store_true", help="put plain strings through the chat template")
     add("--skip-invalid", action="store_true", help="leave malformed rows out instead of stopping at the first")
     if adapter:
-        add(
-            "--lora-r",
-            type=number(int, least=0, most=65_536),
-            default=16,
-            metavar="R",
-            help="rank; 0: train all weights",
-        )
+        rank = number(int, least=0, most=65_536)
+        add("--lora-r", type=rank, default=16, metavar="R", help="rank; 0: train all weights")
         add("--lora-alpha", type=positive, default=32, metavar="A", help="the adapter is scaled by A / R")
         add("--lora-dropout", type=share, default=lora_dropout, metavar="P", help="on the adapter's input")
         what = "layers to adapt (default: all linears of the blocks)"
