@@ -34,7 +34,7 @@ class Parser(argparse.ArgumentParser):
         self.where = ""
         self.add_argument("--config", metavar="FILE.yaml", help="a file with flags; the command line wins")
         # Launchers append it; the environment they also set is what counts.
-        self.add_argument("--local-rank", type=int, help=argparse.SUPPRESS)
+        self.add_argument("--local-rank", type=number(int, least=-1), help=argparse.SUPPRESS)
 
     def parse_args(self, argv=None):
         """Namespace of the flags; `args.typed` names those on the command line, `args.given` those in the file too."""
