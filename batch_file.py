@@ -35,26 +35,32 @@ class BatchFile:
         if self.path.exists() and not self.record.exists() and not self.overwrite:
             raise OutputError(f"{self.path} is there already: choose another --output, or pass --overwrite")
 
+    def begun(self):
+        """(identity, progress) of the file that is gone on with; ({}, {}) where one begins.  Raises OutputError."""
+        if self.overwrite or not self.record.exists():
+            return {}, {}
+        try:
+            record = json.loads(self.record.read_text(encoding="utf-8"))
+            identity, progress = dict(record["identity"]), dict(record["progress"])
+            return identity, progress | {"bytes": int(progress["bytes"])}
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise OutputError(f"{self.record} cannot be read ({error}): begin anew with --overwrite") from None
+
     def check(self, identity):
         """Progress (a dict) of a file that `identity`, or the rest of what it is a part of, has begun; None: no file.
 
         Raises OutputError, naming the first difference, for a file begun otherwise, and for one that is finished.
         """
-        if self.overwrite or not self.record.exists():
+        began, progress = self.begun()
+        if not progress:
             return None
         instead = "choose another --output, make it the same, or begin anew with --overwrite"
-        try:
-            record = json.loads(self.record.read_text(encoding="utf-8"))
-            began, progress = dict(record["identity"]), dict(record["progress"])
-            written = progress["bytes"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise OutputError(f"{self.record} cannot be read ({error}): begin anew with --overwrite") from None
         for name, here in identity.items():
             if began.get(name) != here:
                 raise OutputError(f"{self.path} was begun with {name} {began.get(name)}, now it is {here}: {instead}")
         if progress.get("finished"):
             raise OutputError(f"{self.path} is finished: choose another --output, or begin anew with --overwrite")
-        if written > (self.path.stat().st_size if self.path.exists() else 0):
+        if progress["bytes"] > (self.path.stat().st_size if self.path.exists() else 0):
             raise OutputError(f"{self.path} is shorter than it was left: begin anew with --overwrite")
         return progress
 

@@ -175,6 +175,11 @@ def check_identity(folder, identity):
             )
 
 
+def begun_in(folder):
+    """The number type of a checkpoint's run, as str(dtype), which `--dtype auto` takes; None without a checkpoint."""
+    return folder and _read_state(folder)["identity"].get("dtype")
+
+
 def _read_state(folder):
     return json.loads((folder / "state.json").read_text(encoding="utf-8"))
 

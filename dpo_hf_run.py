@@ -176,7 +176,7 @@ def main(args):
 
     # 3 models
     watch.phase("load")
-    dtype = distributed.pick_dtype(args.dtype, world)
+    dtype = distributed.pick_dtype(args.dtype, world, checkpoints.begun_in(checkpoint))
     weights_dtype = dtype if args.lora_r else torch.float32  # weights that are trained are fp32, computed with in dtype
     load = partial(load_model, device="cpu" if sharded else world.device, trust_remote_code=args.trust_remote_code)
     policy = reference = load(args.model, weights_dtype)
@@ -190,13 +190,12 @@ def main(args):
     if args.ref_model_path:  # else the policy is its own reference, before its first update
         reference = load(args.ref_model_path, weights_dtype)
         prepare_model(reference)
-    identity = {"script": "dpo_hf_run.py", "dtype": str(dtype)}
-    identity |= run_files.flags_that_matter(args, world.size) | {"data": fingerprint([pairs[i] for i in train])}
+    data, start = fingerprint([pairs[i] for i in train]), lora.adapter_state(policy, "ref" if args.adapter else None)
+    identity = run_files.identity(__file__, args, world, dtype, data, policy, start)
     if world.is_main:
-        ref = lora.adapter_state(policy, "ref" if args.adapter else None)
-        identity["base model"] = identity["reference"] = score_cache.frozen_sha256(policy, ref)
+        identity["reference"] = identity["base model"]
         if reference is not policy:
-            identity["reference"] = score_cache.frozen_sha256(reference, {})
+            identity["reference"] = score_cache.frozen_sha256(reference)
         if checkpoint:
             checkpoints.check_identity(checkpoint, identity)
     if sharded:
@@ -219,7 +218,7 @@ def main(args):
     watch.phase("other")
     reference = None  # frozen: it has said all it has to say
     gc.collect()  # a sharded model has methods that hold it
-    say(*distributed.start_lines("policy model", parameters, policy, args, world, slow_rate=2e-5), sep="\n")
+    say(*memory_report.start_lines("policy model", parameters, policy, args, world, slow_rate=2e-5), sep="\n")
 
     # 4 optimiser
     accumulation = args.gradient_accumulation_steps
@@ -322,7 +321,7 @@ def main(args):
     bar.close()
     termination.close()
     say("Seconds: " + ", ".join(f"{phase} {seconds:.1f}" for phase, seconds in watch.read().items()))
-    say(*distributed.memory_lines(world), sep="\n")
+    say(*memory_report.memory_lines(world), sep="\n")
 
     # 6 save
     flags.check_weights(parameters, at["step"])

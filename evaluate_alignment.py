@@ -42,7 +42,7 @@ import reward_models
 import run_files
 import score_cache
 import toy_world
-from model_files import ModelError, load_model, load_skeleton, load_tokenizer
+from model_files import ModelError, check_positions, load_model, load_skeleton, load_tokenizer
 from packed_model import logps_of, prepare_model, prepare_scores
 from packing import pack, passes
 from preference_data import DataError, Malformed, as_messages, parse_row, read_rows
@@ -58,6 +58,8 @@ FIELDS = {"helpful": "helpful_reward", "harmless": "harmless_score"}  # of a row
 def get_args(argv=None):
     parser = flags.Parser(__doc__)
     add, count, natural = parser.add_argument, flags.number(int, least=0), flags.number(int, least=1)
+    responses, tokens = flags.number(int, least=1, most=10_000), flags.number(int, least=1, most=10**6)
+    share = flags.number(float, above=0, most=1)
     add("--model", "--base-model-path", default="Qwen/Qwen3-0.6B", help="the base: folder, hub id or `toy`")
     add("--adapters", nargs="*", default=[], metavar="[NAME=]DIR", help="LoRA adapters on it, each a policy to measure")
     add("--prompts", metavar="FILE", help="rows with `prompt` and, if known, `category`; or `toy`, as with --model toy")
@@ -65,11 +67,11 @@ def get_args(argv=None):
     add("--harmless-rm-path", metavar="DIR", help="harmless reward model, a folder of train_rm.py")
     add("--benign-categories", nargs="+", metavar="NAME", help="where a refusal is one too many (default: benign...)")
     add("--num-samples", type=count, default=0, metavar="N", help="prompts to read; 0: all")
-    add("--num-responses", type=natural, default=1, metavar="M", help="responses to each prompt")
-    add("--max-new-tokens", type=natural, default=256, metavar="N", help="tokens of a response at most")
-    add("--max-prompt-length", type=natural, default=256, metavar="N", help="tokens of the prompt, its end")
+    add("--num-responses", type=responses, default=1, metavar="M", help="responses to each prompt")
+    add("--max-new-tokens", type=tokens, default=256, metavar="N", help="tokens of a response at most")
+    add("--max-prompt-length", type=tokens, default=256, metavar="N", help="tokens of the prompt, its end")
     add("--temperature", type=flags.number(float, least=0), default=1.0, metavar="T", help="0: the likeliest token")
-    add("--top-p", type=flags.number(float, above=0), default=1.0, metavar="P", help="sample from the likeliest P")
+    add("--top-p", type=share, default=1.0, metavar="P", help="sample from the likeliest P")
     add("--chat-template-strings", action="store_true", help="put plain strings through the chat template")
     add("--batch-size", type=natural, default=16, metavar="B", help="responses sampled, or pairs scored, at a time")
     add("--samples", type=count, default=6, metavar="N", help="prompts shown side by side, per category")
@@ -83,8 +85,6 @@ def get_args(argv=None):
     if args.prompts is None and args.model != "toy":
         parser.error("--prompts FILE has to be given (--prompts toy: those of the toy world)")
     args.prompts = args.prompts or "toy"
-    if args.top_p > 1:
-        parser.error(f"--top-p is a share of at most 1, got {args.top_p:g}")
     if args.temperature == 0 and args.num_responses > 1:
         parser.error("--num-responses above 1 has no effect at --temperature 0, where all would be the same")
     args.adapters = [named_folder(word) for word in args.adapters]
@@ -256,10 +256,10 @@ def check_output(args):
 
 def main(args):
     # 1 setup
+    if distributed.ranks_of_environment()[1] > 1:
+        raise distributed.DeviceError("one process evaluates: start it without torchrun")
     world = distributed.start(args.device)
     say = partial(distributed.print0, world)
-    if world.size > 1:
-        raise distributed.DeviceError("one process evaluates: start it without torchrun")
     check_output(args)
     if "toy" in (args.model, args.prompts):
         toy = toy_world.build(TOY_FOLDER)
@@ -272,6 +272,9 @@ def main(args):
     rule = toy_world.judge if all(toy_world.judge(p.text, "").kind != "unknown" for p in prompts) else None
     benign = benign_prompts(prompts, args, rule)
     skeleton = load_skeleton(args.model, tokenizer, args.trust_remote_code)
+    longest = max(len(prompt.ids) for prompt in prompts)
+    what = f"a prompt of {longest} tokens and --max-new-tokens {args.max_new_tokens}"
+    check_positions(skeleton, longest + args.max_new_tokens, what)
     folders = {name: adapter_folder(folder) for name, folder in args.adapters}
     for place, folder in enumerate(folders.values()):
         lora.load_adapter(skeleton, folder, f"policy_{place}")

@@ -17,7 +17,6 @@ Copy with: batch_file.py distributed.py flags.py generated_rows.py lora.py model
 import hashlib
 import itertools
 import json
-import os
 import re
 import sys
 import time
@@ -39,7 +38,7 @@ import reward_models
 import score_cache
 import toy_world
 from batch_file import BatchFile, OutputError, files_sha256
-from model_files import ModelError, load_model, load_skeleton, load_tokenizer
+from model_files import ModelError, check_positions, load_model, load_skeleton, load_tokenizer
 from packed_model import prepare_model, prepare_scores
 from packing import pack, passes
 from preference_data import DataError, Malformed, Unusable, as_messages, parse_row, read_rows, recognise
@@ -53,6 +52,7 @@ MATTER = "pairs num_responses min_reward max_new_tokens temperature top_p batch_
 def get_args(argv=None):
     parser = flags.Parser(__doc__)
     add, natural, number = parser.add_argument, flags.number(int, least=1), flags.number(float)
+    responses, tokens = flags.number(int, least=1, most=10_000), flags.number(int, least=1, most=10**6)
     count, seed = flags.number(int, least=0), flags.number(int, least=0, below=2**63)
     add("--model", "--base-model-path", default="Qwen/Qwen3-0.6B", help="folder, hub id or `toy`")
     add("--adapter", metavar="DIR", help="a LoRA adapter on it (PEFT files)")
@@ -60,14 +60,14 @@ def get_args(argv=None):
     add("--output", metavar="FILE.jsonl", help="where the rows go; an unfinished file is gone on with")
     add("--chat", action="store_true", help="answer what is typed instead; /base, /reset, /quit")
     add("--num-samples", type=count, default=0, metavar="N", help="prompts to read; 0: all")
-    add("--num-responses", type=natural, default=1, metavar="K", help="responses to each prompt")
+    add("--num-responses", type=responses, default=1, metavar="K", help="responses to each prompt")
     add("--pairs", action="store_true", help="write the best against the worst response to each prompt, ties dropped")
     add("--reward-model", metavar="DIR", help="scores the responses: a folder of train_rm.py")
     add("--reward-fn", metavar="FILE.py:FUNCTION", help="function(prompt, response) -> number: your code, which is run")
     add("--min-reward", type=number, metavar="X", help="leave out responses with a lower reward")
-    add("--max-new-tokens", type=natural, default=256, metavar="N", help="tokens of a response")
-    add("--max-prompt-length", type=natural, default=256, metavar="N", help="tokens of a prompt, its last ones")
-    temperature, share = flags.number(float, least=0), flags.number(float, above=0)
+    add("--max-new-tokens", type=tokens, default=256, metavar="N", help="tokens of a response")
+    add("--max-prompt-length", type=tokens, default=256, metavar="N", help="tokens of a prompt, its last ones")
+    temperature, share = flags.number(float, least=0), flags.number(float, above=0, most=1)
     add("--temperature", type=temperature, default=1.0, metavar="T", help="0: the likeliest token each time")
     add("--top-p", type=share, default=1.0, metavar="P", help="draw from the likeliest tokens that make up P; 1: all")
     add("--batch-size", type=natural, default=16, metavar="B", help="responses at once; those to one prompt together")
@@ -101,8 +101,6 @@ def get_args(argv=None):
     if args.temperature == 0 and (args.num_responses > 1 or "top_p" in args.given):
         other = "top-p" if "top_p" in args.given else "num-responses"
         parser.error(f"--temperature 0 takes the likeliest token each time: leave out --{other}")
-    if args.top_p > 1:
-        parser.error(f"--top-p {args.top_p:g} is no share: 1 at most")
     return args
 
 
@@ -197,7 +195,7 @@ def chat(model, tokenizer, args):
 
 def main(args):
     # 1 setup
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    if distributed.ranks_of_environment()[1] > 1:
         raise distributed.DeviceError("generation is one process: start it with python, not with torchrun")
     world = distributed.start(args.device)
     say, output = partial(distributed.print0, world), BatchFile(args.output or "", args.overwrite)
@@ -220,12 +218,8 @@ def main(args):
         rows, report = read_prompts(args, tokenizer)
         say(*report, sep="\n")
     longest = max((len(row.ids) for row in rows), default=args.max_prompt_length)
-    room = getattr(skeleton.config.get_text_config(), "max_position_embeddings", None)
-    if room and longest + args.max_new_tokens > room:
-        raise DataError(
-            f"a prompt of {longest} tokens and --max-new-tokens {args.max_new_tokens} are more than the {room} "
-            "positions of the model: make it smaller, or --max-prompt-length"
-        )
+    what = f"a prompt of {longest} tokens and --max-new-tokens {args.max_new_tokens}"
+    check_positions(skeleton, longest + args.max_new_tokens, what)
     identity = {f"--{name.replace('_', '-')}": getattr(args, name) for name in MATTER}
     identity["prompts"] = hashlib.sha256(json.dumps([row[1:] for row in rows], default=str).encode()).hexdigest()[:16]
     identity["reward"] = None
@@ -246,7 +240,8 @@ def main(args):
         output.check(identity)
 
     # 3 models
-    dtype = distributed.pick_dtype(args.dtype, world)
+    begun_in = None if args.chat else output.begun()[0].get("--dtype")
+    dtype = distributed.pick_dtype(args.dtype, world, begun_in)
     load = partial(load_model, dtype=dtype, device=world.device, trust_remote_code=args.trust_remote_code)
     model = load(args.model)
     if adapter:

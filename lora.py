@@ -163,11 +163,15 @@ def _matches(path, target_modules):
 def add_adapter(model, name, r, alpha, dropout=0.0, target_modules=None, trainable=True):
     """Add adapter `name` and switch it on.  The base is frozen; A is drawn from torch's global generator, B is zero.
 
-    Returns the trainable fp32 parameters [A, B, A, B, ...] in module order.  Raises AdapterError (select_targets).
+    Returns the trainable fp32 parameters [A, B, A, B, ...] in module order.  Raises AdapterError (select_targets), also
+    for a rank beyond that of any matrix here.
     """
     assert not any(name in layer.settings for layer in lora_layers(model).values()), f"there is an adapter {name}"
-    parameters = []
-    for path in select_targets(model, target_modules):
+    parameters, targets = [], select_targets(model, target_modules)
+    widest = max((max(linear_shape(model.get_submodule(path))) for path in targets), default=r)
+    if r > widest:
+        raise AdapterError(f"a rank of {r} is beyond the widest layer to adapt, which has {widest}: lower --lora-r")
+    for path in targets:
         layer = model.get_submodule(path)
         if not isinstance(layer, LoRALinear):
             parent, _, child = path.rpartition(".")

@@ -86,6 +86,13 @@ def load_skeleton(path, tokenizer, trust_remote_code=False, scores=False):
     return model
 
 
+def check_positions(model, num_tokens, what):
+    """Raise ModelError unless the model has positions for so many tokens; what: these, in words."""
+    room = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if room and num_tokens > room:
+        raise ModelError(f"{what} are more than the {room} positions of the model: make it smaller")
+
+
 def _not_loaded(what, path, error):
     advice = "check the name; without a hub name a folder, or a mirror in HF_ENDPOINT"
     if Path(path).exists():

@@ -51,7 +51,8 @@ PAIR_FILES = [f"{split}/{dimension}_pairs.jsonl" for split in SPLITS for dimensi
 
 def get_args(argv=None):
     parser = flags.Parser(__doc__)
-    add, ratio, count = parser.add_argument, flags.number(float, least=0), flags.number(int, least=0)
+    add, ratio, count = parser.add_argument, flags.number(float, least=0, most=1), flags.number(int, least=0)
+    seed = flags.number(int, least=0, below=2**63)
     add("--input", "--raw-data-paths", nargs="+", metavar="FILE", help="raw rows: .jsonl or .json, gzip of both")
     add("--input-dir", metavar="DIR", help="all .jsonl, .json and .gz files in it and in its folders")
     add("--output-dir", default="data", metavar="DIR", help="where train, val, test and account.json go")
@@ -59,7 +60,7 @@ def get_args(argv=None):
     add("--train-ratio", type=ratio, default=0.8, metavar="R", help="share of the prompts")
     add("--val-ratio", type=ratio, default=0.1, metavar="R", help="share of the prompts")
     add("--test-ratio", type=ratio, default=0.1, metavar="R", help="share of the prompts")
-    add("--seed", type=count, default=42, metavar="N", help="of split, order and pairing")
+    add("--seed", type=seed, default=42, metavar="N", help="of split, order and pairing")
     add("--safety-benchmark", metavar="FILE", help="also write harmful prompts of the test split with their categories")
     add("--max-prompts", type=count, default=200, metavar="N", help="of the benchmark; 0: all")
     add("--skip-invalid", action="store_true", help="leave malformed rows out instead of stopping at the first")

@@ -19,6 +19,8 @@ import torch
 import transformers
 from transformers.trainer_callback import TrainerState
 
+import score_cache
+
 # What marks a folder as a run's and would be replaced, and what goes with it under --overwrite; nothing else goes.
 RUN_FILES = "metrics.jsonl args.json trainer_state.json adapter_config.json config.json README.md merged".split()
 WITH_THEM = """adapter_model.safetensors model.safetensors model-*-of-*.safetensors model.safetensors.index.json
@@ -39,6 +41,17 @@ NOT_FLAGS = "config given typed local_rank estimate_memory".split()  # of a pars
 
 class RunFolderError(ValueError):
     """An output folder that cannot be used: one sentence for the user."""
+
+
+def identity(script, args, world, dtype, data, model, adapter_state=None):
+    """What a run is, {name: value}: a checkpoint of a run that was another in any of it is refused.
+
+    data: fingerprint of the pairs to train on; model: the base of what is trained, as it was loaded; adapter_state: of
+    the adapter that training starts from, {name: tensor}.  The sha256 of the base is known to rank 0 alone.
+    """
+    base = world.is_main and score_cache.frozen_sha256(model, adapter_state)
+    what = {"script": Path(script).name, "dtype": str(dtype)} | flags_that_matter(args, world.size)
+    return what | {"data": data, "base model": base}
 
 
 def flags_that_matter(args, ranks):

@@ -214,7 +214,7 @@ def main(args):
 
     # 3 models
     watch.phase("load")
-    dtype = distributed.pick_dtype(args.dtype, world)
+    dtype = distributed.pick_dtype(args.dtype, world, checkpoints.begun_in(checkpoint))
     weights_dtype = dtype if args.lora_r else torch.float32  # weights that are trained are fp32, computed with in dtype
     place = "cpu" if sharded else world.device
     model = load_model(args.model, weights_dtype, place, args.trust_remote_code, scores=True)
@@ -228,12 +228,10 @@ def main(args):
     if checkpointing:
         enable_checkpointing(model)
         say("gradient checkpointing: on")
-    identity = {"script": "train_rm.py", "dtype": str(dtype)}
-    identity |= run_files.flags_that_matter(args, world.size) | {"data": fingerprint([pairs[i] for i in train])}
+    identity = run_files.identity(__file__, args, world, dtype, fingerprint([pairs[i] for i in train]), model)
     identity["validation data"] = fingerprint([pairs[i] for i in held_out])  # it decides which epoch is the best
     record = None
     if world.is_main:
-        identity["base model"] = score_cache.base_sha256(model)
         if checkpoint:
             checkpoints.check_identity(checkpoint, identity)
         record = {
@@ -241,13 +239,13 @@ def main(args):
             "sign": "a higher score is better" if args.task == "helpful" else "a higher score is safer; cost = -score",
             "calibrated": calibrated,
             "base_model": args.model,
-            "base_sha256": identity["base model"],
+            "base_sha256": score_cache.base_sha256(model),
             "data_sha256": identity["data"],
             "pad_token_id": pad_unlike_ends(args.model, tokenizer, model.config),
         }
     if sharded:
         parameters = distributed.shard(model, model, world, dtype, say, args.optimizer_offload)
-    say(*distributed.start_lines("", parameters, model, args, world, slow_rate=5e-5), sep="\n")
+    say(*memory_report.start_lines("", parameters, model, args, world, slow_rate=5e-5), sep="\n")
 
     # 4 optimiser
     accumulation = args.gradient_accumulation_steps
@@ -369,7 +367,7 @@ def main(args):
     bar.close()
     termination.close()
     say("Seconds: " + ", ".join(f"{phase} {seconds:.1f}" for phase, seconds in watch.read().items()))
-    say(*distributed.memory_lines(world), sep="\n")
+    say(*memory_report.memory_lines(world), sep="\n")
 
     # 6 save (the best model is there already)
     distributed.assert_same_on_all_ranks(parameters, world)

@@ -26,7 +26,7 @@ import gc
 import itertools
 import math
 import sys
-from functools import cache, partial
+from functools import partial
 
 import torch
 from tqdm import tqdm
@@ -265,7 +265,7 @@ def main(args):
 
     # 3 models
     watch.phase("load")
-    dtype = distributed.pick_dtype(args.dtype, world)
+    dtype = distributed.pick_dtype(args.dtype, world, checkpoints.begun_in(checkpoint))
     weights_dtype = dtype if args.lora_r else torch.float32  # weights that are trained are fp32, computed with in dtype
     load = partial(load_model, device="cpu" if sharded else world.device, trust_remote_code=args.trust_remote_code)
     policy = reference = load(args.model, weights_dtype)
@@ -292,9 +292,9 @@ def main(args):
         say("gradient checkpointing: on")
     autocast = torch.autocast(world.device.type, dtype, enabled=weights_dtype != dtype)
     watch.phase("cache")
-    identity = {"script": "train_safe_mm_dpo.py", "dtype": str(dtype)}
-    identity |= run_files.flags_that_matter(args, world.size) | {"data": fingerprint([pairs[i] for i in train])}
-    base_of = cache(lambda model: score_cache.frozen_sha256(model, {}))  # once for those that share it
+    identity = run_files.identity(__file__, args, world, dtype, fingerprint([pairs[i] for i in train]), policy)
+    identity["tokens of a sampled response"] = args.max_length - args.max_prompt_length  # the data does not say it
+    base_of = lambda model: identity["base model"] if model is policy else score_cache.frozen_sha256(model)
     frozen = {"reference": reward_models.RewardModel({}, reference, None, None, "")} | judges
     for role, judge in frozen.items():
         weights = lora.adapter_state(judge.model, judge.adapter)
@@ -329,10 +329,10 @@ def main(args):
     for task in judges:
         if judges[task] is not judge and judges[task].model is policy:
             lora.remove_adapter(policy, task)
-    frozen = judges = base_of = ask = weights = None  # the others leave memory
+    frozen = judges = ask = weights = None  # the others leave memory
     reference = reference if args.kl_coeff or (args.lora_r and reference is policy) else None
     gc.collect()  # a sharded model has methods that hold it
-    say(*distributed.start_lines("policy model", parameters, policy, args, world, slow_rate=2e-5), sep="\n")
+    say(*memory_report.start_lines("policy model", parameters, policy, args, world, slow_rate=2e-5), sep="\n")
 
     # 4 optimiser
     accumulation = args.gradient_accumulation_steps
@@ -504,7 +504,7 @@ def main(args):
     bar.close()
     termination.close()
     say("Seconds: " + ", ".join(f"{phase} {seconds:.1f}" for phase, seconds in watch.read().items()))
-    say(*distributed.memory_lines(world), sep="\n")
+    say(*memory_report.memory_lines(world), sep="\n")
 
     # 6 save
     flags.check_weights(parameters, at["step"])

@@ -108,17 +108,6 @@ def ask_to_end(monkeypatch, number):
     monkeypatch.setattr(torch.optim.AdamW, "step", step)
 
 
-def test_sigterm_saves_at_the_next_update_and_exits_143(words, uninterrupted, tmp_path, monkeypatch, capsys):
-    with monkeypatch.context() as patch, pytest.raises(SystemExit) as ended:
-        ask_to_end(patch, 5)
-        run_script([*words, "--output-dir", tmp_path / "out"])
-    assert ended.value.code == 143
-    assert checkpoints(tmp_path / "out")[0].name == "checkpoint-5"
-    assert "ended after step 5" in capsys.readouterr().out
-    run_script([*words, "--output-dir", tmp_path / "out", "--resume", "auto"])
-    assert results(tmp_path / "out") == uninterrupted
-
-
 def test_resume_from_a_named_checkpoint_into_another_folder(words, uninterrupted, tmp_path):
     run_script([*words, "--output-dir", tmp_path / "one", "--max-steps", "9"])
     # 9 is all there is, but a limit that was not there is another schedule as far as a checkpoint can tell.
@@ -225,28 +214,7 @@ def refused(words, capsys):
     return run
 
 
-@pytest.mark.parametrize(
-    ("flags", "difference"),
-    [
-        (["--beta", "0.3"], "beta was 0.1 and is 0.3"),
-        (["--learning-rate", "2e-3"], "learning_rate was 0.001 and is 0.002"),
-        (["--seed", "1"], "seed was 42 and is 1"),
-        (["--epochs", "2"], "epochs was 1 and is 2"),
-        (["--lora-r", "8"], "lora_r was 16 and is 8"),
-        (["--num-samples", "20"], "data was"),
-        (["--dtype", "bf16"], "dtype was torch.float32 and is torch.bfloat16"),
-    ],
-    ids=lambda value: value[0] if isinstance(value, list) else "",
-)
-def test_a_checkpoint_of_another_run_is_refused_with_the_difference(copy, refused, flags, difference):
-    sentence = refused(copy, *flags)
-    assert f"{copy / 'checkpoint-9'} is of another run: {difference}" in sentence
-
-
-def test_a_checkpoint_of_another_base_or_script_is_refused(copy, refused, world, tmp_path):
-    other = write_world(tmp_path / "other")
-    flip(other / "model/model.safetensors")
-    assert "is of another run: base model was" in refused(copy, "--model", other / "model")
+def test_a_checkpoint_of_another_script_is_refused(copy, refused):
     last = checkpoints(copy)[0]
     state = json.loads((last / "state.json").read_text())
     state["identity"]["script"] = "train_rm.py"

@@ -658,7 +658,7 @@ def test_wrong_files_are_refused(refused, world, tmp_path, reward_folders, toy):
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        (["--top-p", "1.5"], "--top-p is a share of at most 1, got 1.5"),
+        (["--top-p", "1.5"], "--top-p: has to be at most 1, got 1.5"),
         (["--top-p", "0"], "--top-p: has to be above 0, got 0"),
         (["--temperature", "-1"], "--temperature: has to be at least 0, got -1"),
         (["--temperature", "0", "--num-responses", "2"], "--num-responses above 1 has no effect"),

@@ -256,7 +256,8 @@ def test_a_killed_run_goes_on_to_the_same_bytes(toy_make, tmp_path, monkeypatch,
         lines = whole.read_bytes().splitlines(keepends=True)[:12]
         assert output.read_bytes().startswith(b"".join(lines))
     calls.clear()
-    toy_make(*words, output=output)
+    # bf16 where the processor has it; in a file that is gone on with, the type it was begun in
+    toy_make(*words, *(["--dtype", "auto"] if when != "before the first" else []), output=output)
     done = {"between batches": 3, "within a line": 3, "behind the rows": 2, "before the first": 0}[when]
     assert len(calls) == 10 - done  # and what was there was not drawn again
     assert (f"going on behind batch {done} of 10" in toy_make.log) == (done > 0)
@@ -658,7 +659,7 @@ def fails(world, tmp_path, capsys, monkeypatch):
             ["--temperature", "0", "--top-p", "0.5"],
             "--temperature 0 takes the likeliest token each time: leave out --top-p",
         ),
-        (["--top-p", "1.5"], "--top-p 1.5 is no share: 1 at most"),
+        (["--top-p", "1.5"], "--top-p: has to be at most 1, got 1.5"),
         (["--chat"], "--prompts has no effect with --chat: leave one of them out"),
         (["--adapter", "{world}/reward"], "the adapter in {world}/reward is a reward model's, with a scalar head"),
         (["--adapter", "{world}/model"], "{world}/model is not an adapter folder: adapter_config.json is missing"),
@@ -668,8 +669,8 @@ def fails(world, tmp_path, capsys, monkeypatch):
         ),
         (
             ["--max-new-tokens", "125"],
-            "a prompt of 5 tokens and --max-new-tokens 125 are more than the 128 positions of the model: "
-            "make it smaller, or --max-prompt-length",
+            "a prompt of 5 tokens and --max-new-tokens 125 are more than the 128 positions of the model: make "
+            "it smaller",
         ),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -750,7 +751,8 @@ def test_an_adapter_or_a_reward_model_of_another_base(fails, world, tmp_path):
 
 
 def test_more_than_one_process_is_refused(fails, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name, value in {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}.items():
+        monkeypatch.setenv(name, value)
     assert fails() == "generation is one process: start it with python, not with torchrun"
 
 

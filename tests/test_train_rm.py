@@ -749,26 +749,15 @@ def test_resume_into_another_folder_leaves_a_model_there(world, tmp_path, capsys
     assert two.record["validation"]["loss"] == min(line["eval_loss"] for line in two.evals[2:])
 
 
-@pytest.mark.parametrize(
-    "changes, difference",
-    [
-        (dict(classification_loss_weight=0.5), "classification_loss_weight was 1.0 and is 0.5"),
-        (dict(center_rewards=1), "center_rewards was 0.0 and is 1.0"),
-        (dict(eval_samples=4), "validation data was"),
-        (dict(num_samples=20), "data was"),
-        (dict(epochs=4), "epochs was 3 and is 4"),
-    ],
-    ids=lambda value: "" if isinstance(value, str) else min(value),
-)
-def test_a_checkpoint_of_another_run_is_refused(world, tmp_path, capsys, changes, difference):
+def test_other_validation_data_would_choose_another_best_model_and_is_refused(world, tmp_path, capsys):
     out = tmp_path / "out"
     Run(world, out, **long_run(world))
     before = snapshot(out)
     capsys.readouterr()
     with pytest.raises(SystemExit) as error:
-        Run(world, out, **long_run(world) | changes, resume="auto")
+        Run(world, out, **long_run(world, eval_samples=4), resume="auto")
     assert error.value.code == 2
-    assert f"is of another run: {difference}" in one_line(capsys)
+    assert "is of another run: validation data was" in one_line(capsys)
     assert snapshot(out) == before
 
 

@@ -301,9 +301,8 @@ def test_cost_prompts_all_asks_the_helpful_rows_too(train):
 RUN = ["--max-steps", 6, "--lora-dropout", 0.1, "--lambda-lr", 0.1, "--eval-samples", 0, "--save-steps", 2]
 
 
-@pytest.mark.parametrize("estimate", ["policy", "snis"])
-def test_resumed_is_uninterrupted_lambda_included(train, tmp_path, monkeypatch, estimate):
-    words = [*RUN, "--cost-estimate", estimate, "--cost-every", 4]
+def test_resumed_by_importance_weights_is_uninterrupted_lambda_included(train, tmp_path, monkeypatch):
+    words = [*RUN, "--cost-estimate", "snis"]
     whole, _, _ = train("whole", *words)
     ask_to_end(monkeypatch, 5)
     with pytest.raises(SystemExit) as exit:
