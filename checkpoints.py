@@ -23,6 +23,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from distributed import print0
+
 
 class CheckpointError(ValueError):
     """A checkpoint that cannot be used: one sentence for the user."""
@@ -210,15 +212,17 @@ def _as(parameter, tensor):
 def restore(folder, parameters, optimizer, scheduler, scaler, world):
     """load_state, and the schedule, the scaler and this rank's state of chance; returns (further tensors, state).
 
-    Another number of ranks than saved it draws chance anew.
+    Another number of ranks than saved it, or another kind of device, draws chance anew and says so.
     """
     tensors, state = load_state(folder, parameters, optimizer)
     scheduler.load_state_dict(state["scheduler"])
     scaler.load_state_dict(state["scaler"])
-    if len(tensors["chance"]) == world.size:
+    ranks, size = tensors["chance"].shape
+    if ranks == world.size and size == len(chance(world.device)):
         set_chance(tensors["chance"][world.rank], world.device)
     else:
         torch.manual_seed(torch.initial_seed() + state["step"])  # the initial seed has the rank in it
+        print0(world, "dropout is drawn anew: the checkpoint is of another number of ranks or another kind of device")
     return tensors, state
 
 

@@ -69,6 +69,9 @@ def start(device="auto", timeout=600):
             raise DeviceError(f"rank {rank} wants GPU {local_rank} and only {torch.cuda.device_count()} are visible")
         torch.cuda.set_device(local_rank)
         device = f"cuda:{local_rank}"
+        # Since torch 2.11 the first choice on H100 and B200.  It takes up to a second to plan for each new length and
+        # stride, and no two packed rows are alike; its gradients can be NaN (github.com/pytorch/pytorch/issues/196678).
+        torch.backends.cuda.enable_cudnn_sdp(False)
     if device == "cpu":  # oneDNN keeps 1,024 compiled products, a third of a gigabyte where every length is new
         os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")
     if size > 1:

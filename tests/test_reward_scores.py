@@ -16,7 +16,7 @@ from tokenizers import Tokenizer, models
 from transformers import AttentionInterface, AutoModelForSequenceClassification, PreTrainedTokenizerFast
 
 import lora
-import packed_model
+import packed_attention
 from losses import harm_label_loss, reward_loss
 from model_files import ModelError, enable_checkpointing, load_model, load_skeleton, pad_unlike_ends
 from packed_model import prepare_scores
@@ -339,7 +339,7 @@ def test_a_head_of_zeros_does_not_hide_wrong_attention_from_the_probe(name, head
 
     def rejected_sees_chosen(module, query, key, value, attention_mask, pair_layout=None, **kwargs):
         pair_layout.calls += 1
-        return packed_model.sdpa_attention_forward(module, query, key, value, None, is_causal=True)
+        return packed_attention.sdpa_attention_forward(module, query, key, value, None, is_causal=True)
 
     assert prepare_scores(reward_model(name, head=head)) == ON
     monkeypatch.setitem(AttentionInterface._global_mapping, "packed_pairs", rejected_sees_chosen)
