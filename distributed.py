@@ -30,6 +30,8 @@ from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+import lora_targets
+
 
 class DeviceError(ValueError):
     """A device or number type that this machine lacks, or ranks that do not agree: one sentence for the user."""
@@ -380,6 +382,7 @@ def start_lines(what, parameters, model, args, world, slow_rate):
     elif lora_r:
         how = f"LoRA enabled{what and ' for ' + what}"
     lines = [f"{how}: {trainable:,} trainable / {total:,} total parameters ({100 * trainable / total:.2f}%)"]
+    lines += lora_targets.left_out(model) or []
     if lora_r and "learning_rate" not in args.given and args.learning_rate < slow_rate:
         lines.append(f"--learning-rate {args.learning_rate:g} is a rate for training all weights: with LoRA try 1e-4")
     batch = effective_batch_line(args.batch_size, args.gradient_accumulation_steps, world)

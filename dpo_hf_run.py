@@ -12,9 +12,9 @@ Deviations from the paper: AdamW instead of RMSprop; label smoothing, robust, hi
     python dpo_hf_run.py --model Qwen/Qwen3-0.6B --dataset pairs.jsonl --learning-rate 1e-4    # one GPU
     torchrun --nproc_per_node=4 dpo_hf_run.py --dataset pairs.jsonl --learning-rate 1e-4       # four GPUs
 
-Copy with: checkpoints.py distributed.py flags.py lora.py losses.py memory_estimate.py memory_report.py
-    model_files.py optimizers.py packed_model.py packing.py preference_data.py run_files.py score_cache.py speed.py
-    toy_world.py
+Copy with: checkpoints.py distributed.py flags.py lora.py lora_targets.py losses.py memory_estimate.py
+    memory_report.py model_files.py optimizers.py packed_model.py packing.py preference_data.py run_files.py
+    score_cache.py speed.py toy_world.py
 """
 
 import gc
@@ -336,9 +336,7 @@ def main(args):
             else:
                 save_whole(policy, folder, state)
             tokenizer.save_pretrained(folder)
-            card = run_files.model_card(
-                args, __file__, "DPO", log.history, fingerprint([pairs[i] for i in train]), bool(args.lora_r)
-            )
+            card = run_files.model_card(args, __file__, "DPO", log.history, identity["data"], lora.left_out(policy))
             run_files.save_run_record(folder, log, args, __file__, card)
             if args.save_merged:
                 lora.merge_adapter(policy, "policy")

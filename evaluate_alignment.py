@@ -13,8 +13,9 @@ quantiles of its score then instead of a harm rate, and `safe` means at least th
         --adapters before=outputs/dpo_qwen_trl after=models/aligned \\
         --helpful-rm-path models/helpful_rm --harmless-rm-path models/harmless_rm                          # one GPU
 
-Copy with: distributed.py evaluation_numbers.py flags.py lora.py model_files.py packed_model.py packing.py
-    preference_data.py report_page.py reward_models.py run_files.py sampling.py score_cache.py toy_world.py
+Copy with: distributed.py evaluation_numbers.py flags.py lora.py lora_targets.py model_files.py packed_model.py
+    packing.py preference_data.py report_page.py reward_models.py run_files.py sampling.py score_cache.py
+    toy_world.py
 """
 
 import hashlib

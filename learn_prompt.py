@@ -12,9 +12,9 @@ Deviations from prompt tuning's paper: preference pairs instead of targets; Adam
     python learn_prompt.py --model Qwen/Qwen2.5-1.5B-Instruct --dataset-path pairs.jsonl --prompt-init vocab  # one GPU
     torchrun --nproc_per_node=4 learn_prompt.py --dataset-path pairs.jsonl --prompt-init vocab             # four GPUs
 
-Copy with: checkpoints.py distributed.py flags.py losses.py memory_estimate.py memory_report.py model_files.py
-    optimizers.py packed_model.py packing.py preference_data.py preference_prompt.py run_files.py score_cache.py
-    speed.py toy_world.py
+Copy with: checkpoints.py distributed.py flags.py lora_targets.py losses.py memory_estimate.py memory_report.py
+    model_files.py optimizers.py packed_model.py packing.py preference_data.py preference_prompt.py run_files.py
+    score_cache.py speed.py toy_world.py
 """
 
 import itertools
@@ -309,7 +309,7 @@ def main(args):
     if world.is_main:
         with run_files.whole_files(args.output_dir) as folder:
             save_soft_prompt(vectors, folder, args.model, args.preference_position)
-            card = run_files.model_card(args, __file__, "prompt tuning", log.history, identity["data"], adapter=True)
+            card = run_files.model_card(args, __file__, "prompt tuning", log.history, identity["data"], left_out=[])
             run_files.save_run_record(folder, log, args, __file__, card)
         say(f"saved to {args.output_dir}")
     distributed.stop()

@@ -17,7 +17,7 @@ Deviations from the papers: E[cost] is of offline prompts, sampled every few upd
     python train_safe_mm_dpo.py --config configs/dpo_config.yaml                            # one GPU
     torchrun --nproc_per_node=8 train_safe_mm_dpo.py --config configs/dpo_config.yaml       # eight GPUs
 
-Copy with: checkpoints.py distributed.py expected_cost.py flags.py lora.py losses.py memory_estimate.py
+Copy with: checkpoints.py distributed.py expected_cost.py flags.py lora.py lora_targets.py losses.py memory_estimate.py
     memory_report.py model_files.py optimizers.py packed_model.py packing.py preference_data.py reward_models.py
     run_files.py sampling.py score_cache.py speed.py toy_world.py
 """
@@ -514,7 +514,9 @@ def main(args):
     if world.is_main:
         with run_files.whole_files(args.output_dir) as folder:
             save_policy(folder, state)
-            card = run_files.model_card(args, __file__, "Safe-MM-DPO", log.history, identity["data"], bool(args.lora_r))
+            card = run_files.model_card(
+                args, __file__, "Safe-MM-DPO", log.history, identity["data"], lora.left_out(policy)
+            )
             run_files.save_run_record(folder, log, args, __file__, card)
             if args.save_merged:
                 lora.merge_adapter(policy, "policy")
@@ -525,12 +527,8 @@ def main(args):
 
 
 USER_ERRORS = (DataError, ModelError, lora.AdapterError, distributed.DeviceError, run_files.RunFolderError)
-USER_ERRORS += (
-    checkpoints.CheckpointError,
-    memory_estimate.EstimateError,
-    optimizers.OptimizerError,
-    reward_models.RewardModelError,
-)
+USER_ERRORS += checkpoints.CheckpointError, memory_estimate.EstimateError, optimizers.OptimizerError
+USER_ERRORS += (reward_models.RewardModelError,)
 
 if __name__ == "__main__":
     flags.run(main, get_args(), *USER_ERRORS)

@@ -24,6 +24,7 @@ from lora import (
     LoRALinear,
     adapter_state,
     add_adapter,
+    fused_lora,
     load_adapter,
     lora_layers,
     lora_linear,
@@ -135,13 +136,13 @@ def test_the_fused_function_has_the_values_and_every_gradient_of_its_definition(
         return torch.randn(size, generator=draw, dtype=torch.float64).requires_grad_()
 
     inputs = tensor(*shape), tensor(3, 5), tensor(3) if bias else None, tensor(2, 5), tensor(3, 2)
-    fused, plain = FusedLoRA.apply(*inputs, 1.5), lora_linear(*inputs, 1.5)
+    fused, plain = fused_lora(*inputs, 1.5), lora_linear(*inputs, 1.5)
     assert_close(fused, plain, rtol=1e-13, atol=1e-13)
     wanted = [tensor for tensor in inputs if tensor is not None]
     grad = torch.randn(plain.shape, generator=draw, dtype=torch.float64)
     for ours, theirs in zip(torch.autograd.grad(fused, wanted, grad), torch.autograd.grad(plain, wanted, grad)):
         assert_close(ours, theirs, rtol=1e-13, atol=1e-13)
-    assert torch.autograd.gradcheck(lambda *tensors: FusedLoRA.apply(*tensors, 1.5), inputs)
+    assert torch.autograd.gradcheck(lambda *tensors: fused_lora(*tensors, 1.5), inputs)
 
 
 @pytest.mark.parametrize("name", ["qwen3", "gpt2"])  # gpt2: Conv1D, whose weight is used transposed
