@@ -14,6 +14,7 @@ Files are PEFT's (adapter_config.json, adapter_model.safetensors), read strictly
 
 import json
 import math
+import re
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -269,11 +270,11 @@ def load_adapter(model, folder, name, trainable=False, with_head=False):
     folder = Path(folder)
     config, state = _read_adapter_files(folder, with_head)
     head = state.pop(HEAD_KEY, None)
-    r, alpha = config.get("r", 8), config.get("lora_alpha", 8)  # PEFT's own defaults
-    if config.get("use_rslora"):
+    r, alpha = config["r"], config["lora_alpha"]
+    if config["use_rslora"]:
         alpha = alpha * math.sqrt(r)  # arXiv:2312.03732 scales by alpha / sqrt(r)
     try:
-        targets = select_targets(model, config.get("target_modules"))
+        targets = select_targets(model, config["target_modules"])
     except AdapterError as error:
         raise AdapterError(f"{folder} does not fit this model: {error}") from None
     linears = adaptable_linears(model)
@@ -297,7 +298,7 @@ def load_adapter(model, folder, name, trainable=False, with_head=False):
     if with_head and head.shape != (1, model.config.get_text_config().hidden_size):
         wanted = 1, model.config.get_text_config().hidden_size
         raise AdapterError(f"{folder} does not fit this model: score.weight is {tuple(head.shape)}, expected {wanted}")
-    dropout = config.get("lora_dropout", 0.0) if trainable else 0.0  # a frozen adapter is a fixed function
+    dropout = config["lora_dropout"] if trainable else 0.0  # a frozen adapter is a fixed function
     parameters = add_adapter(model, name, r, alpha, dropout, targets, trainable)
     with torch.no_grad():
         for key, live in adapter_state(model, name).items():
@@ -305,15 +306,40 @@ def load_adapter(model, folder, name, trainable=False, with_head=False):
     return (parameters, head.float()) if with_head else parameters
 
 
+def _is_number(value):
+    return type(value) in (int, float) and math.isfinite(value)
+
+
+def _is_pattern(value):
+    """Whether target_modules are names, or one regular expression; None: PEFT left it to its own table."""
+    if not isinstance(value, str):
+        return value is None or (
+            isinstance(value, list) and value != [] and all(isinstance(name, str) for name in value)
+        )
+    try:
+        return value != "" and re.compile(value) is not None
+    except re.error:
+        return False
+
+
+SETTINGS = {  # of adapter_config.json: PEFT's own default, what it has to be, in words and as a test
+    "r": (8, "a whole number from 1", lambda value: type(value) is int and value >= 1),
+    "lora_alpha": (8, "a number above 0", lambda value: _is_number(value) and value > 0),
+    "lora_dropout": (0.0, "a number from 0 to below 1", lambda value: _is_number(value) and 0 <= value < 1),
+    "use_rslora": (False, "true or false", lambda value: value in (None, True, False)),
+    "target_modules": (None, "a list of names or a regular expression", _is_pattern),
+}
+
+
 def _read_adapter_files(folder, with_head):
     try:
         config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
         state = load_file(folder / "adapter_model.safetensors")
-    except FileNotFoundError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise AdapterError(
             f"{folder} is not an adapter folder: {Path(error.filename or error.args[0]).name} is missing"
         ) from None
-    except (ValueError, SafetensorError) as error:  # ValueError: not JSON, not UTF-8
+    except (OSError, ValueError, RecursionError, SafetensorError) as error:  # ValueError: not JSON, not UTF-8
         raise AdapterError(f"{folder} cannot be read as an adapter ({error}): save it again") from None
     config = config if isinstance(config, dict) else {}
     if config.get("peft_type") != "LORA":
@@ -324,7 +350,8 @@ def _read_adapter_files(folder, with_head):
             "is a reward model's, with a scalar head" if has_head else "is no reward model: it has no head score.weight"
         )
         raise AdapterError(f"the adapter in {folder} {what}")
-    if has_head and set(config.get("modules_to_save") or ()) <= {"classifier", "score"}:
+    saved = config.get("modules_to_save")
+    if has_head and isinstance(saved, list) and all(name in ("classifier", "score") for name in saved):
         config["modules_to_save"] = None  # PEFT adds both names to what stands there, again at each save
     plain = {  # what may stand there for the plain LoRA above
         "bias": (None, "none"),
@@ -340,4 +367,7 @@ def _read_adapter_files(folder, with_head):
     for key, allowed in plain.items():
         if config.get(key) not in allowed:
             raise AdapterError(f"{folder} uses {key}={config[key]!r}, which this loader does not do")
+    for key, (default, what, is_right) in SETTINGS.items():
+        if not is_right(config.setdefault(key, default)):
+            raise AdapterError(f"{folder} says {key}={config[key]!r} in adapter_config.json, and it has to be {what}")
     return config, state
