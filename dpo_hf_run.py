@@ -135,9 +135,9 @@ def main(args):
 
     # 2 data (before the models: a mistake in it should not wait for gigabytes of weights)
     tokenizer = load_tokenizer(args.model, args.trust_remote_code)
-    skeleton = load_skeleton(args.model, tokenizer, args.trust_remote_code)
+    skeleton = load_skeleton(args.model, tokenizer, args)
     add_adapters(skeleton, args)  # a wrong adapter or target shows here
-    other = load_skeleton(args.ref_model_path, tokenizer, args.trust_remote_code) if args.ref_model_path else None
+    other = load_skeleton(args.ref_model_path, tokenizer, args) if args.ref_model_path else None
     estimate = memory_estimate.Estimate(skeleton, lora.add_adapter, TokenLogps, world.size, other)
     if args.estimate_memory:
         say(memory_report.report(estimate, args))

@@ -43,7 +43,7 @@ import reward_models
 import run_files
 import score_cache
 import toy_world
-from model_files import ModelError, load_model, load_skeleton, load_tokenizer
+from model_files import ModelError, check_positions, load_model, load_skeleton, load_tokenizer
 from packed_model import logps_of, prepare_model, prepare_scores
 from packing import pack, passes
 from preference_data import DataError, Malformed, as_messages, parse_row, read_rows
@@ -272,13 +272,19 @@ def main(args):
     prompts, cut = read_prompts(args.prompts, tokenizer, args)
     rule = toy_world.judge if all(toy_world.judge(p.text, "").kind != "unknown" for p in prompts) else None
     benign = benign_prompts(prompts, args, rule)
-    skeleton = load_skeleton(args.model, tokenizer, args.trust_remote_code)
+    skeleton, longest = load_skeleton(args.model, tokenizer, args), max(len(prompt.ids) for prompt in prompts)
+    what = f"a prompt of {longest} tokens and --max-new-tokens {args.max_new_tokens}"
+    longest += args.max_new_tokens
+    check_positions(skeleton.config, longest, what, args.model)
     folders = {name: adapter_folder(folder) for name, folder in args.adapters}
     for place, folder in enumerate(folders.values()):
         lora.load_adapter(skeleton, folder, f"policy_{place}")
     rm_folders = {"helpful": args.helpful_rm_path, "harmless": args.harmless_rm_path}
     rm_folders = {task: folder for task, folder in rm_folders.items() if folder}
-    records = {task: reward_models.read_record(folder, task, tokenizer) for task, folder in rm_folders.items()}
+    records = {
+        task: reward_models.read_record(folder, task, tokenizer, args.trust_remote_code)
+        for task, folder in rm_folders.items()
+    }
 
     # 3 models: one frozen base, and on it by name the adapters and the reward models that share it
     dtype = distributed.pick_dtype(args.dtype, world)
@@ -292,7 +298,7 @@ def main(args):
             say(f"{name} was trained on {base}, and is measured on {args.model}")
 
     def load_judge(path):
-        judge = load_model(path, dtype, world.device, args.trust_remote_code, scores=True)
+        judge = load_model(path, dtype, world.device, args.trust_remote_code, scores=True, max_length=longest)
         prepare_scores(judge)
         return judge
 

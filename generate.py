@@ -40,7 +40,7 @@ import reward_models
 import score_cache
 import toy_world
 from batch_file import BatchFile, OutputError, files_sha256
-from model_files import ModelError, load_model, load_skeleton, load_tokenizer
+from model_files import ModelError, check_positions, load_model, load_skeleton, load_tokenizer
 from packed_model import prepare_model, prepare_scores
 from packing import pack, passes
 from preference_data import DataError, Malformed, Unusable, as_messages, parse_row, read_rows, recognise
@@ -212,7 +212,7 @@ def main(args):
 
     # 2 prompts and reward (before the model: a mistake in them should not wait for gigabytes of weights)
     tokenizer = load_tokenizer(args.model, args.trust_remote_code)
-    skeleton = load_skeleton(args.model, tokenizer, args.trust_remote_code)
+    skeleton = load_skeleton(args.model, tokenizer, args)
     adapter = "policy" if args.adapter else None
     if adapter:
         lora.load_adapter(skeleton, args.adapter, adapter)  # a wrong one shows here
@@ -221,12 +221,9 @@ def main(args):
         rows, report = read_prompts(args, tokenizer)
         say(*report, sep="\n")
     longest = max((len(row.ids) for row in rows), default=args.max_prompt_length)
-    room = getattr(skeleton.config.get_text_config(), "max_position_embeddings", None)
-    if room and longest + args.max_new_tokens > room:
-        raise DataError(
-            f"a prompt of {longest} tokens and --max-new-tokens {args.max_new_tokens} are more than the {room} "
-            "positions of the model: make it smaller, or --max-prompt-length"
-        )
+    what = f"a prompt of {longest} tokens and --max-new-tokens {args.max_new_tokens}"
+    longest += args.max_new_tokens
+    check_positions(skeleton.config, longest, what, args.model)
     identity = {f"--{name.replace('_', '-')}": getattr(args, name) for name in MATTER}
     identity["prompts"] = hashlib.sha256(json.dumps([row[1:] for row in rows], default=str).encode()).hexdigest()[:16]
     identity["reward"] = None
@@ -235,9 +232,9 @@ def main(args):
         identity["reward"] = f"{name} {files_sha256([file])}"
     if args.reward_model:
         folder = Path(args.reward_model)
-        record = reward_models.read_record(folder, None, tokenizer)
+        record = reward_models.read_record(folder, None, tokenizer, args.trust_remote_code)
         load_reward = partial(reward_models.load, folder, record["task"], record)
-        bare = partial(load_skeleton, tokenizer=tokenizer, trust_remote_code=args.trust_remote_code, scores=True)
+        bare = partial(load_skeleton, tokenizer=tokenizer, args=args, scores=True)
         try:
             load_reward(skeleton, record["base_sha256"], lora.load_adapter, bare)
         except lora.AdapterError:  # it may fit a base of its own
@@ -262,7 +259,7 @@ def main(args):
     if args.reward_model:
 
         def load_by_itself(path):
-            scorer = load(path, scores=True)
+            scorer = load(path, scores=True, max_length=longest)
             prepare_scores(scorer)
             return scorer
 

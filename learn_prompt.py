@@ -36,7 +36,7 @@ import score_cache
 import speed
 import toy_world
 from losses import PAIR_METRICS, dpo_loss, pair_metrics
-from model_files import ModelError, enable_checkpointing, load_model, load_skeleton, load_tokenizer
+from model_files import ModelError, check_positions, enable_checkpointing, load_model, load_skeleton, load_tokenizer
 from packed_model import TokenLogps, prepare_model
 from packing import epoch_plan, hold_out, largest_pass, pack, passes_of_rank, send
 from preference_data import DataError, Pair, fingerprint, load_pairs
@@ -132,8 +132,11 @@ def main(args):
 
     # 2 data (before the models: a mistake in it should not wait for gigabytes of weights)
     tokenizer = load_tokenizer(args.model, args.trust_remote_code)
-    skeleton = load_skeleton(args.model, tokenizer, args.trust_remote_code)
-    vectors = args.num_virtual_tokens or 20
+    skeleton = load_skeleton(args.model, tokenizer, args)
+    of_text = tokenizer(args.preference_text or "", add_special_tokens=False)["input_ids"]
+    vectors = args.num_virtual_tokens or (len(of_text) if args.prompt_init == "text" else 20)
+    what = f"--max-length {args.max_length} with {vectors} vectors"
+    check_positions(skeleton.config, args.max_length + vectors, what, args.model)
     estimate = memory_estimate.Estimate(skeleton, None, TokenLogps, world.size, vectors=vectors)
     if args.estimate_memory:
         say(memory_report.report(estimate, args))

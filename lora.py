@@ -155,9 +155,9 @@ def _check_unchanged(path, base, layer):
     if base.weight.is_meta:
         return
     x = torch.linspace(-1, 1, 3 * layer.in_features).view(3, -1).to(base.weight)
-    wanted, got = base(x), layer(x)
-    tolerance = (1e-3 if x.dtype in (torch.float32, torch.float64) else 0.05) * wanted.abs().max()
-    if not torch.allclose(got, wanted, rtol=0, atol=tolerance.item(), equal_nan=True):
+    wanted, got = base(x).nan_to_num(), layer(x).nan_to_num()  # what is not finite is told of where it matters
+    tolerance = 1e-3 if x.dtype in (torch.float32, torch.float64) else 0.05
+    if (got - wanted).abs().max() > tolerance * wanted.abs().max():
         raise AdapterError(
             f"{path} computes more than its weight and bias say, and would lose it under an adapter: "
             "leave it out with --lora-target-modules"

@@ -174,7 +174,7 @@ def main(args):
 
     # 2 data (before the models: a mistake in it should not wait for gigabytes of weights)
     tokenizer = load_tokenizer(args.tokenizer_name or args.model, args.trust_remote_code)
-    skeleton = load_skeleton(args.model, tokenizer, args.trust_remote_code, scores=True)
+    skeleton = load_skeleton(args.model, tokenizer, args, scores=True)
     if args.lora_r:  # a wrong target shows here
         lora.add_adapter(skeleton, "reward", args.lora_r, args.lora_alpha, 0.0, args.lora_target_modules)
     estimate = memory_estimate.Estimate(skeleton, lora.add_adapter, ranks=world.size)
