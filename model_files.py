@@ -146,7 +146,8 @@ def enable_checkpointing(model):
 
 
 def _first_sentence(error):
-    line = (str(error).strip() or type(error).__name__).split("\n")[0]
+    line, *more = (str(error).strip() or type(error).__name__).split("\n")
+    line += f" {more[0].strip()}" if more and line.endswith(":") else ""
     return re.split(r"\. (?=[A-Z])", line)[0].rstrip(".:")[:200]
 
 
