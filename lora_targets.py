@@ -9,6 +9,7 @@ import re
 from collections import Counter
 
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 from transformers.pytorch_utils import Conv1D
 
@@ -34,18 +35,22 @@ def adaptable_linears(model):
     (the last product of nn.MultiheadAttention).  And nothing that text does not go through, such as a vision tower.
     """
     text = _text_modules(model)
-    return {
-        path: m for path, m in model.named_modules() if m in text and (_adapted(m) or type(m) in (nn.Linear, Conv1D))
-    }
+    return {path: m for path, m in model.named_modules() if m in text and (_adapted(m) or _is_plain(m))}
 
 
 def _adapted(module):
     return hasattr(module, "lora_A")  # lora.LoRALinear
 
 
+def _is_plain(module):
+    """Whether it computes W x + b: FalconLinear's own forward does."""
+    return type(module) in (nn.Linear, Conv1D) or type(module).__name__ == "FalconLinear"
+
+
 def _text_modules(model):
     """The modules of the text decoder and, beside it, the heads, which are children of the model itself."""
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
+    decoder = decoder if isinstance(decoder, PreTrainedModel) else model  # ModernBERT calls its head `decoder`
     towers = [m for m in decoder.modules() if getattr(m, "main_input_name", "input_ids") != "input_ids"]
     return {*decoder.modules(), *model.children()} - {part for tower in towers for part in tower.modules()}
 
@@ -156,18 +161,18 @@ def left_out(model):
         lines.append(f"{what}: a parameter holds those of a whole block, and it is no linear layer")
     for kind in sorted({type(module).__name__ for module in own.values()}):
         of_kind = [path for path, module in own.items() if type(module).__name__ == kind]
-        lines.append(f"{len(of_kind)} {kind} ({', '.join(_names(of_kind))}) get no adapter: no plain nn.Linear")
+        lines.append(f"{len(of_kind)} {kind} ({', '.join(_names(of_kind))}) without an adapter: no plain nn.Linear")
     for reason, passed_over in _not_by_default(model).items():
         adapted = [path for path in passed_over if path in paths]
         if adapted:
-            lines.append(f"{_counted(adapted)} carry an adapter, as asked, but {REASONS[reason]}")
+            lines.append(f"{_counted(adapted)} with an adapter, as asked, but {REASONS[reason]}")
         elif passed_over and paths == set(select_targets(model)):
-            lines.append(f"{_counted(passed_over)} get no adapter by default: {REASONS[reason]}")
+            lines.append(f"{_counted(passed_over)} without an adapter by default: {REASONS[reason]}")
     return lines
 
 
 def _counted(paths):
-    return f"{len(paths)} linear layers ({', '.join(_names(paths))})"
+    return f"{len(paths)} linear layer{'s' * (len(paths) > 1)} ({', '.join(_names(paths))})"
 
 
 def _names(paths):
@@ -193,5 +198,6 @@ def _expert_weights(model):
 
 def _with_own_forward(model):
     """{path: layer} of the text model's subclasses of linear layers."""
-    text, kinds = _text_modules(model), (nn.Linear, Conv1D)
-    return {p: m for p, m in model.named_modules() if m in text and isinstance(m, kinds) and type(m) not in kinds}
+    text = _text_modules(model)
+    linears = {path: m for path, m in model.named_modules() if m in text and isinstance(m, (nn.Linear, Conv1D))}
+    return {path: module for path, module in linears.items() if not _is_plain(module)}
