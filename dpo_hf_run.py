@@ -12,9 +12,9 @@ Deviations from the paper: AdamW instead of RMSprop; label smoothing, robust, hi
     python dpo_hf_run.py --model Qwen/Qwen3-0.6B --dataset pairs.jsonl --learning-rate 1e-4    # one GPU
     torchrun --nproc_per_node=4 dpo_hf_run.py --dataset pairs.jsonl --learning-rate 1e-4       # four GPUs
 
-Copy with: checkpoints.py distributed.py flags.py lora.py losses.py memory_estimate.py memory_report.py model_files.py
-    optimizers.py packed_attention.py packed_model.py packed_probe.py packing.py preference_data.py run_files.py
-    score_cache.py speed.py toy_world.py
+Copy with: checkpoints.py distributed.py flags.py lora.py lora_targets.py losses.py memory_estimate.py
+    memory_report.py model_files.py optimizers.py packed_attention.py packed_model.py packed_probe.py packing.py
+    preference_data.py run_files.py score_cache.py speed.py toy_world.py
 """
 
 import gc
@@ -135,9 +135,9 @@ def main(args):
 
     # 2 data (before the models: a mistake in it should not wait for gigabytes of weights)
     tokenizer = load_tokenizer(args.model, args.trust_remote_code)
-    skeleton = load_skeleton(args.model, tokenizer, args.trust_remote_code)
+    skeleton = load_skeleton(args.model, tokenizer, args)
     add_adapters(skeleton, args)  # a wrong adapter or target shows here
-    other = load_skeleton(args.ref_model_path, tokenizer, args.trust_remote_code) if args.ref_model_path else None
+    other = load_skeleton(args.ref_model_path, tokenizer, args) if args.ref_model_path else None
     estimate = memory_estimate.Estimate(skeleton, lora.add_adapter, TokenLogps, world.size, other)
     if args.estimate_memory:
         say(memory_report.report(estimate, args))
@@ -335,9 +335,7 @@ def main(args):
             else:
                 save_whole(policy, folder, state)
             tokenizer.save_pretrained(folder)
-            card = run_files.model_card(
-                args, __file__, "DPO", log.history, fingerprint([pairs[i] for i in train]), bool(args.lora_r)
-            )
+            card = run_files.model_card(args, __file__, "DPO", log.history, identity["data"], lora.left_out(policy))
             run_files.save_run_record(folder, log, args, __file__, card)
             if args.save_merged:
                 lora.merge_adapter(policy, "policy")

@@ -13,9 +13,9 @@ quantiles of its score then instead of a harm rate, and `safe` means at least th
         --adapters before=outputs/dpo_qwen_trl after=models/aligned \\
         --helpful-rm-path models/helpful_rm --harmless-rm-path models/harmless_rm                          # one GPU
 
-Copy with: distributed.py evaluation_numbers.py flags.py lora.py model_files.py packed_attention.py packed_model.py
-    packed_probe.py packing.py preference_data.py report_page.py reward_models.py run_files.py sampling.py
-    score_cache.py toy_world.py
+Copy with: distributed.py evaluation_numbers.py flags.py lora.py lora_targets.py model_files.py packed_attention.py
+    packed_model.py packed_probe.py packing.py preference_data.py report_page.py reward_models.py run_files.py
+    sampling.py score_cache.py toy_world.py
 """
 
 import hashlib
@@ -272,16 +272,19 @@ def main(args):
     prompts, cut = read_prompts(args.prompts, tokenizer, args)
     rule = toy_world.judge if all(toy_world.judge(p.text, "").kind != "unknown" for p in prompts) else None
     benign = benign_prompts(prompts, args, rule)
-    skeleton = load_skeleton(args.model, tokenizer, args.trust_remote_code)
-    longest = max(len(prompt.ids) for prompt in prompts)
+    skeleton, longest = load_skeleton(args.model, tokenizer, args), max(len(prompt.ids) for prompt in prompts)
     what = f"a prompt of {longest} tokens and --max-new-tokens {args.max_new_tokens}"
-    check_positions(skeleton, longest + args.max_new_tokens, what)
+    longest += args.max_new_tokens
+    check_positions(skeleton.config, longest, what, args.model)
     folders = {name: adapter_folder(folder) for name, folder in args.adapters}
     for place, folder in enumerate(folders.values()):
         lora.load_adapter(skeleton, folder, f"policy_{place}")
     rm_folders = {"helpful": args.helpful_rm_path, "harmless": args.harmless_rm_path}
     rm_folders = {task: folder for task, folder in rm_folders.items() if folder}
-    records = {task: reward_models.read_record(folder, task, tokenizer) for task, folder in rm_folders.items()}
+    records = {
+        task: reward_models.read_record(folder, task, tokenizer, args.trust_remote_code)
+        for task, folder in rm_folders.items()
+    }
 
     # 3 models: one frozen base, and on it by name the adapters and the reward models that share it
     dtype = distributed.pick_dtype(args.dtype, world)
@@ -295,7 +298,7 @@ def main(args):
             say(f"{name} was trained on {base}, and is measured on {args.model}")
 
     def load_judge(path):
-        judge = load_model(path, dtype, world.device, args.trust_remote_code, scores=True)
+        judge = load_model(path, dtype, world.device, args.trust_remote_code, scores=True, max_length=longest)
         prepare_scores(judge)
         return judge
 

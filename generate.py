@@ -10,9 +10,9 @@ among all rows alone: the same flags give the same bytes, and a file that was le
     python generate.py --model Qwen/Qwen3-0.6B --adapter outputs/dpo_qwen_trl --chat             # /base to compare
     python generate.py --prompts p.jsonl --num-responses 8 --pairs --reward-model models/helpful_rm --output pairs.jsonl
 
-Copy with: batch_file.py distributed.py flags.py generated_rows.py lora.py model_files.py packed_attention.py
-    packed_model.py packed_probe.py packing.py preference_data.py reward_function.py reward_models.py sampling.py
-    score_cache.py toy_world.py
+Copy with: batch_file.py distributed.py flags.py generated_rows.py lora.py lora_targets.py model_files.py
+    packed_attention.py packed_model.py packed_probe.py packing.py preference_data.py reward_function.py
+    reward_models.py sampling.py score_cache.py toy_world.py
 """
 
 import hashlib
@@ -210,7 +210,7 @@ def main(args):
 
     # 2 prompts and reward (before the model: a mistake in them should not wait for gigabytes of weights)
     tokenizer = load_tokenizer(args.model, args.trust_remote_code)
-    skeleton = load_skeleton(args.model, tokenizer, args.trust_remote_code)
+    skeleton = load_skeleton(args.model, tokenizer, args)
     adapter = "policy" if args.adapter else None
     if adapter:
         lora.load_adapter(skeleton, args.adapter, adapter)  # a wrong one shows here
@@ -220,7 +220,8 @@ def main(args):
         say(*report, sep="\n")
     longest = max((len(row.ids) for row in rows), default=args.max_prompt_length)
     what = f"a prompt of {longest} tokens and --max-new-tokens {args.max_new_tokens}"
-    check_positions(skeleton, longest + args.max_new_tokens, what)
+    longest += args.max_new_tokens
+    check_positions(skeleton.config, longest, what, args.model)
     identity = {f"--{name.replace('_', '-')}": getattr(args, name) for name in MATTER}
     identity["prompts"] = hashlib.sha256(json.dumps([row[1:] for row in rows], default=str).encode()).hexdigest()[:16]
     identity["reward"] = None
@@ -229,9 +230,9 @@ def main(args):
         identity["reward"] = f"{name} {files_sha256([file])}"
     if args.reward_model:
         folder = Path(args.reward_model)
-        record = reward_models.read_record(folder, None, tokenizer)
+        record = reward_models.read_record(folder, None, tokenizer, args.trust_remote_code)
         load_reward = partial(reward_models.load, folder, record["task"], record)
-        bare = partial(load_skeleton, tokenizer=tokenizer, trust_remote_code=args.trust_remote_code, scores=True)
+        bare = partial(load_skeleton, tokenizer=tokenizer, args=args, scores=True)
         try:
             load_reward(skeleton, record["base_sha256"], lora.load_adapter, bare)
         except lora.AdapterError:  # it may fit a base of its own
@@ -257,7 +258,7 @@ def main(args):
     if args.reward_model:
 
         def load_by_itself(path):
-            scorer = load(path, scores=True)
+            scorer = load(path, scores=True, max_length=longest)
             prepare_scores(scorer)
             return scorer
 

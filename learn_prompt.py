@@ -12,8 +12,8 @@ Deviations from prompt tuning's paper: preference pairs instead of targets; Adam
     python learn_prompt.py --model Qwen/Qwen2.5-1.5B-Instruct --dataset-path pairs.jsonl --prompt-init vocab  # one GPU
     torchrun --nproc_per_node=4 learn_prompt.py --dataset-path pairs.jsonl --prompt-init vocab             # four GPUs
 
-Copy with: checkpoints.py distributed.py flags.py losses.py memory_estimate.py memory_report.py model_files.py
-    optimizers.py packed_attention.py packed_model.py packed_probe.py packing.py preference_data.py
+Copy with: checkpoints.py distributed.py flags.py lora_targets.py losses.py memory_estimate.py memory_report.py
+    model_files.py optimizers.py packed_attention.py packed_model.py packed_probe.py packing.py preference_data.py
     preference_prompt.py run_files.py score_cache.py speed.py toy_world.py
 """
 
@@ -132,9 +132,11 @@ def main(args):
 
     # 2 data (before the models: a mistake in it should not wait for gigabytes of weights)
     tokenizer = load_tokenizer(args.model, args.trust_remote_code)
-    skeleton = load_skeleton(args.model, tokenizer, args.trust_remote_code)
-    text = tokenizer(args.preference_text or "", add_special_tokens=False)["input_ids"]
-    vectors = args.num_virtual_tokens or len(text) or 20
+    skeleton = load_skeleton(args.model, tokenizer, args)
+    of_text = tokenizer(args.preference_text or "", add_special_tokens=False)["input_ids"]
+    vectors = args.num_virtual_tokens or (len(of_text) if args.prompt_init == "text" else 20)
+    what = f"--max-length {args.max_length} with {vectors} vectors"
+    check_positions(skeleton.config, args.max_length + vectors, what, args.model)
     estimate = memory_estimate.Estimate(skeleton, None, TokenLogps, world.size, vectors=vectors)
     if args.estimate_memory:
         say(memory_report.report(estimate, args))
@@ -161,8 +163,6 @@ def main(args):
             raise DataError(f"--eval-samples {args.eval_samples} leaves nothing to train on: make it smaller")
         report.append(f"  held out {len(held_out):,} pairs by whole prompts, {len(train):,} to train on")
     say(*report, sep="\n")
-    longest = max(len(pair.prompt_ids) + max(len(pair.chosen_ids), len(pair.rejected_ids)) for pair in pairs)
-    check_positions(skeleton, vectors + longest, f"{vectors} vectors and {longest} tokens of a pair")
     lengths = [sum(map(len, pair[:3])) for pair in pairs]
     within = {"ranks": world.size, "batch_size": args.batch_size, "lengths": lengths}
     within["budget"] = args.tokens_per_microbatch
@@ -312,7 +312,7 @@ def main(args):
     if world.is_main:
         with run_files.whole_files(args.output_dir) as folder:
             save_soft_prompt(vectors, folder, args.model, args.preference_position)
-            card = run_files.model_card(args, __file__, "prompt tuning", log.history, identity["data"], adapter=True)
+            card = run_files.model_card(args, __file__, "prompt tuning", log.history, identity["data"], left_out=[])
             run_files.save_run_record(folder, log, args, __file__, card)
         say(f"saved to {args.output_dir}")
     distributed.stop()

@@ -10,6 +10,8 @@ from argparse import Namespace
 
 import torch
 
+import lora_targets
+
 GB = 1e9
 MOMENTS = "scoring", "head", "backward", "update"  # memory_estimate's
 DEVICES = 24, 40, 64, 80, 141  # GB that cards have
@@ -131,6 +133,7 @@ def start_lines(what, parameters, model, args, world, slow_rate):
     elif lora_r:
         how = f"LoRA enabled{what and ' for ' + what}"
     lines = [f"{how}: {trainable:,} trainable / {total:,} total parameters ({100 * trainable / total:.2f}%)"]
+    lines += lora_targets.left_out(model) or []
     if lora_r and "learning_rate" not in args.given and args.learning_rate < slow_rate:
         lines.append(f"--learning-rate {args.learning_rate:g} is a rate for training all weights: with LoRA try 1e-4")
     batch = effective_batch_line(args.batch_size, args.gradient_accumulation_steps, world)

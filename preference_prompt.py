@@ -19,6 +19,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from model_files import check_positions
+
 TEXT_POSITIONS = "system", "user"
 VECTOR_POSITIONS = "prefix", "before-response"
 KEYS = "prompt_embeddings", "embeddings", "weight"  # where a file may hold the vectors
@@ -77,6 +79,12 @@ def use_soft_prompt(model, vectors):
     embedding = model.get_input_embeddings()
     hooks = embedding.register_forward_pre_hook(look_up), embedding.register_forward_hook(replace)
     return lambda: [hook.remove() for hook in hooks]
+
+
+def check_room(config, pairs, path):
+    """Raise model_files.ModelError where pairs with a preference in them are longer than a model has positions."""
+    longest = max(len(prompt) + max(len(chosen), len(rejected)) for prompt, chosen, rejected, *_ in pairs)
+    check_positions(config, longest, f"a pair of {longest} tokens with the preference", path)
 
 
 # -- files ---------------------------------------------------------------------------------------------------------

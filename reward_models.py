@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from transformers import AutoTokenizer
+
+from model_files import load_tokenizer
 
 
 class RewardModelError(ValueError):
@@ -27,8 +28,9 @@ class RewardModel(NamedTuple):
     line: str  # for the log: whose base, and how much memory
 
 
-def read_record(folder, task, tokenizer):
-    """reward_model.json of a folder of train_rm.py.  Raises RewardModelError: not one, of the other task, other tokens.
+def read_record(folder, task, tokenizer, trust_remote_code=False):
+    """reward_model.json of a folder of train_rm.py.  Raises RewardModelError: not one, of the other task, other tokens;
+    model_files.ModelError: its tokenizer cannot be read.
 
     task: None for either.  tokenizer: the policy's; scores are of token ids, so both have to mean the same by them.
     """
@@ -42,11 +44,7 @@ def read_record(folder, task, tokenizer):
         ) from None
     if task is not None and its_task != task:
         raise RewardModelError(f"{folder} is a {its_task} reward model, and a {task} one is needed: name the other")
-    try:
-        vocabulary = AutoTokenizer.from_pretrained(folder).get_vocab()
-    except (OSError, ValueError) as error:
-        raise RewardModelError(f"{folder} has no tokenizer that can be read ({error}): save it again") from None
-    if vocabulary != tokenizer.get_vocab():
+    if load_tokenizer(folder, trust_remote_code).get_vocab() != tokenizer.get_vocab():
         raise RewardModelError(
             f"{folder} was trained with another tokenizer than the policy's: train it on a base with the same one"
         )

@@ -179,8 +179,12 @@ def save_run_record(folder, log, args, script, card):
     (folder / "README.md").write_text(card, encoding="utf-8")
 
 
-def model_card(args, script, method, history, fingerprint, adapter):
-    """A Hugging Face model card: what was trained, on what, with which command, and how it did."""
+def model_card(args, script, method, history, fingerprint, left_out):
+    """A Hugging Face model card: what was trained, on what, with which command, and how it did.
+
+    left_out: sentences on what has no adapter (lora_targets.left_out), None where all weights were trained.
+    """
+    adapter = left_out is not None
     base, task = f"base_model: {args.model}\n", "text-classification" if method == "reward model" else "text-generation"
     library = "library_name: peft\n" if adapter else "library_name: transformers\n"
     tags = "".join(f"- {tag}\n" for tag in (method.lower(), "preference-alignment", *(["lora"] if adapter else [])))
@@ -196,5 +200,6 @@ def model_card(args, script, method, history, fingerprint, adapter):
         f"---\n{base}{library}pipeline_tag: {task}\ntags:\n{tags}---\n\n"
         f"# {Path(args.output_dir).name}\n\n{args.model}, trained with {method} by `{Path(script).name}`.\n\n"
         f"    {' '.join(['python', Path(script).name, *sys.argv[1:]])}\n{table}\n"
+        f"{''.join(f'{sentence}.{chr(10)}{chr(10)}' for sentence in left_out or ())}"
         f"Seed {args.seed}; {versions}; training data sha256 {fingerprint}.\n"
     )

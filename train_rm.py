@@ -14,9 +14,9 @@ Deviations: the label terms are per row, so rows without labels train the rankin
     python train_rm.py --task helpful --config configs/rm_config.yaml                          # one GPU
     torchrun --nproc_per_node=8 train_rm.py --task harmless --config configs/rm_config.yaml    # eight GPUs
 
-Copy with: checkpoints.py distributed.py flags.py lora.py losses.py memory_estimate.py memory_report.py model_files.py
-    optimizers.py packed_attention.py packed_model.py packed_probe.py packing.py preference_data.py run_files.py
-    score_cache.py speed.py toy_world.py
+Copy with: checkpoints.py distributed.py flags.py lora.py lora_targets.py losses.py memory_estimate.py
+    memory_report.py model_files.py optimizers.py packed_attention.py packed_model.py packed_probe.py packing.py
+    preference_data.py run_files.py score_cache.py speed.py toy_world.py
 """
 
 import itertools
@@ -174,7 +174,7 @@ def main(args):
 
     # 2 data (before the models: a mistake in it should not wait for gigabytes of weights)
     tokenizer = load_tokenizer(args.tokenizer_name or args.model, args.trust_remote_code)
-    skeleton = load_skeleton(args.model, tokenizer, args.trust_remote_code, scores=True)
+    skeleton = load_skeleton(args.model, tokenizer, args, scores=True)
     if args.lora_r:  # a wrong target shows here
         lora.add_adapter(skeleton, "reward", args.lora_r, args.lora_alpha, 0.0, args.lora_target_modules)
     estimate = memory_estimate.Estimate(skeleton, lora.add_adapter, ranks=world.size)
@@ -376,7 +376,7 @@ def main(args):
         with run_files.whole_files(args.output_dir) as folder:
             data = fingerprint([pairs[i] for i in train])
             until = [entry for entry in log.history if entry["step"] <= at["kept"]]  # the card is of what is saved
-            card = run_files.model_card(args, __file__, "reward model", until, data, bool(args.lora_r))
+            card = run_files.model_card(args, __file__, "reward model", until, data, lora.left_out(model))
             run_files.save_run_record(folder, log, args, __file__, card)
             if args.save_merged:
                 _, head = lora.load_adapter(model, args.output_dir, "best", with_head=True)

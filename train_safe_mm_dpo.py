@@ -17,9 +17,10 @@ Deviations from the papers: E[cost] is of offline prompts, sampled every few upd
     python train_safe_mm_dpo.py --config configs/dpo_config.yaml                            # one GPU
     torchrun --nproc_per_node=8 train_safe_mm_dpo.py --config configs/dpo_config.yaml       # eight GPUs
 
-Copy with: checkpoints.py distributed.py expected_cost.py flags.py lora.py losses.py memory_estimate.py
-    memory_report.py model_files.py optimizers.py packed_attention.py packed_model.py packed_probe.py packing.py
-    preference_data.py reward_models.py run_files.py sampling.py score_cache.py speed.py toy_world.py
+Copy with: checkpoints.py distributed.py expected_cost.py flags.py lora.py lora_targets.py losses.py
+    memory_estimate.py memory_report.py model_files.py optimizers.py packed_attention.py packed_model.py
+    packed_probe.py packing.py preference_data.py reward_models.py run_files.py sampling.py score_cache.py speed.py
+    toy_world.py
 """
 
 import gc
@@ -221,10 +222,10 @@ def main(args):
 
     # 2 data (before the models: a mistake in it should not wait for gigabytes of weights)
     tokenizer = load_tokenizer(args.model, args.trust_remote_code)
-    skeleton = load_skeleton(args.model, tokenizer, args.trust_remote_code)
+    skeleton = load_skeleton(args.model, tokenizer, args)
     if args.lora_r:  # a wrong target shows here
         lora.add_adapter(skeleton, "policy", args.lora_r, args.lora_alpha, 0.0, args.lora_target_modules)
-    other = load_skeleton(args.ref_model_path, tokenizer, args.trust_remote_code) if args.ref_model_path else None
+    other = load_skeleton(args.ref_model_path, tokenizer, args) if args.ref_model_path else None
     needed = {"helpful": args.w or args.combine != "additive"}
     needed["harmless"] = args.lambda_init and (args.w or args.lambda_lr or args.combine != "additive")
     folders = {task: getattr(args, f"{task}_rm_path") for task in TASKS if needed[task]}
@@ -232,7 +233,10 @@ def main(args):
     if args.estimate_memory:
         say(memory_report.report(estimate, args))
         return distributed.stop()
-    records = {task: reward_models.read_record(folder, task, tokenizer) for task, folder in folders.items()}
+    records = {
+        task: reward_models.read_record(folder, task, tokenizer, args.trust_remote_code)
+        for task, folder in folders.items()
+    }
     if "harmless" in records:  # an `auto` that cannot be is told before anything loads
         reward_models.threshold(args.cost_threshold, records["harmless"], start_cost=0.0)
     watch.phase("tokenise")
@@ -252,8 +256,7 @@ def main(args):
     counted = (f"{int(n):,} with a {task} label" for task, n in zip(TASKS, labels[train].abs().sum(0).tolist()))
     say(f"{len(train):,} pairs to train on, {', '.join(counted)}")
     lengths = [sum(map(len, pair[:3])) for pair in pairs]
-    within = {"ranks": world.size, "batch_size": args.batch_size, "lengths": lengths}
-    within["budget"] = args.tokens_per_microbatch
+    within = dict(ranks=world.size, batch_size=args.batch_size, lengths=lengths, budget=args.tokens_per_microbatch)
     split = partial(passes, batch_size=args.batch_size, budget=args.tokens_per_microbatch)
     share = partial(passes_of_rank, rank=world.rank, **within)
     costly = [i for i in train if args.cost_prompts == "all" or labels[i, 1]]  # rows whose prompts E[cost] is over
@@ -273,7 +276,7 @@ def main(args):
         reference = load(args.ref_model_path or args.model, weights_dtype)
         prepare_model(reference)
     home, sha256 = (policy, score_cache.base_sha256(policy)) if records and args.lora_r else (None, None)
-    alone = partial(load, dtype=dtype, device=world.device, scores=True)
+    alone = partial(load, dtype=dtype, device=world.device, scores=True, max_length=args.max_length)
     judges = {}
     for task, folder in folders.items():
         judges[task] = reward_models.load(folder, task, records[task], home, sha256, lora.load_adapter, alone)
@@ -514,7 +517,9 @@ def main(args):
     if world.is_main:
         with run_files.whole_files(args.output_dir) as folder:
             save_policy(folder, state)
-            card = run_files.model_card(args, __file__, "Safe-MM-DPO", log.history, identity["data"], bool(args.lora_r))
+            card = run_files.model_card(
+                args, __file__, "Safe-MM-DPO", log.history, identity["data"], lora.left_out(policy)
+            )
             run_files.save_run_record(folder, log, args, __file__, card)
             if args.save_merged:
                 lora.merge_adapter(policy, "policy")
@@ -525,12 +530,8 @@ def main(args):
 
 
 USER_ERRORS = (DataError, ModelError, lora.AdapterError, distributed.DeviceError, run_files.RunFolderError)
-USER_ERRORS += (
-    checkpoints.CheckpointError,
-    memory_estimate.EstimateError,
-    optimizers.OptimizerError,
-    reward_models.RewardModelError,
-)
+USER_ERRORS += checkpoints.CheckpointError, memory_estimate.EstimateError, optimizers.OptimizerError
+USER_ERRORS += (reward_models.RewardModelError,)
 
 if __name__ == "__main__":
     flags.run(main, get_args(), *USER_ERRORS)

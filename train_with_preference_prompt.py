@@ -17,9 +17,9 @@ Deviations from DPO's paper: the two terms behind it; AdamW instead of RMSprop.
     torchrun --nproc_per_node=4 train_with_preference_prompt.py --dataset-path pairs.jsonl \\
         --use-prompt-embedding --prompt-embedding-path outputs/soft_prompt                      # four GPUs
 
-Copy with: checkpoints.py distributed.py flags.py lora.py losses.py memory_estimate.py memory_report.py model_files.py
-    optimizers.py packed_attention.py packed_model.py packed_probe.py packing.py preference_data.py
-    preference_prompt.py run_files.py score_cache.py speed.py toy_world.py
+Copy with: checkpoints.py distributed.py flags.py lora.py lora_targets.py losses.py memory_estimate.py
+    memory_report.py model_files.py optimizers.py packed_attention.py packed_model.py packed_probe.py packing.py
+    preference_data.py preference_prompt.py run_files.py score_cache.py speed.py toy_world.py
 """
 
 import gc
@@ -52,6 +52,7 @@ from preference_prompt import (
     TEXT_POSITIONS,
     VECTOR_POSITIONS,
     PromptError,
+    check_room,
     read_soft_prompt,
     use_soft_prompt,
     with_text,
@@ -205,10 +206,10 @@ def main(args):
 
     # 2 data (before the models: a mistake in it should not wait for gigabytes of weights)
     tokenizer = load_tokenizer(args.model, args.trust_remote_code)
-    skeleton = load_skeleton(args.model, tokenizer, args.trust_remote_code)
+    skeleton = load_skeleton(args.model, tokenizer, args)
     if args.lora_r:  # a wrong target shows here
         lora.add_adapter(skeleton, "policy", args.lora_r, args.lora_alpha, 0.0, args.lora_target_modules)
-    other = load_skeleton(args.ref_model_path, tokenizer, args.trust_remote_code) if args.ref_model_path else None
+    other = load_skeleton(args.ref_model_path, tokenizer, args) if args.ref_model_path else None
     estimate = memory_estimate.Estimate(skeleton, lora.add_adapter, TokenLogps, world.size, other)
     if args.estimate_memory:
         say(memory_report.report(estimate, args))
@@ -224,15 +225,9 @@ def main(args):
     elif (length := len(tokenizer(args.preference_text)["input_ids"])) > args.max_prompt_length:
         what = f"--preference-text has {length} tokens, beyond --max-prompt-length {args.max_prompt_length}"
         raise PromptError(f"{what}: say it in fewer words, or allow longer prompts")
-    read = partial(
-        load_pairs,
-        tokenizer=tokenizer,
-        max_length=args.max_length,
-        max_prompt_length=args.max_prompt_length,
-        skip_invalid=args.skip_invalid,
-        chat_template_strings=args.chat_template_strings,
-        prefer=None if vectors is not None else partial(with_text, text=args.preference_text, position=position),
-    )
+    prefer = None if vectors is not None else partial(with_text, text=args.preference_text, position=position)
+    names = "max_length max_prompt_length skip_invalid chat_template_strings".split()
+    read = partial(load_pairs, tokenizer=tokenizer, prefer=prefer, **{name: getattr(args, name) for name in names})
     watch.phase("tokenise")
     pairs, report = read(args.dataset_path, limit=args.num_samples)
     train, held_out = list(range(len(pairs))), []  # places in pairs
@@ -251,6 +246,7 @@ def main(args):
         insert = partial(with_virtual_tokens, num_vectors=len(vectors), position=position)
         pairs = [pair._replace(prompted_ids=insert(pair.prompt_ids)) for pair in pairs]
     prompted_pairs = [Pair(pair.prompted_ids, pair.chosen_ids, pair.rejected_ids) for pair in pairs]
+    check_room(skeleton.config, prompted_pairs, args.model)
     text = "" if vectors is not None else f"  {tokenizer.decode(prompted_pairs[0].prompt_ids)!r}"
     say(f"  row 0 prompt   {len(prompted_pairs[0].prompt_ids):4} tokens with the preference{text}")
     lengths = [sum(map(len, pair[:3])) for pair in pairs]
@@ -451,8 +447,8 @@ def main(args):
             else:
                 save_whole(policy, folder, state)
             tokenizer.save_pretrained(folder)
-            method, lora_on = "preference-guided DPO", bool(args.lora_r)
-            card = run_files.model_card(args, __file__, method, log.history, identity["data"], lora_on)
+            method = "preference-guided DPO"
+            card = run_files.model_card(args, __file__, method, log.history, identity["data"], lora.left_out(policy))
             run_files.save_run_record(folder, log, args, __file__, card)
             if args.save_merged:
                 lora.merge_adapter(policy, "policy")

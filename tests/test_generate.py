@@ -668,9 +668,9 @@ def fails(world, tmp_path, capsys, monkeypatch):
             "{world}/adapter is no reward model (no reward_model.json that can be read): name a folder of train_rm.py",
         ),
         (
-            ["--max-new-tokens", "125"],
-            "a prompt of 5 tokens and --max-new-tokens 125 are more than the 128 positions of the model: make "
-            "it smaller",
+            ["--max-new-tokens", "1020"],
+            "a prompt of 5 tokens and --max-new-tokens 1020 is more than the 1024 positions of the model "
+            "{world}/model: make it smaller",
         ),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -897,6 +897,16 @@ def loop(tmp_path, toy, **variables):
     command = ["bash", ROOT / "scripts/online_dpo.sh", "--eval-samples", "0", "--batch-size", "8", "--device", "cpu"]
     environment |= {"LEARNING_RATE": "3e-3"} | variables
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+
+
+@pytest.mark.parametrize("rounds", ["round[$(touch ran)]", "1.5", "08", "-1", "0", "1;x", "two", " 1", "99999"])
+def test_rounds_are_digits_and_nothing_is_evaluated(rounds, tmp_path):
+    environment = os.environ | {"ROUNDS": rounds, "OUTPUT_DIR": str(tmp_path / "online"), "PYTHON": "true"}
+    words = ["bash", ROOT / "scripts/online_dpo.sh"]
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert done.stderr == f"online_dpo.sh: ROUNDS is a number of rounds, 1 or more, and not '{rounds}'\n"
+    assert not (tmp_path / "online").exists() and not (ROOT / "ran").exists()
 
 
 def test_online_dpo_raises_the_reward(toy, tmp_path):

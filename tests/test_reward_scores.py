@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+from types import SimpleNamespace
 
 import peft
 import pytest
@@ -649,7 +650,7 @@ def test_a_head_of_another_kind_is_one_sentence(tmp_path):
 
 def test_the_skeleton_of_a_reward_model_has_the_layers_of_the_model(base):
     path = base("qwen3")
-    skeleton = load_skeleton(path, tokenizer_of(eos=1), scores=True)
+    skeleton = load_skeleton(path, tokenizer_of(eos=1), SimpleNamespace(trust_remote_code=False), scores=True)
     model = load_model(path, torch.float32, "cpu", scores=True)
     assert lora.select_targets(skeleton) == lora.select_targets(model)
     assert "score" not in lora.select_targets(model)

@@ -16,7 +16,7 @@ from conftest import run_script
 from peft import PeftModel
 from ranks import run_ranks
 from safetensors.torch import load_file
-from test_bad_input import broken_model, snapshot
+from test_bad_input import BROKEN, snapshot
 from test_checkpoints import ask_to_end
 from test_flags import CHATML, LN2, ROOT, one_line, write_model
 from test_preference_data import char_tokenizer, write_rows
@@ -839,16 +839,17 @@ def test_a_file_that_is_missing(fails, task, tmp_path):
 @pytest.mark.parametrize(
     "breaking, said",
     [
-        ("fewer tokens than the tokenizer", "knows 64 tokens and the tokenizer 97"),
+        ("fewer tokens than the tokenizer", "knows 64 tokens and the tokenizer 127"),
         ("no end of sequence", "has no end-of-sequence token"),
         ("weights that lack a layer", "lack model.layers.1"),
         ("weights cut off", "no model at"),
     ],
 )
 def test_a_base_that_does_not_do(fails, world, tmp_path, breaking, said):
-    model = broken_model(world, tmp_path / "broken", breaking)
+    model = shutil.copytree(world / "model", tmp_path / "broken")
+    BROKEN[breaking][0](model)
     line = fails(model=model)
-    assert str(model) in line and re.sub(r"\d+ *:", "", said)[:20] in line
+    assert str(model) in line and said in line
 
 
 def test_a_wrong_target_is_said_before_anything_is_loaded(fails):
