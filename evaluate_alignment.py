@@ -13,8 +13,9 @@ quantiles of its score then instead of a harm rate, and `safe` means at least th
         --adapters before=outputs/dpo_qwen_trl after=models/aligned \\
         --helpful-rm-path models/helpful_rm --harmless-rm-path models/harmless_rm                          # one GPU
 
-Copy with: distributed.py evaluation_numbers.py flags.py lora.py model_files.py packed_model.py packing.py
+Copy with: charts.py distributed.py evaluation_numbers.py flags.py lora.py model_files.py packed_model.py packing.py
     preference_data.py report_page.py reward_models.py run_files.py sampling.py score_cache.py toy_world.py
+    training_curves.py
 """
 
 import hashlib
@@ -42,6 +43,7 @@ import reward_models
 import run_files
 import score_cache
 import toy_world
+import training_curves
 from model_files import ModelError, load_model, load_skeleton, load_tokenizer
 from packed_model import logps_of, prepare_model, prepare_scores
 from packing import pack, passes
@@ -227,9 +229,11 @@ def response_rows(name, prompts, responses, numbers, tokenizer, ends):
 # -- the report ------------------------------------------------------------------------------------------------------
 
 
-def run_log(folder):
-    """metrics.jsonl of the run that an adapter is from: one in epoch_N has it in the folder above."""
-    return (folder.resolve().parent if is_part_of_run(folder.resolve()) else folder) / "metrics.jsonl"
+def training(folder):
+    """The curves of the run that an adapter is from: one in epoch_N has it in the folder above."""
+    curves = training_curves.of_run(folder.resolve().parent if is_part_of_run(folder.resolve()) else folder)
+    wanted = [prefix + name for name in evaluation_numbers.CURVES for prefix in ("", "eval_")] + ["cost_threshold"]
+    return {name: curves[name] for name in wanted if name in curves}
 
 
 def trained_on(folder, model):
@@ -342,7 +346,7 @@ def main(args):
         if name in folders:
             policy |= {"folder": str(folders[name]), "trained_on": trained_on(folders[name], args.model)}
             policy["sha256"] = score_cache.weights_sha256(lora.adapter_state(model, policies[name]).items())
-            policy["training"] = evaluation_numbers.training_curves(run_log(folders[name]))
+            policy["training"] = training(folders[name])
         base_rows = None if name == "base" else by_policy["base"]
         policy |= evaluation_numbers.statistics(rows, base_rows, report["categories"], calibrated, args.seed)
         report["policies"].append(policy)
