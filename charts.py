@@ -11,6 +11,7 @@ import re
 from typing import NamedTuple
 
 WIDTH, LEFT, RIGHT = 340, 18, 322  # of a chart and of what it plots; its text is 12 high
+START = 52  # of the updates in a chart of curves, right of its numbers
 SERIES, DASHES = 4, ("", "", "7 3", "2 3", "9 3 2 3")  # colours of curves, which take turns; their dashes
 
 STYLE = """
@@ -80,7 +81,9 @@ def ticks(low, high, wanted=4):
 
 
 def tick(value, unit=""):
-    return f"{round(value * (100 if unit == '%' else 1), 9):g}".replace("-", "\u2212")
+    value = value * 100 if unit == "%" else value
+    few = f"{value:.2g}".replace("e-0", "e-") if 0 < abs(value) < 1e-4 else f"{round(value, 9):g}"
+    return few.replace("-", "\u2212")
 
 
 def scale(low, high, start, end):
@@ -116,18 +119,22 @@ class Curve(NamedTuple):
 
 def curve_chart(caption, unit, curves, shades=(), named=False):
     """Values over updates.  shades [(first, last)]: updates to shade; named: the figure brings its own legend."""
-    points = [(step, value, *half) for curve in curves for step, value, *half in curve.points]
-    values = [value + way * sum(half) for _, value, *half in points for way in (-1, 1)]
-    values += [curve.level for curve in curves if curve.level is not None]
-    across, up = ticks(0, max(step for step, *_ in points)), ticks(min(values), max(values))
-    x, y = scale(across[0], across[-1], 48, RIGHT), scale(up[0], up[-1], 170, 22)
+    least, most = (0, 1) if unit.startswith("share") else (-math.inf, math.inf)  # an interval ends there
+    values, levels = [], dict.fromkeys(number(curve.level) for curve in curves if curve.level is not None)
+    for curve in curves:
+        values += [] if curve.level is None else [curve.level]
+        for _, value, *half in curve.points:
+            values += [max(least, value - sum(half)), min(most, value + sum(half))]
+    across, up = ticks(0, max(curve.points[-1][0] for curve in curves)), ticks(min(values), max(values))
+    x, y = scale(across[0], across[-1], START, RIGHT), scale(up[0], up[-1], 170, 22)
     drawn = [
         f'<rect x="{x(first):.1f}" y="22" width="{max(0.5, x(last) - x(first)):.1f}" height="148" class="shade" />'
         for first, last in shades
     ]
-    drawn += [line(48, y(value), RIGHT, y(value), "axis" if not value else "rule") for value in up]
-    drawn += [label(43, y(value) + 4, tick(value), "end", "soft") for value in up]
+    drawn += [line(START, y(value), RIGHT, y(value), "axis" if not value else "rule") for value in up]
+    drawn += [label(START - 5, y(value) + 4, tick(value), "end", "soft") for value in up]
     drawn += [label(x(step), 186, tick(step), "middle", "soft") for step in across]
+    unit += f"; dotted: threshold {', '.join(levels)}" if levels else ""
     drawn += [label(LEFT, 12, unit, kind="soft"), label(RIGHT, 203, "updates", "end", "soft")]
     words = []
     for place, name, held_out, points, level in curves:
@@ -137,15 +144,14 @@ def curve_chart(caption, unit, curves, shades=(), named=False):
         drawn.append(f'<polyline points="{way}" {style} class="{kind}" />')
         for step, value, *half in points if held_out or len(points) == 1 else ():
             if half:  # the whisker of its interval
-                ends = y(value - half[0]), y(value + half[0])
+                ends = y(max(least, value - half[0])), y(min(most, value + half[0]))
                 drawn.append(f'<path d="M{x(step):.1f} {ends[0]:.1f}V{ends[1]:.1f}" stroke="currentColor" ')
                 drawn.append(f'stroke-width="1.5" class="{kind}" />')
             drawn.append(f'<circle cx="{x(step):.1f}" cy="{y(value):.1f}" r="4" fill="currentColor" class="{kind}" />')
         first, last = (f"{number(value)} at update {step}" for step, value, *_ in (points[0], points[-1]))
         words.append(f"{name}{' held out' * held_out} from {first} to {last}")
         if level is not None:
-            drawn.append(line(48, y(level), RIGHT, y(level), f"level {kind}"))
-            drawn.append(label(RIGHT, y(level) - 4, f"threshold {number(level)}", "end", "soft"))
+            drawn.append(line(START, y(level), RIGHT, y(level), f"level {kind}"))
             words.append(f"threshold {number(level)}")
     below = curve_legend({curve.name: curve.place for curve in curves}) if named else ""
     return figure(caption, 210, drawn, f"{caption}: {'; '.join(words)}", below)

@@ -3,6 +3,7 @@ the tokenizer, trainer_state.json (transformers' schema, so its plotting tools r
 takes, to run the same again), a copy of the script, and a model card.  What --report-to names gets the numbers too.
 """
 
+import atexit
 import json
 import math
 import os
@@ -163,6 +164,7 @@ class MetricsLog:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
         flags = json.dumps(flags_to_show(args), indent=2, ensure_ascii=False) + "\n"
         (folder / "args.json").write_text(flags, encoding="utf-8")
+        atexit.register(self.draw)  # however the run ends
         self.path = folder / "metrics.jsonl"
         self.path.write_text("".join(json.dumps(entry) + "\n" for entry in self.history), encoding="utf-8")
         names = named_trackers(args)
@@ -203,6 +205,8 @@ class MetricsLog:
 
     def draw(self):
         """curves.html, whole or as it was: a page that cannot be written is no reason to end a run."""
+        if not self.history:
+            return
         last, draft, page = self.history[-1], self.folder / ".saving-curves.html", self.folder / "curves.html"
         lead = f"Up to update {last['step']}, epoch {last['epoch']:g}. The numbers are in metrics.jsonl."
         try:
@@ -216,8 +220,9 @@ class MetricsLog:
 
     def close(self):
         """At the end of the run."""
-        if self.is_main and self.history:
+        if self.is_main:
             self.draw()
+            atexit.unregister(self.draw)
         for _, close in self.trackers:
             close()
 

@@ -37,6 +37,7 @@ TOGETHER = {
         "nats per response",
         {"logps/chosen_change": "chosen", "logps/rejected_change": "rejected"},
     ),
+    "nll_loss": ("nats per token of a chosen response", {"nll_loss": "nll_loss"}),
     "KL": ("nats per token", {"KL": "KL to the reference", "loss_components/kl_div": "KL to the reference"}),
 }
 NO_CHART = {"step", "epoch", "num_tokens", "cost_threshold"}
@@ -78,10 +79,8 @@ def of_run(folder):
 
 
 def threshold(name, curves):
-    """What E_cost is held to; 0 for J_C, which is measured from there; None for any other curve."""
-    if name == "E_cost" and curves.get("cost_threshold"):
-        return curves["cost_threshold"][-1][1]
-    return 0.0 if name == "J_C" else None
+    """What E_cost is held to; None for any other curve."""
+    return curves["cost_threshold"][-1][1] if name == "E_cost" and "cost_threshold" in curves else None
 
 
 def above(curves):
