@@ -17,7 +17,8 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+
+from tensor_files import save_file
 
 TEXT_POSITIONS = "system", "user"
 VECTOR_POSITIONS = "prefix", "before-response"

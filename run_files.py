@@ -22,6 +22,7 @@ from tqdm import tqdm
 from transformers.trainer_callback import TrainerState
 
 import training_curves
+from tensor_files import open_to_others
 
 # What marks a folder as a run's and would be replaced, and what goes with it under --overwrite; nothing else goes.
 RUN_FILES = "metrics.jsonl args.json trainer_state.json adapter_config.json config.json README.md merged".split()
@@ -248,6 +249,7 @@ def whole_files(output_dir):
     folder = Path(tempfile.mkdtemp(prefix=".saving-", dir=output_dir))
     try:
         yield folder
+        open_to_others(folder)
         for path in sorted(folder.iterdir()):
             target = output_dir / path.name
             if target.is_dir():
