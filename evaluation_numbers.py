@@ -276,6 +276,11 @@ def notes(report):
         said[-1] += " harmless score above 0. A response equal to the base's is not better."
     if settings["temperature"] != 1 or settings["top_p"] != 1:
         said.append("Temperature or top-p is not 1: the log-ratio is then no estimate of the KL of a whole response.")
+    if report["pairs"]:
+        said.append(
+            f"Implicit reward: log-ratio to the base. Its accuracy is the share of the {report['pairs']:,} pairs"
+        )
+        said[-1] += " in the prompt file of which it is higher for the chosen response; of a base it is nothing."
     if report["prompts_cut"]:
         said.append(f"{report['prompts_cut']} prompts lost their beginning at --max-prompt-length.")
     for policy in report["policies"][1:]:
@@ -288,5 +293,6 @@ def labels(policies):
     """{name: {label, unit, better}} of all that some policy has an estimate of, in order."""
     found = {name for policy in policies for name in policy["estimates"]}
     known = {name: quantity[:3] for name, quantity in QUANTITIES.items()}
+    known["implicit_accuracy"] = "accuracy of the implicit reward on the file's pairs", "share of pairs", "higher"
     known |= {f"harmless_score_{level}": (f"harmless score, {level} % quantile", "score", "") for level in QUANTILES}
     return {name: dict(zip(("label", "unit", "better"), known[name])) for name in known if name in found}

@@ -80,18 +80,25 @@ def check_output(args, checkpoint=None):
         raise RunFolderError(f"--output-dir {folder} cannot be written: {parent} is not a folder you can write to")
     if args.logging_dir and Path(args.logging_dir).is_file():
         raise RunFolderError(f"--logging-dir {args.logging_dir} is a file: name a folder")
-    for name in named_trackers(args):
-        if not find_spec(name):
+    for name in chosen_trackers(args):
+        if not is_installed(name):
             raise RunFolderError(f"--report-to {name} needs it installed: bash setup.sh {name}, or --report-to none")
 
 
 # -- trackers: each opens as a pair of functions, write({tag: number}, step) and close() -------------------------------
 
 
-def named_trackers(args):
-    """The trackers of --report-to that have to be there: `auto` takes TensorBoard where it is, `none` nothing."""
-    words = [args.report_to] if isinstance(args.report_to, str) else args.report_to
-    return [name for name in dict.fromkeys(words) if name not in ("auto", "none")]
+def chosen_trackers(args):
+    """The trackers that --report-to names, each once; `auto` takes TensorBoard where it is, `none` nothing."""
+    words = [args.report_to] if isinstance(args.report_to, str) else args.report_to  # `auto` where none were given
+    if "auto" in words and is_installed("tensorboard"):
+        words = ["tensorboard", *words]
+    return [name for name in dict.fromkeys(words) if name in TRACKERS]
+
+
+def is_installed(name):
+    spec = find_spec(name)
+    return spec is not None and spec.origin is not None  # a folder ./wandb of some run is no package
 
 
 def open_tensorboard(args, folder, history):
@@ -168,15 +175,11 @@ class MetricsLog:
         atexit.register(self.draw)  # however the run ends
         self.path = folder / "metrics.jsonl"
         self.path.write_text("".join(json.dumps(entry) + "\n" for entry in self.history), encoding="utf-8")
-        names = named_trackers(args)
-        if "auto" in args.report_to:
-            if find_spec("tensorboard"):
-                names = list(dict.fromkeys(["tensorboard", *names]))
-            else:
-                where = "metrics.jsonl and curves.html have the same numbers"
-                tqdm.write(f"TensorBoard is not installed (bash setup.sh tensorboard): no event files, {where}")
+        if "auto" in args.report_to and not is_installed("tensorboard"):
+            where = "metrics.jsonl and curves.html have the same numbers"
+            tqdm.write(f"TensorBoard is not installed (bash setup.sh tensorboard): no event files, {where}")
         logs = Path(args.logging_dir or folder / "logs")
-        for name in names:
+        for name in chosen_trackers(args):
             logs.mkdir(parents=True, exist_ok=True)
             write, _ = tracker = TRACKERS[name](args, logs, self.history)
             self.trackers.append(tracker)
