@@ -277,7 +277,7 @@ def save_run_record(folder, log, args, script, card):
         log_history=log.history,
     )
     state.save_to_json(folder / "trainer_state.json")
-    shutil.copy(script, folder / Path(script).name)
+    shutil.copyfile(script, folder / Path(script).name)  # not its mode
     (folder / "README.md").write_text(card, encoding="utf-8")
 
 

@@ -52,7 +52,7 @@ def points_of(rows):
     for row in rows:
         with suppress(AttributeError, KeyError, TypeError, ValueError, OverflowError):  # a line of some other program
             step = int(row["step"])
-            found = {name: float(value) for name, value in row.items() if isinstance(value, int | float)}
+            found = {name: float(value) for name, value in row.items() if type(value) in (int, float)}
             for name, value in found.items():
                 if math.isfinite(value) and not name.endswith("_ci95"):
                     points = curves.setdefault(name, [])
