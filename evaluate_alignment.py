@@ -276,7 +276,7 @@ def main(args):
     # 2 prompts, and all that can be checked before the weights are read
     tokenizer = load_tokenizer(args.model, args.trust_remote_code)
     prompts, cut = read_prompts(args.prompts, tokenizer, args)
-    pairs = implicit_rewards.read_pairs(args.prompts, tokenizer, args)
+    labelled = implicit_rewards.read_pairs(args.prompts, tokenizer, args)
     rule = toy_world.judge if all(toy_world.judge(p.text, "").kind != "unknown" for p in prompts) else None
     benign = benign_prompts(prompts, args, rule)
     skeleton = load_skeleton(args.model, tokenizer, args.trust_remote_code)
@@ -339,7 +339,7 @@ def main(args):
         },
         "prompts": len(prompts),
         "prompts_cut": cut,
-        "pairs": len(pairs),
+        "pairs": len(labelled),
         "categories": dict(Counter(prompt.category for prompt in prompts)),
         "over_refusal": {"by": "rule" if rule else "phrases", "benign_prompts": None if rule else sum(benign)},
         "quadrants": evaluation_numbers.QUADRANTS,
@@ -354,8 +354,8 @@ def main(args):
             policy["training"] = training(folders[name])
         base_rows = None if name == "base" else by_policy["base"]
         policy |= evaluation_numbers.statistics(rows, base_rows, report["categories"], calibrated, args.seed)
-        if pairs and name in folders:
-            ratios = implicit_rewards.log_ratios(model, policies[name], pairs, args.batch_size)
+        if labelled and name in folders:
+            ratios = implicit_rewards.log_ratios(model, policies[name], labelled, args.batch_size)
             policy["estimates"]["implicit_accuracy"] = implicit_rewards.accuracy(ratios, args.seed)
         report["policies"].append(policy)
         found = [(key, policy["estimates"][key]) for key in SHOWN if key in policy["estimates"]]

@@ -471,6 +471,7 @@ RUN_LEAVES = {
     "chat_template.jinja",
     "trainer_state.json",
     "metrics.jsonl",
+    "curves.html",
     "args.json",
     "dpo_hf_run.py",
     "README.md",
