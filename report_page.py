@@ -213,8 +213,12 @@ def curves(report):
         ]
         risen = [above(policy["training"]) for policy in report["policies"] if "lambda" in policy.get("training", ())]
         drawn += [curve_chart(name, unit, lines, *risen * (name == "lambda" and len(risen) == 1))] if lines else []
-    words = "Lines with points are of held-out pairs, with 95 % intervals. A dotted line is the threshold that the"
-    return drawn and f"{legend(report)}<p>{words} expected cost is held to by lambda.</p>{grid(drawn)}"
+    words = "Lines with points are of held-out pairs, with 95 % intervals."
+    if any("lambda" in policy.get("training", ()) for policy in report["policies"]):
+        words += (
+            " Lambda rises, shaded where it is of one run, while the expected cost is above its threshold (dotted)."
+        )
+    return drawn and f"{legend(report)}<p>{words}</p>{grid(drawn)}"
 
 
 def sample(found):
