@@ -20,10 +20,11 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from distributed import print0
+from tensor_files import save_file
 
 
 class CheckpointError(ValueError):

@@ -13,9 +13,9 @@ quantiles of its score then instead of a harm rate, and `safe` means at least th
         --adapters before=outputs/dpo_qwen_trl after=models/aligned \\
         --helpful-rm-path models/helpful_rm --harmless-rm-path models/harmless_rm                          # one GPU
 
-Copy with: distributed.py evaluation_numbers.py flags.py lora.py lora_targets.py model_files.py packed_attention.py
-    packed_model.py packed_probe.py packing.py preference_data.py report_page.py reward_models.py run_files.py
-    sampling.py score_cache.py toy_world.py
+Copy with: charts.py distributed.py evaluation_numbers.py flags.py implicit_rewards.py lora.py lora_targets.py
+    model_files.py packed_attention.py packed_model.py packed_probe.py packing.py preference_data.py report_page.py
+    reward_models.py run_files.py sampling.py score_cache.py tensor_files.py toy_world.py training_curves.py
 """
 
 import hashlib
@@ -37,12 +37,14 @@ from tqdm import tqdm
 import distributed
 import evaluation_numbers
 import flags
+import implicit_rewards
 import lora
 import report_page
 import reward_models
 import run_files
 import score_cache
 import toy_world
+import training_curves
 from model_files import ModelError, check_positions, load_model, load_skeleton, load_tokenizer
 from packed_model import logps_of, prepare_model, prepare_scores
 from packing import pack, passes
@@ -52,7 +54,9 @@ from sampling import end_tokens, prompt_ids, response_text, sample
 TOY_FOLDER = "outputs/toy_world"
 REPORTS = "report.json", "report.html", "responses.jsonl"
 NOT_SETTINGS = "output_dir", "overwrite", "device"  # of the flags: what changes no number, and what is resolved below
-SHOWN = "helpful_reward cost harm_rate rule_helpful rule_harm_rate over_refusal kl_per_token".split()  # in the log
+SHOWN = (
+    "helpful_reward cost harm_rate rule_helpful rule_harm_rate over_refusal kl_per_token implicit_accuracy".split()
+)  # in the log
 FIELDS = {"helpful": "helpful_reward", "harmless": "harmless_score"}  # of a row, by the reward model's task
 
 
@@ -228,9 +232,11 @@ def response_rows(name, prompts, responses, numbers, tokenizer, ends):
 # -- the report ------------------------------------------------------------------------------------------------------
 
 
-def run_log(folder):
-    """metrics.jsonl of the run that an adapter is from: one in epoch_N has it in the folder above."""
-    return (folder.resolve().parent if is_part_of_run(folder.resolve()) else folder) / "metrics.jsonl"
+def training(folder):
+    """The curves of the run that an adapter is from: one in epoch_N has it in the folder above."""
+    curves = training_curves.of_run(folder.resolve().parent if is_part_of_run(folder.resolve()) else folder)
+    wanted = [prefix + name for name in evaluation_numbers.CURVES for prefix in ("", "eval_")] + ["cost_threshold"]
+    return {name: curves[name] for name in wanted if name in curves}
 
 
 def trained_on(folder, model):
@@ -270,6 +276,7 @@ def main(args):
     # 2 prompts, and all that can be checked before the weights are read
     tokenizer = load_tokenizer(args.model, args.trust_remote_code)
     prompts, cut = read_prompts(args.prompts, tokenizer, args)
+    labelled = implicit_rewards.read_pairs(args.prompts, tokenizer, args)
     rule = toy_world.judge if all(toy_world.judge(p.text, "").kind != "unknown" for p in prompts) else None
     benign = benign_prompts(prompts, args, rule)
     skeleton, longest = load_skeleton(args.model, tokenizer, args), max(len(prompt.ids) for prompt in prompts)
@@ -338,6 +345,7 @@ def main(args):
         },
         "prompts": len(prompts),
         "prompts_cut": cut,
+        "pairs": len(labelled),
         "categories": dict(Counter(prompt.category for prompt in prompts)),
         "over_refusal": {"by": "rule" if rule else "phrases", "benign_prompts": None if rule else sum(benign)},
         "quadrants": evaluation_numbers.QUADRANTS,
@@ -349,12 +357,17 @@ def main(args):
         if name in folders:
             policy |= {"folder": str(folders[name]), "trained_on": trained_on(folders[name], args.model)}
             policy["sha256"] = score_cache.weights_sha256(lora.adapter_state(model, policies[name]).items())
-            policy["training"] = evaluation_numbers.training_curves(run_log(folders[name]))
+            policy["training"] = training(folders[name])
         base_rows = None if name == "base" else by_policy["base"]
         policy |= evaluation_numbers.statistics(rows, base_rows, report["categories"], calibrated, args.seed)
+        if labelled and name in folders:
+            ratios = implicit_rewards.log_ratios(model, policies[name], labelled, args.batch_size)
+            policy["estimates"]["implicit_accuracy"] = implicit_rewards.accuracy(ratios, args.seed)
         report["policies"].append(policy)
-        found = ((key, policy["estimates"][key]) for key in SHOWN if key in policy["estimates"])
-        say(f"{name}: " + " ".join("{}={mean:.4f} [{low:.4f}, {high:.4f}]".format(key, **e) for key, e in found))
+        found = [(key, policy["estimates"][key]) for key in SHOWN if key in policy["estimates"]]
+        numbers = " ".join("{}={mean:.4f} [{low:.4f}, {high:.4f}]".format(key, **e) for key, e in found)
+        if numbers:  # of a base that nothing judges there are none
+            say(f"{name}: {numbers}")
     report |= evaluation_numbers.in_words(report)
     report["samples"] = evaluation_numbers.pick_samples(by_policy, args.samples, args.seed)
 

@@ -241,9 +241,10 @@ def add_common_flags(
         metavar="DIR",
         help="numbers of frozen models, kept for later runs (default: in the output folder)",
     )
-    add("--logging-dir", metavar="DIR", help="TensorBoard events (default: in the output folder)")
-    reporters = "auto", "tensorboard", "none"
-    add("--report-to", choices=reporters, default="auto", help="auto: TensorBoard where it is installed")
+    add("--logging-dir", metavar="DIR", help="what --report-to writes (default: logs in the output folder)")
+    reporters = "auto", "tensorboard", "wandb", "swanlab", "none"
+    what = f"some of {', '.join(reporters)}; auto: TensorBoard where it is installed"
+    add("--report-to", nargs="+", choices=reporters, default="auto", metavar="TRACKER", help=what)
     add("--logging-steps", type=natural, default=10, metavar="N", help="updates between two log lines")
     add("--eval-steps", type=count, default=0, metavar="N", help="updates between evaluations; 0: first and last only")
     add("--save-steps", type=count, default=0, metavar="N", help="updates between checkpoints; 0: none")
@@ -254,6 +255,8 @@ def add_common_flags(
 
 def check_common_flags(parser, args):
     """What no single flag can see."""
+    if len(args.report_to) > 1 and "none" in args.report_to:
+        parser.error("--report-to none goes alone: leave it out, or the others")
     if args.max_prompt_length >= args.max_length:
         parser.error(
             f"--max-prompt-length {args.max_prompt_length} leaves no room for a response within "

@@ -12,7 +12,7 @@ among all rows alone: the same flags give the same bytes, and a file that was le
 
 Copy with: batch_file.py distributed.py flags.py generated_rows.py lora.py lora_targets.py model_files.py
     packed_attention.py packed_model.py packed_probe.py packing.py preference_data.py reward_function.py
-    reward_models.py sampling.py score_cache.py toy_world.py
+    reward_models.py sampling.py score_cache.py tensor_files.py toy_world.py
 """
 
 import hashlib

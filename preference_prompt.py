@@ -17,9 +17,9 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from model_files import check_positions
+from tensor_files import save_file
 
 TEXT_POSITIONS = "system", "user"
 VECTOR_POSITIONS = "prefix", "before-response"

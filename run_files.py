@@ -1,8 +1,9 @@
-"""What a run leaves in its output folder: metrics.jsonl while it runs; at the end the weights, the tokenizer,
-trainer_state.json (transformers' schema, so its plotting tools read it), args.json (which `--config` takes, to run the
-same again), a copy of the script, and a model card.  TensorBoard events go to the logging folder where it is installed.
+"""What a run leaves in its output folder: metrics.jsonl and a page of its curves while it runs; at the end the weights,
+the tokenizer, trainer_state.json (transformers' schema, so its plotting tools read it), args.json (which `--config`
+takes, to run the same again), a copy of the script, and a model card.  What --report-to names gets the numbers too.
 """
 
+import atexit
 import json
 import math
 import os
@@ -17,14 +18,18 @@ from pathlib import Path
 
 import torch
 import transformers
+from tqdm import tqdm
 from transformers.trainer_callback import TrainerState
 
 import score_cache
+import training_curves
+from tensor_files import open_to_others
 
 # What marks a folder as a run's and would be replaced, and what goes with it under --overwrite; nothing else goes.
 RUN_FILES = "metrics.jsonl args.json trainer_state.json adapter_config.json config.json README.md merged".split()
 WITH_THEM = """adapter_model.safetensors model.safetensors model-*-of-*.safetensors model.safetensors.index.json
-    generation_config.json logs/events.out.tfevents.* .checkpoint-*.unfinished .saving-*""".split()
+    generation_config.json curves.html lambda.jsonl logs/events.out.tfevents.*
+    .checkpoint-*.unfinished .saving-*""".split()
 # What may differ between the machines of a run: the data and the models count by their content instead.
 OF_A_MACHINE = """model tokenizer_name dataset train_helpful_path train_harmless_path val_helpful_path
     val_harmless_path helpful_rm_path harmless_rm_path dataset_path test_dataset_path
@@ -35,7 +40,8 @@ OF_A_MACHINE = """model tokenizer_name dataset train_helpful_path train_harmless
 HARMLESS = """num_samples eval_samples max_length max_prompt_length chat_template_strings skip_invalid dtype
     overwrite save_steps save_total_limit save_merged logging_steps eval_steps
     batch_size gradient_accumulation_steps tokens_per_microbatch""".split()
-AS_THEY_ARE = "loss", "loss_components", "rewards_train", "preference_metrics"  # groups of TensorBoard tags
+AS_THEY_ARE = "loss", "loss_components", "rewards_train", "preference_metrics"  # groups of tags
+PROJECT = "preference-alignment"  # for trackers that sort runs by one, unless their variable names another
 NOT_FLAGS = "config given typed local_rank estimate_memory".split()  # of a parsed command line, not to be repeated
 
 
@@ -86,22 +92,89 @@ def check_output(args, checkpoint=None):
         raise RunFolderError(f"--output-dir {folder} cannot be written: {parent} is not a folder you can write to")
     if args.logging_dir and Path(args.logging_dir).is_file():
         raise RunFolderError(f"--logging-dir {args.logging_dir} is a file: name a folder")
-    if args.report_to == "tensorboard" and not find_spec("tensorboard"):
-        raise RunFolderError("--report-to tensorboard needs it installed: pip install tensorboard, or --report-to none")
+    for name in chosen_trackers(args):
+        if not is_installed(name):
+            raise RunFolderError(f"--report-to {name} needs it installed: bash setup.sh {name}, or --report-to none")
+
+
+# -- trackers: each opens as a pair of functions, write({tag: number}, step) and close() -------------------------------
+
+
+def chosen_trackers(args):
+    """The trackers that --report-to names, each once; `auto` takes TensorBoard where it is, `none` nothing."""
+    words = [args.report_to] if isinstance(args.report_to, str) else args.report_to  # `auto` where none were given
+    if "auto" in words and is_installed("tensorboard"):
+        words = ["tensorboard", *words]
+    return [name for name in dict.fromkeys(words) if name in TRACKERS]
+
+
+def is_installed(name):
+    spec = find_spec(name)
+    return spec is not None and spec.origin is not None  # a folder ./wandb of some run is no package
+
+
+def open_tensorboard(args, folder, history):
+    from torch.utils.tensorboard import SummaryWriter
+
+    steps = [entry["step"] + 1 for entry in history[-1:]]  # what an interrupted run wrote from there on goes
+    board = SummaryWriter(str(folder), purge_step=max(steps, default=None))
+
+    def write(numbers, step):
+        for tag, value in numbers.items():
+            board.add_scalar(tag, value, step)
+
+    return write, board.close
+
+
+def open_wandb(args, folder, history):
+    import wandb
+
+    names = dict(project=os.environ.get("WANDB_PROJECT", PROJECT), name=Path(args.output_dir).resolve().name)
+    run = with_or_without_net("wandb", lambda mode: wandb.init(**names, **mode, dir=folder, config=flags_to_show(args)))
+    return run.log, run.finish
+
+
+def open_swanlab(args, folder, history):
+    import swanlab
+
+    names = dict(project=os.environ.get("SWANLAB_PROJ_NAME", PROJECT), name=Path(args.output_dir).resolve().name)
+    settings = dict(logdir=str(folder / "swanlog"), config=flags_to_show(args))
+    with_or_without_net("swanlab", lambda mode: swanlab.init(**names, **mode, **settings))
+    return swanlab.log, swanlab.finish
+
+
+def with_or_without_net(name, start):
+    """start({}), as the tracker's own settings have it; where that fails (no login, no network), start offline."""
+    try:
+        return start({})
+    except Exception as error:  # each tracker has its own
+        reason = " ".join(str(error).split())[:200]
+        tqdm.write(f"{name} does not start online ({reason}): kept offline, `{name} sync` sends it later")
+        return start({"mode": "offline"})
+
+
+TRACKERS = {"tensorboard": open_tensorboard, "wandb": open_wandb, "swanlab": open_swanlab}
+
+
+def flags_to_show(args):
+    return {key: value for key, value in sorted(vars(args).items()) if key not in NOT_FLAGS}
+
+
+# -- the log -----------------------------------------------------------------------------------------------------------
 
 
 class MetricsLog:
-    """metrics.jsonl, TensorBoard events and the history of trainer_state.json; does nothing but on rank 0.
+    """metrics.jsonl, curves.html, trackers and the history of trainer_state.json; does nothing but on rank 0.
 
     Making one starts the run's folder: what an earlier run left there (--overwrite) goes now, and not before.
     A resumed run brings its `history`: metrics.jsonl goes back to where the checkpoint was.
     """
 
     def __init__(self, args, is_main, checkpoint=None, history=None):
-        self.is_main, self.history, self.board = is_main, list(history or []), None
+        self.is_main, self.history, self.trackers = is_main, list(history or []), []
         if not is_main:
             return
-        folder = Path(args.output_dir)
+        self.folder = folder = Path(args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         if args.overwrite and not goes_on(args, checkpoint):
             old = [path for pattern in RUN_FILES + WITH_THEM for path in folder.glob(pattern)]
@@ -109,24 +182,24 @@ class MetricsLog:
             old += [path for path in numbered if re.fullmatch(r"\D+[-_]\d+", path.name)]
             for path in old:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
-        flags = {key: value for key, value in sorted(vars(args).items()) if key not in NOT_FLAGS}
-        (folder / "args.json").write_text(json.dumps(flags, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        flags = json.dumps(flags_to_show(args), indent=2, ensure_ascii=False) + "\n"
+        (folder / "args.json").write_text(flags, encoding="utf-8")
+        atexit.register(self.draw)  # however the run ends
         self.path = folder / "metrics.jsonl"
         self.path.write_text("".join(json.dumps(entry) + "\n" for entry in self.history), encoding="utf-8")
-        if args.report_to != "none":
-            if find_spec("tensorboard"):
-                from torch.utils.tensorboard import SummaryWriter
-
-                steps = [entry["step"] + 1 for entry in self.history[-1:]]
-                self.board = SummaryWriter(
-                    args.logging_dir or str(folder / "logs"), purge_step=max(steps, default=None)
-                )
-            else:
-                print("TensorBoard is not installed: no event files, metrics.jsonl has the same numbers")
+        if "auto" in args.report_to and not is_installed("tensorboard"):
+            where = "metrics.jsonl and curves.html have the same numbers"
+            tqdm.write(f"TensorBoard is not installed (bash setup.sh tensorboard): no event files, {where}")
+        logs = Path(args.logging_dir or folder / "logs")
+        for name in chosen_trackers(args):
+            logs.mkdir(parents=True, exist_ok=True)
+            write, _ = tracker = TRACKERS[name](args, logs, self.history)
+            self.trackers.append(tracker)
+            for entry in self.history if name != "tensorboard" else ():  # which has them from before
+                write(tagged({key: entry[key] for key in entry if key not in ("step", "epoch")}), step=entry["step"])
 
     def write(self, step, epoch, metrics):
-        """One line of metrics {name: float}; in TensorBoard eval_x is eval/x, a name in AS_THEY_ARE itself, and any
-        other x train/x."""
+        """One line of metrics {name: float}, which trackers get too; an evaluation draws curves.html."""
         if not self.is_main:
             return
         entry = {"step": step, "epoch": round(epoch, 4)}
@@ -134,14 +207,54 @@ class MetricsLog:
         self.history.append(entry)
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(entry) + "\n")
-        for name, value in metrics.items() if self.board else ():
-            tag = f"eval/{name[5:]}" if name.startswith("eval_") else f"train/{name}"
-            in_group = "/" in name and name.partition("/")[0] in AS_THEY_ARE
-            self.board.add_scalar(name if in_group else tag, value, step)
+        for write, _ in self.trackers:
+            write(tagged(metrics), step=step)
+        if any(name.startswith("eval_") for name in metrics):
+            self.draw()
+
+    def write_lambda(self, step, numbers):
+        """One line of lambda.jsonl: what moves at each update and costs nothing to know."""
+        if self.is_main:
+            entry = {"step": step} | {name: value for name, value in numbers.items() if math.isfinite(value)}
+            with open(self.folder / "lambda.jsonl", "a", encoding="utf-8") as file:
+                file.write(json.dumps(entry) + "\n")
+
+    def draw(self):
+        """curves.html, whole or as it was: a page that cannot be written is no reason to end a run."""
+        if not self.history:
+            return
+        last, draft, page = self.history[-1], self.folder / ".saving-curves.html", self.folder / "curves.html"
+        lead = f"Up to update {last['step']}, epoch {last['epoch']:g}. The numbers are in metrics.jsonl."
+        try:
+            if not page.exists():
+                tqdm.write(f"curves: {page}, for a browser; drawn anew at each evaluation and at the end")
+            curves = training_curves.of_run(self.folder)
+            draft.write_text(training_curves.page(self.folder.resolve().name, lead, curves), encoding="utf-8")
+            os.replace(draft, page)
+        except OSError as error:
+            tqdm.write(f"{page} cannot be written ({error}): training goes on")
 
     def close(self):
-        if self.board:
-            self.board.close()
+        """At the end of the run."""
+        if self.is_main:
+            self.draw()
+            atexit.unregister(self.draw)
+        for _, close in self.trackers:
+            close()
+
+
+def tagged(metrics):
+    """{tag: value} for trackers: eval_x is eval/x, a name in AS_THEY_ARE itself, and any other x train/x.
+
+    The widths of intervals would be charts of their own there: they are in metrics.jsonl and curves.html.
+    """
+    found = {}
+    for name, value in metrics.items():
+        tag = f"eval/{name[5:]}" if name.startswith("eval_") else f"train/{name}"
+        in_group = "/" in name and name.partition("/")[0] in AS_THEY_ARE
+        if value is not None and math.isfinite(value) and not name.endswith("_ci95"):
+            found[name if in_group else tag] = value
+    return found
 
 
 @contextmanager
@@ -151,6 +264,7 @@ def whole_files(output_dir):
     folder = Path(tempfile.mkdtemp(prefix=".saving-", dir=output_dir))
     try:
         yield folder
+        open_to_others(folder)
         for path in sorted(folder.iterdir()):
             target = output_dir / path.name
             if target.is_dir():
@@ -175,7 +289,7 @@ def save_run_record(folder, log, args, script, card):
         log_history=log.history,
     )
     state.save_to_json(folder / "trainer_state.json")
-    shutil.copy(script, folder / Path(script).name)
+    shutil.copyfile(script, folder / Path(script).name)  # not its mode
     (folder / "README.md").write_text(card, encoding="utf-8")
 
 

@@ -11,8 +11,9 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from tqdm import tqdm
+
+from tensor_files import save_file
 
 
 def weights_sha256(named_tensors, dtype=None):

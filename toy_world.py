@@ -340,6 +340,7 @@ def _write_world(folder: Path, seed: int):
         torch.set_num_threads(1)  # one seed, one model, however many cores
         try:
             _train_model(tokenizer, phases, seed).save_pretrained(folder / "model")
+            (folder / "model" / "model.safetensors").chmod((folder / "prompts.jsonl").stat().st_mode)  # it was 0600
         finally:
             torch.set_num_threads(threads)
 
@@ -368,8 +369,7 @@ def build(folder, seed: int = 0) -> Path:
     print(f"toy world: building {folder} (once, about 20 seconds)", file=sys.stderr, flush=True)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as temporary:
-        made = Path(temporary) / "made"
-        made.mkdir()
+        (made := Path(temporary) / "made").mkdir()
         _write_world(made, seed)
         (made / "manifest.json").write_text(json.dumps({"key": key, "files": _hashes(made)}, indent=1))
         while not _is_complete(folder, key):  # another process may have put an equal one there

@@ -17,10 +17,10 @@ Deviations from the papers: E[cost] is of offline prompts, sampled every few upd
     python train_safe_mm_dpo.py --config configs/dpo_config.yaml                            # one GPU
     torchrun --nproc_per_node=8 train_safe_mm_dpo.py --config configs/dpo_config.yaml       # eight GPUs
 
-Copy with: checkpoints.py distributed.py expected_cost.py flags.py lora.py lora_targets.py losses.py
+Copy with: charts.py checkpoints.py distributed.py expected_cost.py flags.py lora.py lora_targets.py losses.py
     memory_estimate.py memory_report.py model_files.py optimizers.py packed_attention.py packed_model.py
     packed_probe.py packing.py preference_data.py reward_models.py run_files.py sampling.py score_cache.py speed.py
-    toy_world.py
+    tensor_files.py toy_world.py training_curves.py
 """
 
 import gc
@@ -458,6 +458,9 @@ def main(args):
         if "harmless" in known:
             estimate_cost()
             multiplier.update(at["cost"] - at["threshold"])
+            log.write_lambda(
+                at["step"], {"lambda": multiplier.value, "J_C": multiplier.violation, "E_cost": at["cost"]}
+            )
         watch.phase("other")
         watch.work(num_pairs, sum(pair_flops[i] for i in in_update))
         bar.update()

@@ -444,13 +444,13 @@ def test_missing_tensorboard_leaves_the_earlier_run_alone(fails, finished, tmp_p
     monkeypatch.setitem(sys.modules, "tensorboard", None)  # it is not found, and importing it raises ImportError
     run = shutil.copytree(finished.folder, tmp_path / "run")
     line = fails("--overwrite", "--report-to", "tensorboard", output_dir=run)
-    assert line == "--report-to tensorboard needs it installed: pip install tensorboard, or --report-to none"
+    assert line == "--report-to tensorboard needs it installed: bash setup.sh tensorboard, or --report-to none"
 
 
 def test_without_tensorboard_a_run_says_what_it_leaves_out(world, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "tensorboard", None)
     assert len(Run(world, tmp_path / "run", report_to="auto").train) == 2
-    assert "TensorBoard is not installed: no event files" in capsys.readouterr().out
+    assert "TensorBoard is not installed (bash setup.sh tensorboard): no event files" in capsys.readouterr().out
 
 
 def test_overwrite_replaces_the_run(world, finished, tmp_path):
@@ -556,6 +556,7 @@ RUN_LEAVES = {
     "chat_template.jinja",
     "trainer_state.json",
     "metrics.jsonl",
+    "curves.html",
     "args.json",
     "dpo_hf_run.py",
     "README.md",

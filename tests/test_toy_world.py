@@ -117,3 +117,8 @@ def test_build_is_idempotent_deterministic_and_repairs(tmp_path, monkeypatch):
     assert all(other[name] != hashes[name] for name in hashes if "pairs" in name)
     with pytest.raises(ValueError, match="no part of a toy world"):
         toy_world.build(tmp_path)
+
+
+def test_the_model_is_open_to_others_as_the_data_are(toy):
+    modes = {path.suffix: path.stat().st_mode for path in sorted(toy.rglob("*.*"))}
+    assert modes[".safetensors"] == modes[".jsonl"]
