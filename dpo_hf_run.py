@@ -14,7 +14,7 @@ Deviations from the paper: AdamW instead of RMSprop; label smoothing, robust, hi
 
 Copy with: checkpoints.py distributed.py flags.py lora.py losses.py memory_estimate.py memory_report.py
     model_files.py optimizers.py packed_model.py packing.py preference_data.py run_files.py score_cache.py speed.py
-    toy_world.py
+    toy_world.py written_files.py
 """
 
 import gc

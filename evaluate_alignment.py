@@ -15,6 +15,7 @@ quantiles of its score then instead of a harm rate, and `safe` means at least th
 
 Copy with: distributed.py evaluation_numbers.py flags.py lora.py model_files.py packed_model.py packing.py
     preference_data.py report_page.py reward_models.py run_files.py sampling.py score_cache.py toy_world.py
+    written_files.py
 """
 
 import hashlib
@@ -42,6 +43,7 @@ import reward_models
 import run_files
 import score_cache
 import toy_world
+import written_files
 from model_files import ModelError, load_model, load_skeleton, load_tokenizer
 from packed_model import logps_of, prepare_model, prepare_scores
 from packing import pack, passes
@@ -50,6 +52,7 @@ from sampling import end_tokens, prompt_ids, response_text, sample
 
 TOY_FOLDER = "outputs/toy_world"
 REPORTS = "report.json", "report.html", "responses.jsonl"
+MANIFEST = "report.manifest.json"  # of these, for the folder may be a run's, which has one of its own
 NOT_SETTINGS = "output_dir", "overwrite", "device"  # of the flags: what changes no number, and what is resolved below
 SHOWN = "helpful_reward cost harm_rate rule_helpful rule_harm_rate over_refusal kl_per_token".split()  # in the log
 FIELDS = {"helpful": "helpful_reward", "harmless": "harmless_score"}  # of a row, by the reward model's task
@@ -244,11 +247,22 @@ def judge_sha256(judge):
 
 
 def check_output(args):
-    """Raise RunFolderError when --output-dir holds a report or cannot be written.  Changes nothing."""
+    """Raise RunFolderError when --output-dir holds a report or an input, or cannot be written.  Changes nothing."""
     folder = Path(args.output_dir)
+    if sentence := written_files.clash(args, may_hold=True):
+        raise run_files.RunFolderError(sentence)
+    for flag, value, path in written_files.inputs(args):
+        if any(written_files.is_same(folder / name, path) for name in REPORTS):
+            raise run_files.RunFolderError(f"--{flag} {value} would be read and replaced: choose another --output-dir")
     found = [name for name in REPORTS if (folder / name).exists()]
     if found and not args.overwrite:
         raise run_files.RunFolderError(f"{folder} holds a report ({found[0]}): choose another, or pass --overwrite")
+    listed = written_files.read(folder, MANIFEST)
+    for name in found:
+        if name not in listed or not written_files.is_as_listed(folder / name, listed[name]):
+            raise run_files.RunFolderError(
+                f"{folder / name} is not as this script wrote it ({MANIFEST}): move it away, or choose another folder"
+            )
     parent = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise run_files.RunFolderError(f"--output-dir {folder} cannot be written: {parent} is no writable folder")
@@ -353,7 +367,7 @@ def main(args):
 
     # 6 save
     Path(args.output_dir).mkdir(parents=True, exist_ok=True)
-    with run_files.whole_files(args.output_dir) as folder:
+    with run_files.whole_files(args.output_dir, MANIFEST) as folder:
         lines = (json.dumps(row, ensure_ascii=False) + "\n" for rows in by_policy.values() for row in rows)
         (folder / "responses.jsonl").write_text("".join(lines), encoding="utf-8")
         text = json.dumps(report, indent=1, ensure_ascii=False) + "\n"

@@ -14,7 +14,7 @@ Deviations from prompt tuning's paper: preference pairs instead of targets; Adam
 
 Copy with: checkpoints.py distributed.py flags.py losses.py memory_estimate.py memory_report.py model_files.py
     optimizers.py packed_model.py packing.py preference_data.py preference_prompt.py run_files.py score_cache.py
-    speed.py toy_world.py
+    speed.py toy_world.py written_files.py
 """
 
 import itertools

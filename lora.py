@@ -26,6 +26,8 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from transformers.pytorch_utils import Conv1D
 
+import written_files
+
 KEY_PREFIX = "base_model.model."  # PEFT wraps a model twice; its keys say so
 HEAD_KEY = f"{KEY_PREFIX}score.weight"
 
@@ -330,6 +332,8 @@ def load_adapter(model, folder, name, trainable=False, with_head=False):
 
 
 def _read_adapter_files(folder, with_head):
+    if damage := written_files.damage(folder, *written_files.ADAPTER):
+        raise AdapterError(damage)
     try:
         config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
         state = load_file(folder / "adapter_model.safetensors")

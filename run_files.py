@@ -19,10 +19,13 @@ import torch
 import transformers
 from transformers.trainer_callback import TrainerState
 
-# What marks a folder as a run's and would be replaced, and what goes with it under --overwrite; nothing else goes.
-RUN_FILES = "metrics.jsonl args.json trainer_state.json adapter_config.json config.json README.md merged".split()
-WITH_THEM = """adapter_model.safetensors model.safetensors model-*-of-*.safetensors model.safetensors.index.json
-    generation_config.json logs/events.out.tfevents.* .checkpoint-*.unfinished .saving-*""".split()
+import written_files
+
+# What marks a folder as a run's: a run replaces it.  So do epoch_1 and checkpoint-5.
+RUN_FILES = """metrics.jsonl args.json trainer_state.json adapter_config.json config.json README.md merged manifest.json
+    adapter_model.safetensors model.safetensors model.safetensors.index.json generation_config.json reward_model.json
+    prompt_embeddings.pt tokenizer.json tokenizer_config.json chat_template.jinja special_tokens_map.json
+    added_tokens.json vocab.json vocab.txt merges.txt tokenizer.model""".split()
 # What may differ between the machines of a run: the data and the models count by their content instead.
 OF_A_MACHINE = """model tokenizer_name dataset train_helpful_path train_harmless_path val_helpful_path
     val_harmless_path helpful_rm_path harmless_rm_path dataset_path test_dataset_path
@@ -58,16 +61,48 @@ def goes_on(args, checkpoint):
     return checkpoint is not None and Path(checkpoint).resolve().parent == Path(args.output_dir).resolve()
 
 
+def numbered(folder):
+    """epoch_N and checkpoint-N of a run; no copy of one with another name."""
+    found = [*folder.glob("checkpoint-*"), *folder.glob("epoch_*")]
+    return sorted(path for path in found if re.fullmatch(r"(checkpoint-|epoch_)\d+", path.name))
+
+
+def run_names():
+    """Names of what a run of this script writes, its own copy among them."""
+    return [*RUN_FILES, Path(sys.argv[0]).name]
+
+
+def not_written_by_a_run(folder):
+    """Names in a run's folder that a new run would replace, and that are not as a run's manifest lists them."""
+    epochs = [path.name for path in numbered(folder) if path.name.startswith("epoch_")]
+    names = [*run_names(), *(f"{below}/{name}" for below in ("merged", *epochs) for name in RUN_FILES)]
+    if not (listed := written_files.read(folder)):
+        return [name for name in names if (folder / name).is_file()]
+    names = [name for name in names if (folder / name).is_file() and name != written_files.NAME]
+    return [name for name in names if name not in listed] + written_files.unlike(folder, names)
+
+
 def check_output(args, checkpoint=None):
-    """Raise RunFolderError when --output-dir holds another run or cannot be written.  Changes nothing."""
+    """Raise RunFolderError when --output-dir holds another run, is what is read, or cannot be written.
+
+    --overwrite replaces what a run has written.  Changes nothing.
+    """
     if getattr(args, "estimate_memory", False):  # nothing will be written
         return
+    if sentence := written_files.clash(args):
+        raise RunFolderError(sentence)
     folder = Path(args.output_dir)
-    found = [name for name in RUN_FILES if (folder / name).exists()]
-    if found and not args.overwrite and not goes_on(args, checkpoint):
-        raise RunFolderError(
-            f"--output-dir {folder} holds a run ({found[0]}): choose another, or pass --resume auto or --overwrite"
-        )
+    if not goes_on(args, checkpoint):
+        found = [name for name in run_names() if (folder / name).exists()] + [path.name for path in numbered(folder)]
+        if found and not args.overwrite:
+            raise RunFolderError(
+                f"--output-dir {folder} holds a run ({found[0]}): choose another, or pass --resume auto or --overwrite"
+            )
+        if found and (names := not_written_by_a_run(folder)):
+            raise RunFolderError(
+                f"--output-dir {folder} holds {names[0]}, which is not as a run wrote it (manifest.json): "
+                "move it away, or choose another folder"
+            )
     parent = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise RunFolderError(f"--output-dir {folder} cannot be written: {parent} is not a folder you can write to")
@@ -75,6 +110,18 @@ def check_output(args, checkpoint=None):
         raise RunFolderError(f"--logging-dir {args.logging_dir} is a file: name a folder")
     if args.report_to == "tensorboard" and not find_spec("tensorboard"):
         raise RunFolderError("--report-to tensorboard needs it installed: pip install tensorboard, or --report-to none")
+
+
+def remove_run(folder):
+    """Remove what an earlier run wrote into a folder; returns a sentence about what stays, or None."""
+    for path in numbered(folder):
+        if path.name.startswith("checkpoint-"):  # which have a manifest of their own; the others are in the folder's
+            written_files.remove(path)
+    written_files.remove(folder)
+    left = sorted(path.name for path in folder.iterdir() if path.name != "cache") if folder.exists() else []
+    if not left:
+        return None
+    return f"left alone: {', '.join(left[:5])}{' ...' * (len(left) > 5)} (not written by a run, or changed since)"
 
 
 class MetricsLog:
@@ -86,28 +133,32 @@ class MetricsLog:
 
     def __init__(self, args, is_main, checkpoint=None, history=None):
         self.is_main, self.history, self.board = is_main, list(history or []), None
+        self.events = []
         if not is_main:
             return
         folder = Path(args.output_dir)
+        for path in [*folder.glob(".saving-*"), *folder.glob(".checkpoint-*.unfinished")]:  # what a kill left
+            shutil.rmtree(path, ignore_errors=True)
+        if args.overwrite and not goes_on(args, checkpoint) and (left := remove_run(folder)):
+            print(left)
         folder.mkdir(parents=True, exist_ok=True)
-        if args.overwrite and not goes_on(args, checkpoint):
-            old = [path for pattern in RUN_FILES + WITH_THEM for path in folder.glob(pattern)]
-            numbered = [*folder.glob("checkpoint-*"), *folder.glob("epoch_*")]
-            old += [path for path in numbered if re.fullmatch(r"\D+[-_]\d+", path.name)]
-            for path in old:
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
         flags = {key: value for key, value in sorted(vars(args).items()) if key not in NOT_FLAGS}
-        (folder / "args.json").write_text(json.dumps(flags, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        self.path = folder / "metrics.jsonl"
-        self.path.write_text("".join(json.dumps(entry) + "\n" for entry in self.history), encoding="utf-8")
+        with whole_files(folder, grows=["metrics.jsonl"]) as draft:
+            text = json.dumps(flags, indent=2, ensure_ascii=False) + "\n"
+            (draft / "args.json").write_text(text, encoding="utf-8")
+            lines = "".join(json.dumps(entry) + "\n" for entry in self.history)
+            (draft / "metrics.jsonl").write_text(lines, encoding="utf-8")
+        self.folder, self.path = folder, folder / "metrics.jsonl"
         if args.report_to != "none":
             if find_spec("tensorboard"):
                 from torch.utils.tensorboard import SummaryWriter
 
                 steps = [entry["step"] + 1 for entry in self.history[-1:]]
-                self.board = SummaryWriter(
-                    args.logging_dir or str(folder / "logs"), purge_step=max(steps, default=None)
-                )
+                place = Path(args.logging_dir or folder / "logs")
+                before = set(place.glob("events.out.tfevents.*"))
+                self.board = SummaryWriter(str(place), purge_step=max(steps, default=None))
+                self.events = [path.resolve() for path in place.glob("events.out.tfevents.*") if path not in before]
+                self._list(self.events, grows=True)
             else:
                 print("TensorBoard is not installed: no event files, metrics.jsonl has the same numbers")
 
@@ -127,22 +178,29 @@ class MetricsLog:
             self.board.add_scalar(name if in_group else tag, value, step)
 
     def close(self):
+        """The logs are as long as they get: from now on they are ours as they are, and no longer."""
         if self.board:
             self.board.close()
+        if self.is_main:
+            self._list([self.path.resolve(), *self.events])
+
+    def _list(self, paths, **grows):
+        folder = self.folder.resolve()
+        inside = {path.relative_to(folder).as_posix(): path for path in paths if path.is_relative_to(folder)}
+        new = {name: written_files.entry(path) | grows for name, path in inside.items() if path.exists()}
+        written_files.write(folder, written_files.read(folder) | new)
 
 
 @contextmanager
-def whole_files(output_dir):
-    """A temporary folder on the same disk; what the block writes there moves to `output_dir` when it ends well."""
-    output_dir = Path(output_dir)
+def whole_files(output_dir, manifest=written_files.NAME, grows=()):
+    """A temporary folder on the same disk; what the block writes there moves to `output_dir` when it ends well, and
+    the manifest there lists it.  grows: names of logs that will become longer."""
     folder = Path(tempfile.mkdtemp(prefix=".saving-", dir=output_dir))
     try:
         yield folder
-        for path in sorted(folder.iterdir()):
-            target = output_dir / path.name
-            if target.is_dir():
-                shutil.rmtree(target)
-            os.replace(path, target)
+        for below in [path for path in folder.iterdir() if path.is_dir()]:  # epoch_1, merged: it goes along in a copy
+            written_files.write(below, written_files.entries(below))
+        written_files.put(folder, Path(output_dir), manifest, grows)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 

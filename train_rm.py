@@ -15,8 +15,8 @@ Deviations: the label terms are per row, so rows without labels train the rankin
     torchrun --nproc_per_node=8 train_rm.py --task harmless --config configs/rm_config.yaml    # eight GPUs
 
 Copy with: checkpoints.py distributed.py flags.py lora.py losses.py memory_estimate.py memory_report.py
-    model_files.py optimizers.py packed_model.py packing.py preference_data.py run_files.py score_cache.py speed.py
-    toy_world.py
+    model_files.py optimizers.py packed_model.py packing.py preference_data.py reward_models.py run_files.py
+    score_cache.py speed.py toy_world.py written_files.py
 """
 
 import itertools
@@ -35,6 +35,7 @@ import lora
 import memory_estimate
 import memory_report
 import optimizers
+import reward_models
 import run_files
 import score_cache
 import speed
@@ -151,6 +152,7 @@ def save_model(folder, model, tokenizer, record, state=None):
         lora.save_adapter(model, "reward", folder, record["base_model"], model.score.weight)
     tokenizer.pad_token = tokenizer.convert_ids_to_tokens(record["pad_token_id"])
     tokenizer.save_pretrained(folder)
+    record = record | {"sha256": reward_models.files_sha256(folder)}
     (folder / "reward_model.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
