@@ -249,11 +249,8 @@ def judge_sha256(judge):
 def check_output(args):
     """Raise RunFolderError when --output-dir holds a report or an input, or cannot be written.  Changes nothing."""
     folder = Path(args.output_dir)
-    if sentence := written_files.clash(args, may_hold=True):
+    if sentence := written_files.clash(args, REPORTS):
         raise run_files.RunFolderError(sentence)
-    for flag, value, path in written_files.inputs(args):
-        if any(written_files.is_same(folder / name, path) for name in REPORTS):
-            raise run_files.RunFolderError(f"--{flag} {value} would be read and replaced: choose another --output-dir")
     found = [name for name in REPORTS if (folder / name).exists()]
     if found and not args.overwrite:
         raise run_files.RunFolderError(f"{folder} holds a report ({found[0]}): choose another, or pass --overwrite")

@@ -89,7 +89,7 @@ def check_output(args, checkpoint=None):
     """
     if getattr(args, "estimate_memory", False):  # nothing will be written
         return
-    if sentence := written_files.clash(args):
+    if sentence := written_files.clash(args, [*run_names(), "epoch_*", "checkpoint-*"]):
         raise RunFolderError(sentence)
     folder = Path(args.output_dir)
     if not goes_on(args, checkpoint):

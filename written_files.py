@@ -197,18 +197,22 @@ def is_same(path, other):
     return os.path.exists(path) and os.path.exists(other) and os.path.samefile(path, other)
 
 
-def clash(args, may_hold=False):
-    """A sentence about a folder that would be written to and is read, or holds what is read, or None.
+def clash(args, replaced):
+    """A sentence about an output folder that is read, or in which something is that would be replaced, or None.
 
-    may_hold: a script that replaces a few files by name may have its inputs beside them.
+    replaced: patterns of the names that the script replaces in --output-dir.  Other inputs may be in it: they stay.
     """
     for output in ("output_dir", "cache_dir", "logging_dir"):
         place = getattr(args, output, None)
         for flag, value, path in inputs(args) if place else ():
-            hold = output == "output_dir" and flag != "resume" and value != "toy" and not may_hold
-            held = hold and any(is_same(place, folder) for folder in path.resolve().parents)
-            if held or is_same(place, path):
-                output, flag = f"--{output.replace('_', '-')}", f"--{flag.replace('_', '-')}"
-                what = "holds" if held else "is"
-                return f"{output} {place} {what} {flag} {value}, which is read: choose another place to write to"
+            spelled = f"--{output.replace('_', '-')} {place}", f"--{flag.replace('_', '-')} {value}"
+            if is_same(place, path):
+                return f"{spelled[0]} is {spelled[1]}, which is read: choose another place to write to"
+            path = path.resolve()
+            around = next((folder for folder in path.parents if is_same(folder, place)), None)
+            if around is None or output != "output_dir" or flag == "resume":
+                continue
+            name = path.relative_to(around)
+            if any(fnmatch.fnmatch(name.parts[0], pattern) for pattern in replaced) or name.as_posix() in read(place):
+                return f"{spelled[1]} is read, and would be replaced in {spelled[0]}: choose another place to write to"
     return None

@@ -389,7 +389,7 @@ def test_without_validation_the_last_is_kept(run, capsys, tmp_path):
 
 def test_what_a_run_leaves(plain, world):
     files = "adapter_config.json adapter_model.safetensors reward_model.json tokenizer.json tokenizer_config.json"
-    files += " chat_template.jinja trainer_state.json metrics.jsonl args.json train_rm.py README.md"
+    files += " chat_template.jinja trainer_state.json metrics.jsonl args.json train_rm.py README.md manifest.json"
     assert snapshot(plain.folder).keys() == set(files.split())
     assert (plain.folder / "train_rm.py").read_bytes() == (ROOT / "train_rm.py").read_bytes()
     config = json.loads((plain.folder / "adapter_config.json").read_text())
