@@ -696,7 +696,9 @@ def test_overwrite_replaces_a_report_and_nothing_else(world, tmp_path):
     tiny(world, tmp_path / "a", "--overwrite")
     after = (tmp_path / "a" / "report.html").read_text("utf-8")
     assert after.startswith("<!DOCTYPE html>") and after != before
-    assert sorted(path.name for path in (tmp_path / "a").iterdir()) == sorted([*OUTPUTS, "other.txt"])
+    assert sorted(path.name for path in (tmp_path / "a").iterdir()) == sorted(
+        [*OUTPUTS, "other.txt", "report.manifest.json"]
+    )
 
 
 def test_weights_that_are_not_finite_end_with_exit_code_3(world, tmp_path, capsys, monkeypatch):
