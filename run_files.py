@@ -69,7 +69,7 @@ def numbered(folder):
 
 def run_names():
     """Names of what a run of this script writes, its own copy among them."""
-    return [*RUN_FILES, Path(sys.argv[0]).name]
+    return [name for name in (*RUN_FILES, Path(sys.argv[0]).name) if name]
 
 
 def not_written_by_a_run(folder):
@@ -100,8 +100,8 @@ def check_output(args, checkpoint=None):
             )
         if found and (names := not_written_by_a_run(folder)):
             raise RunFolderError(
-                f"--output-dir {folder} holds {names[0]}, which is not as a run wrote it (manifest.json): "
-                "move it away, or choose another folder"
+                f"--output-dir {folder} holds {names[0]}, which manifest.json does not list as it is "
+                "and may be yours: move it away, or choose another folder"
             )
     parent = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):

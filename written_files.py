@@ -11,6 +11,7 @@ import fnmatch
 import hashlib
 import json
 import os
+import shutil
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -120,7 +121,7 @@ def damage(folder, *patterns):
 
 
 def put(draft, folder, name=NAME, grows=()):
-    """Move what the folder `draft` holds into `folder`, on the same disk, in place of what has these names there.
+    """Move what the folder `draft` holds into `folder`, in place of what has these names there.
 
     The manifest (`name`) goes first: old files make way, new ones are listed, new ones come.  Killed in between, the
     folder lacks files and cannot be taken for whole.  grows: names of logs that will become longer.
@@ -136,7 +137,7 @@ def put(draft, folder, name=NAME, grows=()):
     os.replace(draft / name, folder / name)
     for file in new:
         (folder / file).parent.mkdir(parents=True, exist_ok=True)
-        os.replace(draft / file, folder / file)
+        shutil.move(draft / file, folder / file)  # a rename, or a copy where a link leads to another disk
     sync(folder)
 
 

@@ -74,7 +74,7 @@ conftest.run_script(sys.argv[1:])
         ("step", 2, None),  # before the first checkpoint
         ("step", 6, "checkpoint-3"),  # in an update
         ("fsync", 8, None),  # in the first save, its manifest written and its folder not renamed (4 are of the log)
-        ("replace", 7, "checkpoint-3"),  # in the second save, at the rename of the folder (3 are of the log, 2 a save)
+        ("replace", 5, "checkpoint-3"),  # in the second save, at the rename of its folder (1 is of the log, 2 a save)
         ("step", 9, "checkpoint-6"),  # in the last update
     ],
 )

@@ -208,7 +208,7 @@ def test_a_file_that_was_changed_since_is_not_replaced(run, tmp_path, capsys, na
     before = snapshot(tmp_path / "out")
     with pytest.raises(SystemExit):
         run("--overwrite")
-    assert f"holds {name}, which is not as a run wrote it (manifest.json): move it away" in one_line(capsys)
+    assert f"holds {name}, which manifest.json does not list as it is and may be yours: move it" in one_line(capsys)
     assert snapshot(tmp_path / "out") == before
 
 
@@ -408,13 +408,13 @@ KILLER = """
 import os, signal, sys
 number = int(sys.argv.pop(1))
 import conftest, train_rm
-plain, calls = os.replace, []
-def replace(source, target):
+plain, calls = os.rename, []
+def rename(source, target):
     calls.append(1) if str(target).endswith("reward_model.json") else None
     if len(calls) == number:
         os.kill(os.getpid(), signal.SIGKILL)
     return plain(source, target)
-os.replace = replace
+os.rename = rename
 conftest.run_script(sys.argv[1:], train_rm)
 """
 
