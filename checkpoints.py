@@ -9,7 +9,6 @@ is passed over with its reason.  Only safetensors and JSON: nothing that is read
     manifest.json          size and sha256 of the others
 """
 
-import hashlib
 import json
 import os
 import shutil
@@ -23,6 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+import written_files
 from distributed import print0
 from tensor_files import save_file
 
@@ -46,19 +46,21 @@ def new_checkpoint(output_dir, step, total_limit):
     unfinished.mkdir(parents=True)
     try:
         yield unfinished
-        files = {path.name: {"size": path.stat().st_size, "sha256": _sha256(path)} for path in unfinished.iterdir()}
-        (unfinished / "manifest.json").write_text(json.dumps(files, indent=2) + "\n", encoding="utf-8")
+        written_files.write(unfinished, written_files.entries(unfinished))
         for path in unfinished.iterdir():
-            _sync(path)
-        shutil.rmtree(final, ignore_errors=True)
-        os.replace(unfinished, final)
-        _sync(output_dir)
+            written_files.sync(path)
+        written_files.remove(final)
+        if final.exists():  # a damaged one, or a file of the user's is in it
+            written_files.put(unfinished, final)
+        else:
+            os.replace(unfinished, final)
+        written_files.sync(output_dir)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     if total_limit:  # of those before this one: a newer one is a damaged one that was passed over
         older = [path for path in checkpoints(output_dir) if _step(path) < step]
         for path in older[total_limit - 1 :]:
-            shutil.rmtree(path)
+            written_files.remove(path)
 
 
 def checkpoints(output_dir):
@@ -73,18 +75,11 @@ def _step(folder):
 
 def verify(folder):
     """Raise CheckpointError unless every file is there as its manifest says."""
-    try:
-        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-        for name, expected in manifest.items():
-            path = folder / Path(name).name
-            if path.stat().st_size != expected["size"] or _sha256(path) != expected["sha256"]:
-                raise CheckpointError(f"{folder} is damaged: {name} is not what was written")
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        if isinstance(error, CheckpointError):
-            raise
-        raise CheckpointError(f"{folder} is no whole checkpoint ({error})") from None
-    if not {"training.safetensors", "state.json"} <= manifest.keys():
-        raise CheckpointError(f"{folder} is no checkpoint of a training run")
+    if not {"training.safetensors", "state.json"} <= (listed := written_files.read(folder)).keys():
+        raise CheckpointError(f"{folder} is no whole checkpoint (its manifest.json is missing, or not one)")
+    for name, entry in listed.items():
+        if not written_files.is_as_listed(folder / name, entry):
+            raise CheckpointError(f"{folder} is damaged: {name} is not what was written")
 
 
 def find(output_dir, resume, say):
@@ -105,23 +100,6 @@ def find(output_dir, resume, say):
             say(f"passed over: {reason}")
     say(f"--resume auto: no whole checkpoint in {output_dir}, starting anew")
     return None
-
-
-def _sha256(path):
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while piece := file.read(1 << 20):
-            digest.update(piece)
-    return digest.hexdigest()
-
-
-def _sync(path):
-    """Flush a file or folder to the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 # -- state ---------------------------------------------------------------------------------------------------------

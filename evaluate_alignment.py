@@ -15,7 +15,8 @@ quantiles of its score then instead of a harm rate, and `safe` means at least th
 
 Copy with: charts.py distributed.py evaluation_numbers.py flags.py implicit_rewards.py lora.py lora_targets.py
     model_files.py packed_attention.py packed_model.py packed_probe.py packing.py preference_data.py report_page.py
-    reward_models.py run_files.py sampling.py score_cache.py tensor_files.py toy_world.py training_curves.py
+    reward_models.py run_files.py sampling.py score_cache.py tensor_files.py toy_world.py trackers.py
+    training_curves.py written_files.py
 """
 
 import hashlib
@@ -45,6 +46,7 @@ import run_files
 import score_cache
 import toy_world
 import training_curves
+import written_files
 from model_files import ModelError, check_positions, load_model, load_skeleton, load_tokenizer
 from packed_model import logps_of, prepare_model, prepare_scores
 from packing import pack, passes
@@ -53,6 +55,7 @@ from sampling import end_tokens, prompt_ids, response_text, sample
 
 TOY_FOLDER = "outputs/toy_world"
 REPORTS = "report.json", "report.html", "responses.jsonl"
+MANIFEST = "report.manifest.json"  # of these, for the folder may be a run's, which has one of its own
 NOT_SETTINGS = "output_dir", "overwrite", "device"  # of the flags: what changes no number, and what is resolved below
 SHOWN = (
     "helpful_reward cost harm_rate rule_helpful rule_harm_rate over_refusal kl_per_token implicit_accuracy".split()
@@ -251,11 +254,19 @@ def judge_sha256(judge):
 
 
 def check_output(args):
-    """Raise RunFolderError when --output-dir holds a report or cannot be written.  Changes nothing."""
+    """Raise RunFolderError when --output-dir holds a report or an input, or cannot be written.  Changes nothing."""
     folder = Path(args.output_dir)
+    if sentence := written_files.clash(args, REPORTS):
+        raise run_files.RunFolderError(sentence)
     found = [name for name in REPORTS if (folder / name).exists()]
     if found and not args.overwrite:
         raise run_files.RunFolderError(f"{folder} holds a report ({found[0]}): choose another, or pass --overwrite")
+    listed = written_files.read(folder, MANIFEST)
+    for name in found:
+        if name not in listed or not written_files.is_as_listed(folder / name, listed[name]):
+            raise run_files.RunFolderError(
+                f"{folder / name} is not as this script wrote it ({MANIFEST}): move it away, or choose another folder"
+            )
     parent = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise run_files.RunFolderError(f"--output-dir {folder} cannot be written: {parent} is no writable folder")
@@ -373,7 +384,7 @@ def main(args):
 
     # 6 save
     Path(args.output_dir).mkdir(parents=True, exist_ok=True)
-    with run_files.whole_files(args.output_dir) as folder:
+    with run_files.whole_files(args.output_dir, MANIFEST) as folder:
         lines = (json.dumps(row, ensure_ascii=False) + "\n" for rows in by_policy.values() for row in rows)
         (folder / "responses.jsonl").write_text("".join(lines), encoding="utf-8")
         text = json.dumps(report, indent=1, ensure_ascii=False) + "\n"

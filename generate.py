@@ -12,7 +12,7 @@ among all rows alone: the same flags give the same bytes, and a file that was le
 
 Copy with: batch_file.py distributed.py flags.py generated_rows.py lora.py lora_targets.py model_files.py
     packed_attention.py packed_model.py packed_probe.py packing.py preference_data.py reward_function.py
-    reward_models.py sampling.py score_cache.py tensor_files.py toy_world.py
+    reward_models.py sampling.py score_cache.py tensor_files.py toy_world.py written_files.py
 """
 
 import hashlib
@@ -38,6 +38,7 @@ import reward_function
 import reward_models
 import score_cache
 import toy_world
+import written_files
 from batch_file import BatchFile, OutputError, files_sha256
 from model_files import ModelError, check_positions, load_model, load_skeleton, load_tokenizer
 from packed_model import prepare_model, prepare_scores
@@ -201,7 +202,7 @@ def main(args):
     world = distributed.start(args.device)
     say, output = partial(distributed.print0, world), BatchFile(args.output or "", args.overwrite)
     if not args.chat:
-        output.check_place([args.prompts])
+        output.check_place(path for _, _, path in written_files.inputs(args))
     function = args.reward_fn and reward_function.load(args.reward_fn)
     if "toy" in (args.model, args.prompts):
         toy = toy_world.build(TOY_FOLDER)

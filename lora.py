@@ -26,6 +26,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from transformers.pytorch_utils import Conv1D
 
+import written_files
 from lora_targets import AdapterError, adaptable_linears, matches, select_targets
 from lora_targets import left_out as left_out  # for scripts
 from tensor_files import save_file
@@ -337,6 +338,8 @@ SETTINGS = {  # of adapter_config.json: PEFT's own default, what it has to be, i
 
 
 def _read_adapter_files(folder, with_head):
+    if damage := written_files.damage(folder, *written_files.ADAPTER):
+        raise AdapterError(damage)
     try:
         config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
         state = load_file(folder / "adapter_model.safetensors")

@@ -16,6 +16,8 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
+import written_files
+
 
 class ModelError(ValueError):
     """A model that cannot be loaded or used: one sentence for the user."""
@@ -37,6 +39,8 @@ def load_model(path, dtype, device, trust_remote_code=False, scores=False, max_l
     scores: a reward model instead, whose head `score` (1, H), fp32, is the saved one or, on a base, zero: the first
     loss is then ln 2, and no draw decides what the score begins with.  max_length: tokens that it has to take.
     """
+    if damage := written_files.damage(path, *written_files.WHOLE_MODEL):
+        raise ModelError(damage)
     if not sys.stderr.isatty():
         transformers_logging.disable_progress_bar()
     check_positions(_config(path, trust_remote_code), max_length, f"a text of {max_length} tokens", path)

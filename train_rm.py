@@ -16,7 +16,8 @@ Deviations: the label terms are per row, so rows without labels train the rankin
 
 Copy with: charts.py checkpoints.py distributed.py flags.py lora.py lora_targets.py losses.py memory_estimate.py
     memory_report.py model_files.py optimizers.py packed_attention.py packed_model.py packed_probe.py packing.py
-    preference_data.py run_files.py score_cache.py speed.py tensor_files.py toy_world.py training_curves.py
+    preference_data.py reward_models.py run_files.py score_cache.py speed.py tensor_files.py toy_world.py
+    trackers.py training_curves.py written_files.py
 """
 
 import itertools
@@ -35,6 +36,7 @@ import lora
 import memory_estimate
 import memory_report
 import optimizers
+import reward_models
 import run_files
 import score_cache
 import speed
@@ -151,6 +153,7 @@ def save_model(folder, model, tokenizer, record, state=None):
         lora.save_adapter(model, "reward", folder, record["base_model"], model.score.weight)
     tokenizer.pad_token = tokenizer.convert_ids_to_tokens(record["pad_token_id"])
     tokenizer.save_pretrained(folder)
+    record = record | {"sha256": reward_models.files_sha256(folder)}
     (folder / "reward_model.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 

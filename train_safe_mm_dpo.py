@@ -20,7 +20,7 @@ Deviations from the papers: E[cost] is of offline prompts, sampled every few upd
 Copy with: charts.py checkpoints.py distributed.py expected_cost.py flags.py lora.py lora_targets.py losses.py
     memory_estimate.py memory_report.py model_files.py optimizers.py packed_attention.py packed_model.py
     packed_probe.py packing.py preference_data.py reward_models.py run_files.py sampling.py score_cache.py speed.py
-    tensor_files.py toy_world.py training_curves.py
+    tensor_files.py toy_world.py trackers.py training_curves.py written_files.py
 """
 
 import gc

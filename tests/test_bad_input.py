@@ -348,6 +348,7 @@ WRONG_ADAPTERS = {
 def test_a_wrong_adapter(fails, finished, tmp_path, name):
     breaking, said = WRONG_ADAPTERS[name]
     adapter = shutil.copytree(finished.folder, tmp_path / "adapter")
+    (adapter / "manifest.json").unlink()  # somebody else's: nothing says what it was
     breaking(adapter)
     line = fails("--adapter", adapter)
     assert line.startswith(str(adapter)) and said in line
@@ -560,6 +561,7 @@ RUN_LEAVES = {
     "args.json",
     "dpo_hf_run.py",
     "README.md",
+    "manifest.json",
 }
 METRICS = {
     "loss",

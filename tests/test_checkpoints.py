@@ -73,8 +73,8 @@ conftest.run_script(sys.argv[1:])
     [
         ("step", 2, None),  # before the first checkpoint
         ("step", 6, "checkpoint-3"),  # in an update
-        ("fsync", 4, None),  # in the first save, its manifest written and its folder not renamed
-        ("replace", 2, "checkpoint-3"),  # in the second save, at the rename
+        ("fsync", 8, None),  # in the first save, its manifest written and its folder not renamed (4 are of the log)
+        ("replace", 5, "checkpoint-3"),  # in the second save, at the rename of its folder (1 is of the log, 2 a save)
         ("step", 9, "checkpoint-6"),  # in the last update
     ],
 )
@@ -246,7 +246,7 @@ def test_a_full_disk_keeps_the_old_checkpoint_and_the_run(words, uninterrupted, 
 
     def full(handle):
         calls.append(1)
-        if len(calls) == 7:  # the second save: the first has synced five files and their folder
+        if len(calls) == 13:  # the second save: 4 are of the log, 7 of the first
             raise OSError(errno.ENOSPC, "No space left on device")
         return plain(handle)
 

@@ -74,6 +74,7 @@ def reward_folders(toy, tmp_path_factory):
 def edit_record(folder, **changes):
     path = folder / "reward_model.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    (folder / "manifest.json").unlink(missing_ok=True)  # which would say that it was changed
 
 
 @pytest.fixture(scope="module")
@@ -732,12 +733,15 @@ def test_a_report_is_not_written_over(refused, world, tmp_path):
 
 
 def test_overwrite_replaces_a_report_and_nothing_else(world, tmp_path):
-    (tmp_path / "a").mkdir()
-    (tmp_path / "a" / "report.html").write_text("old")
+    tiny(world, tmp_path / "a", "--samples", "1")
+    before = (tmp_path / "a" / "report.html").read_text("utf-8")
     (tmp_path / "a" / "other.txt").write_text("mine")
     tiny(world, tmp_path / "a", "--overwrite")
-    assert (tmp_path / "a" / "report.html").read_text("utf-8").startswith("<!DOCTYPE html>")
-    assert sorted(path.name for path in (tmp_path / "a").iterdir()) == sorted([*OUTPUTS, "other.txt"])
+    after = (tmp_path / "a" / "report.html").read_text("utf-8")
+    assert after.startswith("<!DOCTYPE html>") and after != before
+    assert sorted(path.name for path in (tmp_path / "a").iterdir()) == sorted(
+        [*OUTPUTS, "other.txt", "report.manifest.json"]
+    )
 
 
 def test_weights_that_are_not_finite_end_with_exit_code_3(world, tmp_path, capsys, monkeypatch):

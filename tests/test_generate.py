@@ -336,7 +336,8 @@ def test_an_output_that_was_tampered_with_is_refused(world_make, tmp_path, capsy
     output.write_bytes(output.read_bytes()[:-1])
     with pytest.raises(SystemExit):
         world_make(output=output)
-    assert one_line(capsys) == f"generate.py: {output} is shorter than it was left: begin anew with --overwrite"
+    said = f"generate.py: {output} was changed since it was written: move it away, or choose another --output"
+    assert one_line(capsys) == said
     Path(f"{output}.args.json").write_text("{")
     with pytest.raises(SystemExit):
         world_make(output=output)
@@ -484,6 +485,7 @@ def test_a_shared_base_gives_the_scores_of_a_model_by_itself(world, world_make, 
     other = shutil.copytree(world / "reward", tmp_path / "other")
     record = json.loads((other / "reward_model.json").read_text())
     (other / "reward_model.json").write_text(json.dumps(record | {"base_sha256": "of another base"}))
+    (other / "manifest.json").unlink(missing_ok=True)
     _, alone = world_make(*words, "--reward-model", other)
     assert "a model of its own" in world_make.log
     assert [row["response"] for row in alone] == [row["response"] for row in shared]
@@ -726,7 +728,7 @@ def test_outputs_that_cannot_be_written(fails, world, tmp_path):
     assert fails(output=tmp_path) == f"--output {tmp_path} cannot be written: {tmp_path} is a folder"
     line = fails(output=prompts / "out.jsonl")
     assert line == f"--output {prompts}/out.jsonl cannot be written: {prompts} is not a folder you can write to"
-    assert fails(output=prompts) == f"{prompts} is there already: choose another --output, or pass --overwrite"
+    assert fails(output=prompts) == f"{prompts} is there already, with no rows.jsonl.args.json: choose another --output"
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")

@@ -2,6 +2,7 @@
 a user's mistakes.
 """
 
+import hashlib
 import json
 import random
 import re
@@ -390,6 +391,7 @@ def test_without_validation_the_last_is_kept(run, capsys, tmp_path):
 def test_what_a_run_leaves(plain, world):
     files = "adapter_config.json adapter_model.safetensors reward_model.json tokenizer.json tokenizer_config.json"
     files += " chat_template.jinja trainer_state.json metrics.jsonl curves.html args.json train_rm.py README.md"
+    files += " manifest.json"
     assert snapshot(plain.folder).keys() == set(files.split())
     assert (plain.folder / "train_rm.py").read_bytes() == (ROOT / "train_rm.py").read_bytes()
     config = json.loads((plain.folder / "adapter_config.json").read_text())
@@ -413,6 +415,10 @@ def test_reward_model_json(plain, run, world):
             "data_sha256": fingerprint(pairs_of(world / "train.jsonl")),
             "pad_token_id": 4,  # <unk>: it ends no response
             "validation": {name[5:]: value for name, value in last.items() if name.startswith("eval_")},
+            "sha256": {
+                name: hashlib.sha256((plain.folder / name).read_bytes()).hexdigest()
+                for name in ("adapter_config.json", "adapter_model.safetensors")
+            },
         }
     )
     as_bf16 = load_model(world / "model", torch.bfloat16, "cpu")  # a policy: the same base, whatever it is loaded in
@@ -683,7 +689,9 @@ def test_save_merged_is_a_whole_model_of_the_best_epoch(run, world):
     model = AutoModelForSequenceClassification.from_pretrained(result.folder / "merged")
     tokenizer = AutoTokenizer.from_pretrained(result.folder / "merged")
     torch.testing.assert_close(theirs(model, tokenizer, pairs), expected, atol=1e-5, rtol=1e-5)
-    assert json.loads((result.folder / "merged/reward_model.json").read_text()) == result.record
+    record = json.loads((result.folder / "merged/reward_model.json").read_text())
+    assert record | {"sha256": None} == result.record | {"sha256": None}
+    assert record["sha256"].keys() == {"config.json", "model.safetensors"}
 
 
 def test_all_weights_are_trained_and_saving_them_in_bf16_leaves_them_alone(run, world):
