@@ -14,7 +14,8 @@ quantiles of its score then instead of a harm rate, and `safe` means at least th
         --helpful-rm-path models/helpful_rm --harmless-rm-path models/harmless_rm                          # one GPU
 
 Copy with: distributed.py evaluation_numbers.py flags.py lora.py model_files.py packed_model.py packing.py
-    preference_data.py report_page.py reward_models.py run_files.py sampling.py score_cache.py toy_world.py
+    preference_data.py report_page.py report_text.py reward_models.py run_files.py sampling.py score_cache.py
+    toy_world.py
 """
 
 import hashlib
@@ -38,6 +39,7 @@ import evaluation_numbers
 import flags
 import lora
 import report_page
+import report_text
 import reward_models
 import run_files
 import score_cache
@@ -49,7 +51,7 @@ from preference_data import DataError, Malformed, as_messages, parse_row, read_r
 from sampling import end_tokens, prompt_ids, response_text, sample
 
 TOY_FOLDER = "outputs/toy_world"
-REPORTS = "report.json", "report.html", "responses.jsonl"
+REPORTS = "report.json", "report.html", "report.txt", "responses.jsonl"
 NOT_SETTINGS = "output_dir", "overwrite", "device"  # of the flags: what changes no number, and what is resolved below
 SHOWN = "helpful_reward cost harm_rate rule_helpful rule_harm_rate over_refusal kl_per_token".split()  # in the log
 FIELDS = {"helpful": "helpful_reward", "harmless": "harmless_score"}  # of a row, by the reward model's task
@@ -359,6 +361,8 @@ def main(args):
         text = json.dumps(report, indent=1, ensure_ascii=False) + "\n"
         (folder / "report.json").write_text(text, encoding="utf-8")
         (folder / "report.html").write_text(report_page.page(json.loads(text)), encoding="utf-8")
+        (folder / "report.txt").write_text(report_text.text(report), encoding="utf-8")
+    say("\n" + report_text.text(report))
     say(f"saved to {args.output_dir}")
 
 
