@@ -117,7 +117,8 @@ echo "A tiny model learns to help, then to help without harm." | tee "$log"
 echo "Everything the scripts print: $log"
 bash setup.sh # the first time it installs, and says so
 export HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 TOKENIZERS_PARALLELISM=false
-export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" # a model this small gains nothing from more, and they wait for each other
+# One thread: where other programs run too, two of them, which wait for each other, are 20 times slower (measured).
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 if [ $# -gt 0 ]; then # a flag that is wrong shows now, not after the reward models
   .venv/bin/python -c 'import sys, dpo_hf_run; sys.argv[0] = "quickstart.sh"; dpo_hf_run.get_args(sys.argv[1:])' "$@"
 fi

@@ -128,6 +128,25 @@ def test_a_setup_that_fails_is_the_end(project):
     assert (code, err) == (2, "setup.sh: no Python\n") and not (project / "called").exists()
 
 
+@pytest.mark.parametrize("system", ["msys", "cygwin"])
+def test_on_windows_bash_names_the_way_that_needs_none(project, system):
+    shutil.copy(ROOT / "setup.sh", project)
+    done = subprocess.run(
+        ["bash", project / "quickstart.sh"], env=os.environ | {"OSTYPE": system}, capture_output=True, text=True
+    )
+    assert done.returncode == 2
+    assert done.stderr == ("setup.sh: on Windows use WSL, or the lines for Windows in README.md, which need no bash\n")
+    assert "## Windows" in (ROOT / "README.md").read_text("utf-8") and not (project / "called").exists()
+
+
+def test_the_help_of_setup_makes_nothing(project):
+    (project / "setup.sh").write_text((ROOT / "setup.sh").read_text("utf-8"))
+    shutil.rmtree(project / ".venv")
+    done = subprocess.run(["bash", project / "setup.sh", "--help"], cwd="/", capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "") and done.stdout.startswith("Makes .venv, or finds it whole")
+    assert not (project / ".venv").exists()
+
+
 def test_further_flags_go_to_the_dpo_run(project):
     assert run(project, "--max-steps", "50")[0] == 0
     checked, *steps = called(project)
