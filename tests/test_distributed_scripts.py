@@ -2,6 +2,7 @@
 agree, and a rank that dies.
 """
 
+import importlib
 import json
 import os
 import re
@@ -195,6 +196,31 @@ def test_a_configs_paths_go_with_its_model(reward_machine, policy_machine, monke
     args = train_safe_mm_dpo.get_args(policy[policy.index("train_safe_mm_dpo.py") + 1 :])
     assert args.train_harmless_path == (data or "data/train/harmless_pairs.jsonl")
     assert args.val_helpful_path == "mine.jsonl"
+
+
+@pytest.mark.parametrize(
+    "script, path, words",
+    [
+        ("dpo_hf_run", "dataset", []),
+        ("train_rm", "train_harmless_path", ["--task", "harmless"]),
+        ("train_safe_mm_dpo", "val_harmless_path", []),
+        ("train_with_preference_prompt", "dataset_path", ["--preference-text", "polite"]),
+        ("learn_prompt", "test_dataset_path", ["--preference-text", "polite"]),
+    ],
+)
+def test_every_script_lets_a_configs_paths_go_with_its_model(tmp_path, script, path, words):
+    """(model in the file, model typed, path typed) -> the path."""
+    get_args, config = importlib.import_module(script).get_args, tmp_path / "c.yaml"
+    for in_file, typed, expected in [
+        ("m", [], "file.jsonl"),
+        ("m", ["--model", "toy"], "toy"),
+        ("m", ["--base_model_path=toy"] if script == "train_rm" else ["--model=toy"], "toy"),
+        ("toy", [], "file.jsonl"),
+        ("m", ["--model", "toy", f"--{path}", "typed.jsonl"], "typed.jsonl"),
+    ]:
+        config.write_text(f"model: {in_file}\n{path}: file.jsonl\n")
+        assert vars(get_args(["--config", str(config), *words, *typed]))[path] == expected
+    assert vars(get_args(["--model", "toy", *words]))[path] == "toy"
 
 
 def test_paths_that_stand_beside_model_toy_in_a_config_stay(tmp_path):
