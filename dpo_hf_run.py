@@ -52,7 +52,7 @@ def get_args(argv=None):
     add, positive, rate = parser.add_argument, flags.number(float, above=0), flags.number(float, least=0)
     below_half = flags.number(float, least=0, below=0.5)
     names = "--model", "--base-model-path", "--policy-model-path"
-    add(*names, default="Qwen/Qwen3-0.6B", help="folder, hub id or `toy`")
+    add(*names, default="Qwen/Qwen3-0.6B", help="folder, hub id or `toy`, data too")
     add("--ref-model-path", "--reference-model-path", metavar="MODEL", help="the reference, where it is another model")
     add("--adapter", metavar="DIR", help="start from this LoRA adapter (PEFT files); the reference has it too, frozen")
     add("--dataset", default="lvwerra/stack-exchange-paired", help="pairs: file, folder, hub id or `toy`")
@@ -65,6 +65,7 @@ def get_args(argv=None):
     parser.set_defaults(num_samples=1000)
     args = parser.parse_args(argv)
     flags.check_common_flags(parser, args)
+    flags.take_toy(args, "dataset")
     if args.label_smoothing and args.loss not in ("sigmoid", "robust"):
         parser.error(f"--label-smoothing has no effect on --loss {args.loss}: use sigmoid or robust")
     lora_flags = {"lora_r", "lora_alpha", "lora_dropout", "lora_target_modules"} & args.typed

@@ -15,7 +15,7 @@ quantiles of its score then instead of a harm rate, and `safe` means at least th
 
 Copy with: charts.py distributed.py evaluation_numbers.py flags.py implicit_rewards.py lora.py lora_targets.py
     model_files.py packed_attention.py packed_model.py packed_probe.py packing.py preference_data.py report_page.py
-    reward_models.py run_files.py sampling.py score_cache.py tensor_files.py toy_world.py trackers.py
+    report_text.py reward_models.py run_files.py sampling.py score_cache.py tensor_files.py toy_world.py trackers.py
     training_curves.py written_files.py
 """
 
@@ -41,6 +41,7 @@ import flags
 import implicit_rewards
 import lora
 import report_page
+import report_text
 import reward_models
 import run_files
 import score_cache
@@ -54,7 +55,7 @@ from preference_data import DataError, Malformed, as_messages, parse_row, read_r
 from sampling import end_tokens, prompt_ids, response_text, sample
 
 TOY_FOLDER = "outputs/toy_world"
-REPORTS = "report.json", "report.html", "responses.jsonl"
+REPORTS = "report.json", "report.html", "report.txt", "responses.jsonl"
 MANIFEST = "report.manifest.json"  # of these, for the folder may be a run's, which has one of its own
 NOT_SETTINGS = "output_dir", "overwrite", "device"  # of the flags: what changes no number, and what is resolved below
 SHOWN = (
@@ -390,6 +391,8 @@ def main(args):
         text = json.dumps(report, indent=1, ensure_ascii=False) + "\n"
         (folder / "report.json").write_text(text, encoding="utf-8")
         (folder / "report.html").write_text(report_page.page(json.loads(text)), encoding="utf-8")
+        (folder / "report.txt").write_text(report_text.text(report), encoding="utf-8")
+    say("\n" + report_text.text(report))
     say(f"saved to {args.output_dir}")
 
 

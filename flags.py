@@ -271,6 +271,13 @@ def check_common_flags(parser, args):
         args.save_merged = False  # of a file for LoRA too; the model that is saved is whole
 
 
+def take_toy(args, *paths):
+    """Set the `paths` to `toy` with --model toy, unless they were given with it: those of a file go with its model."""
+    if args.model == "toy":
+        given = args.typed if "model" in args.typed else args.given
+        vars(args).update((name, "toy") for name in paths if name not in given)
+
+
 # -- numbers that are not finite -----------------------------------------------------------------------------------
 
 

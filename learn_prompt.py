@@ -68,8 +68,7 @@ def get_args(argv=None):
     flags.check_common_flags(parser, args)
     if (args.prompt_init == "text") != bool(args.preference_text):
         parser.error('--prompt-init text and --preference-text "..." go together: give the text, or vocab or random')
-    if args.model == "toy":  # then the data too, unless given
-        vars(args).update((name, "toy") for name in ("dataset_path", "test_dataset_path") if name not in args.given)
+    flags.take_toy(args, "dataset_path", "test_dataset_path")
     return args
 
 

@@ -80,9 +80,7 @@ def get_args(argv=None):
         parser.error("--classification-loss-weight is for --task harmless: helpful rows have no labels of harm")
     if "cache_dir" in args.typed:
         parser.error("--cache-dir has no effect here (no frozen model is scored): leave it out")
-    if args.model == "toy":  # then the data too, unless given
-        names = (f"{part}_{args.task}_path" for part in ("train", "val"))
-        vars(args).update((name, "toy") for name in names if name not in args.given)
+    flags.take_toy(args, f"train_{args.task}_path", f"val_{args.task}_path")
     if args.classification_loss_weight is None:
         args.classification_loss_weight = float(args.task == "harmless")
     args.output_dir = args.output_dir or f"models/{args.task}_rm"

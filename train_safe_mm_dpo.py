@@ -106,8 +106,7 @@ def get_args(argv=None):
     if args.combine != "additive" and (args.w or args.kl_coeff):
         what = f"--w {args.w or 0:g} and --kl-coeff {args.kl_coeff or 0:g}"
         flags.say(f"note: {what}: --combine {args.combine} is exact for ref exp((r - lambda c) / beta) with both 0")
-    if args.model == "toy":  # then the data too, unless given
-        vars(args).update((name, "toy") for name in TOY if name not in args.given)
+    flags.take_toy(args, *TOY)
     args.w = args.w if args.w is not None else 0.5 * (args.combine == "additive")
     args.kl_coeff = args.kl_coeff if args.kl_coeff is not None else 0.1 * (args.combine == "additive")
     return args

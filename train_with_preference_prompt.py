@@ -101,8 +101,7 @@ def get_args(argv=None):
     if args.preference_position and args.preference_position not in fitting:
         what = "a soft prompt" if args.use_prompt_embedding else "a text"
         parser.error(f"--preference-position {args.preference_position} is not for {what}: {' or '.join(fitting)}")
-    if args.model == "toy":  # then the data too, unless given
-        vars(args).update((name, "toy") for name in ("dataset_path", "test_dataset_path") if name not in args.given)
+    flags.take_toy(args, "dataset_path", "test_dataset_path")
     return args
 
 

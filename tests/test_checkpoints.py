@@ -258,6 +258,39 @@ def test_a_full_disk_keeps_the_old_checkpoint_and_the_run(words, uninterrupted, 
     assert results(tmp_path / "out") == uninterrupted
 
 
+class Windows:
+    """os as it is there: no folder can be opened, and fsync wants a handle that can write."""
+
+    name, synced = "nt", 0
+
+    def __getattr__(self, name):
+        return getattr(os, name)
+
+    def open(self, path, flags):
+        if Path(path).is_dir():
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return os.open(path, flags)
+
+    def fsync(self, handle):
+        import fcntl  # not there
+
+        if fcntl.fcntl(handle, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
+            raise OSError(errno.EBADF, "Bad file descriptor")
+        self.synced += 1
+        os.fsync(handle)
+
+
+def test_a_checkpoint_on_windows(tmp_path, monkeypatch):
+    pytest.importorskip("fcntl", reason="the stand-in for Windows needs another system")
+    windows = Windows()
+    monkeypatch.setattr("written_files.os", windows)
+    with new_checkpoint(tmp_path, 3, 0) as folder:
+        for name in ("state.json", "training.safetensors"):
+            (folder / name).write_text("{}")
+    assert windows.synced == 3, "both files and the manifest"
+    verify(tmp_path / "checkpoint-3")
+
+
 def test_a_save_that_breaks_off_leaves_nothing(tmp_path):
     with pytest.raises(ZeroDivisionError), new_checkpoint(tmp_path, 3, 0) as folder:
         (folder / "state.json").write_text("{}")

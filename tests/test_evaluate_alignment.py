@@ -22,12 +22,13 @@ import lora
 import model_files
 import packed_model
 import report_page
+import report_text
 import reward_models
 import toy_world
 import train_rm
 
 SHORT = ["--device", "cpu", "--dtype", "fp32", "--seed", "7"]
-OUTPUTS = "report.json", "report.html", "responses.jsonl"
+OUTPUTS = "report.json", "report.html", "report.txt", "responses.jsonl"
 
 
 def evaluate(*words):
@@ -382,9 +383,14 @@ def test_categories_are_parts_of_the_whole(run):
         assert "rule_helpful" not in policy["by_category"]["theft"]["estimates"]  # no help is due there
 
 
-def test_the_same_seed_gives_the_same_bytes(command, reward_folders, run, tmp_path):
+def test_the_same_seed_gives_the_same_bytes_and_the_log_ends_in_the_text(
+    command, reward_folders, run, tmp_path, capsys
+):
     harmless = ["--harmless-rm-path", reward_folders["harmless"]]
     evaluate(*command, *harmless, "--output-dir", tmp_path / "again")
+    text = report_text.text(read(run)[0])
+    assert text == (run / "report.txt").read_text("utf-8") and "\nmeans over 40 prompts " in text
+    assert capsys.readouterr().out.endswith(f"\n\n{text}\nsaved to {tmp_path / 'again'}\n")
     for name in OUTPUTS:
         assert (run / name).read_bytes() == (tmp_path / "again" / name).read_bytes(), name
     run_script([*command, *harmless, *SHORT, "--seed", "8", "--output-dir", tmp_path / "other"], evaluate_alignment)
