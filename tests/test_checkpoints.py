@@ -287,7 +287,7 @@ def test_a_checkpoint_on_windows(tmp_path, monkeypatch):
     with new_checkpoint(tmp_path, 3, 0) as folder:
         for name in ("state.json", "training.safetensors"):
             (folder / name).write_text("{}")
-    assert windows.synced == 3, "both files and the manifest"
+    assert windows.synced == 4, "both files, and the manifest as a draft and in place"
     verify(tmp_path / "checkpoint-3")
 
 
