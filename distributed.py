@@ -104,7 +104,7 @@ def ranks_of_environment():
         raise DeviceError(f"RANK {rank} is none of WORLD_SIZE {size}, which count from 0: {START}")
     missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
     if size > 1 and missing:
-        raise DeviceError(f"WORLD_SIZE is {size} and {' and '.join(missing)} not set: {START}")
+        raise DeviceError(f"WORLD_SIZE is {size}, and there is no {' and no '.join(missing)}: {START}")
     return rank, size, local_rank
 
 

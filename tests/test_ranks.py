@@ -233,6 +233,61 @@ def test_a_7b_model_exchanges_168_mb_per_update():
     assert 2 * (8 - 1) / 8 * 4 * trained == pytest.approx(293.6e6, abs=0.05e6), "sent by each rank of a ring of 8"
 
 
+# -- what launchers set ------------------------------------------------------------------------------------------------
+
+TWO = {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
+
+
+@pytest.fixture
+def ranks_of(monkeypatch):
+    """ranks_of(variables) -> what the environment says with these, and no others, set."""
+
+    def read(variables):
+        for name in (*TWO, "LOCAL_WORLD_SIZE"):
+            monkeypatch.delenv(name, raising=False)
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+        return distributed.ranks_of_environment()
+
+    return read
+
+
+def test_ranks_of_the_environment(ranks_of):
+    assert ranks_of({}) == (0, 1, 0)
+    assert ranks_of(TWO) == (1, 2, 1)
+    assert ranks_of(dict.fromkeys(TWO, "")) == (0, 1, 0)
+    assert ranks_of({"MASTER_ADDR": "node1", "MASTER_PORT": "1", "WORLD_SIZE": "1"}) == (0, 1, 0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        (
+            {"WORLD_SIZE": "two"},
+            "WORLD_SIZE is 'two', and has to be a whole number from 1 to 1000000: start",
+        ),
+        ({"WORLD_SIZE": "0"}, "WORLD_SIZE is '0', and has to be"),
+        ({"WORLD_SIZE": "9" * 5000}, f"WORLD_SIZE is '{'9' * 40}', and has to be"),
+        ({"RANK": "x"}, "RANK is 'x', and has to be a whole number from 0"),
+        ({"RANK": "-1"}, "RANK is '-1', and has to be"),
+        ({"RANK": "2"}, "RANK 2 is none of WORLD_SIZE 2, which count from 0"),
+        ({"LOCAL_RANK": "1.0"}, "LOCAL_RANK is '1.0', and has to be"),
+        ({"LOCAL_WORLD_SIZE": "0"}, "LOCAL_WORLD_SIZE is '0', and has to be a whole number from 1"),
+        ({"MASTER_PORT": "99999"}, "MASTER_PORT is '99999', and has to be a whole number from 0 to 65535"),
+        ({"MASTER_PORT": "80x"}, "MASTER_PORT is '80x', and has to be"),
+        (
+            {"RANK": "", "MASTER_PORT": ""},
+            "WORLD_SIZE is 2, and there is no RANK and no MASTER_PORT: start",
+        ),
+    ],
+)
+def test_an_environment_that_cannot_be_is_one_sentence(ranks_of, changes, sentence):
+    with pytest.raises(distributed.DeviceError) as error:
+        ranks_of(TWO | changes)
+    assert str(error.value).startswith(sentence)
+    assert str(error.value).endswith("unset them for one process")
+
+
 # -- a rank that has nothing, too much, or something else -------------------------------------------------------------
 
 
