@@ -23,7 +23,9 @@ from test_preference_data import char_tokenizer, strings, write_rows
 from transformers import TrainerState
 
 import dpo_hf_run
+import reward_models
 import run_files
+from model_files import ModelError
 from packing import hold_out
 from preference_data import fingerprint, load_pairs
 
@@ -253,6 +255,24 @@ def test_a_reference_folder_that_cannot_be_used(fails, world, tmp_path, breaking
     damage(model)
     line = fails("--ref-model-path", model)
     assert str(model) in line and said in line
+
+
+def test_a_reward_models_tokenizer_runs_no_code_that_was_not_allowed(world, tmp_path, monkeypatch):
+    folder = shutil.copytree(world / "model", tmp_path / "rm")
+    (folder / "reward_model.json").write_text('{"task": "helpful", "base_sha256": ""}')
+    BROKEN["a tokenizer of its own code"][0](folder)
+    monkeypatch.setattr("sys.stdin", io.StringIO("y\n" * 9))  # transformers would ask, and take this for a yes
+    with pytest.raises(ModelError, match="comes with code of its own: read it, and pass --trust-remote-code"):
+        reward_models.read_record(folder, "helpful", char_tokenizer())
+    assert not (folder / "ran").exists()
+
+
+def test_one_file_alone_loads_models_and_tokenizers():
+    """So that one place decides about --trust-remote-code, which transformers else asks about on standard input."""
+    loads = re.compile(r"Auto(Config|Model|Tokenizer)|(?<!Prompt)Config\.from_pretrained")
+    assert [path.name for path in ROOT.glob("*.py") if loads.search(path.read_text("utf-8"))] == ["model_files.py"]
+    text = (ROOT / "model_files.py").read_text("utf-8")
+    assert len(re.findall(r"\.from_(pretrained|config)\b", text)) == 5  # the fifth reads generation_config.json
 
 
 # What libraries write to standard error by themselves shows only in a process of its own; a process takes seconds.
