@@ -3,6 +3,7 @@ exit code 3 and no weights; and what a good run leaves.
 """
 
 import hashlib
+import importlib
 import io
 import json
 import math
@@ -255,6 +256,35 @@ def test_a_reference_folder_that_cannot_be_used(fails, world, tmp_path, breaking
     damage(model)
     line = fails("--ref-model-path", model)
     assert str(model) in line and said in line
+
+
+SCRIPTS = {
+    "train_rm": "--task harmless --train-harmless-path {pairs} --eval-samples 0 --output-dir {out}",
+    "train_safe_mm_dpo": "--train-helpful-path {pairs} --eval-samples 0 --lambda-init 0 --w 0 --output-dir {out}",
+    "train_with_preference_prompt": "--dataset-path {pairs} --preference-text polite --output-dir {out}",
+    "learn_prompt": "--dataset-path {pairs} --preference-text polite --output-dir {out}",
+    "evaluate_alignment": "--prompts {pairs} --max-new-tokens 97 --output-dir {out}",
+    "generate": "--prompts {pairs} --max-new-tokens 97 --output {out}/rows.jsonl",
+}
+TOO_LONG = dict.fromkeys(SCRIPTS, "--max-length 512") | {
+    "train_with_preference_prompt": "--max-length 300",
+    **dict.fromkeys(("evaluate_alignment", "generate"), "a prompt of 5 tokens and --max-new-tokens 97"),
+}
+
+
+@pytest.mark.parametrize("breaking", ["fewer positions than --max-length", "quantised to fp8"])
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_every_script_refuses_such_a_model_before_it_loads(world, tmp_path, capsys, name, breaking):
+    model = shutil.copytree(world / "model", tmp_path / "broken")
+    BROKEN[breaking][0](model)
+    (model / "model.safetensors").unlink()  # whoever reads the weights says something else
+    words = SCRIPTS[name].format(pairs=world / "pairs.jsonl", out=tmp_path / "out").split()
+    with pytest.raises(SystemExit) as exit:
+        run_script(["--model", model, "--device", "cpu", *words], importlib.import_module(name))
+    line = one_line(capsys)
+    assert exit.value.code == 2 and not (tmp_path / "out").exists()
+    too_long = f"{TOO_LONG[name]} is more than the 100 positions of the model {model}"
+    assert (too_long if "positions" in breaking else BROKEN[breaking][1]) in line
 
 
 def test_a_reward_models_tokenizer_runs_no_code_that_was_not_allowed(world, tmp_path, monkeypatch):
