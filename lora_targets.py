@@ -51,7 +51,8 @@ def _text_modules(model):
     """The modules of the text decoder and, beside it, the heads, which are children of the model itself."""
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
     decoder = decoder if isinstance(decoder, PreTrainedModel) else model  # ModernBERT calls its head `decoder`
-    towers = [m for m in decoder.modules() if getattr(m, "main_input_name", "input_ids") != "input_ids"]
+    inside = [module for module in decoder.modules() if module is not decoder]
+    towers = [module for module in inside if getattr(module, "main_input_name", "input_ids") != "input_ids"]
     return {*decoder.modules(), *model.children()} - {part for tower in towers for part in tower.modules()}
 
 

@@ -3,6 +3,7 @@ exit code 3 and no weights; and what a good run leaves.
 """
 
 import hashlib
+import importlib
 import io
 import json
 import math
@@ -23,7 +24,9 @@ from test_preference_data import char_tokenizer, strings, write_rows
 from transformers import TrainerState
 
 import dpo_hf_run
+import reward_models
 import run_files
+from model_files import ModelError
 from packing import hold_out
 from preference_data import fingerprint, load_pairs
 
@@ -253,6 +256,53 @@ def test_a_reference_folder_that_cannot_be_used(fails, world, tmp_path, breaking
     damage(model)
     line = fails("--ref-model-path", model)
     assert str(model) in line and said in line
+
+
+SCRIPTS = {
+    "train_rm": "--task harmless --train-harmless-path {pairs} --eval-samples 0 --output-dir {out}",
+    "train_safe_mm_dpo": "--train-helpful-path {pairs} --eval-samples 0 --lambda-init 0 --w 0 --output-dir {out}",
+    "train_with_preference_prompt": "--dataset-path {pairs} --preference-text polite --output-dir {out}",
+    "learn_prompt": "--dataset-path {pairs} --preference-text polite --output-dir {out}",
+    "evaluate_alignment": "--prompts {pairs} --max-new-tokens 97 --output-dir {out}",
+    "generate": "--prompts {pairs} --max-new-tokens 97 --output {out}/rows.jsonl",
+}
+TOO_LONG = dict.fromkeys(SCRIPTS, "--max-length 512") | {
+    "train_with_preference_prompt": "--max-length 300",
+    **dict.fromkeys(("evaluate_alignment", "generate"), "a prompt of 5 tokens and --max-new-tokens 97"),
+}
+
+
+@pytest.mark.parametrize("breaking", ["fewer positions than --max-length", "quantised to fp8"])
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_every_script_refuses_such_a_model_before_it_loads(world, tmp_path, capsys, name, breaking):
+    model = shutil.copytree(world / "model", tmp_path / "broken")
+    BROKEN[breaking][0](model)
+    (model / "model.safetensors").unlink()  # whoever reads the weights says something else
+    words = SCRIPTS[name].format(pairs=world / "pairs.jsonl", out=tmp_path / "out").split()
+    with pytest.raises(SystemExit) as exit:
+        run_script(["--model", model, "--device", "cpu", *words], importlib.import_module(name))
+    line = one_line(capsys)
+    assert exit.value.code == 2 and not (tmp_path / "out").exists()
+    too_long = f"{TOO_LONG[name]} is more than the 100 positions of the model {model}"
+    assert (too_long if "positions" in breaking else BROKEN[breaking][1]) in line
+
+
+def test_a_reward_models_tokenizer_runs_no_code_that_was_not_allowed(world, tmp_path, monkeypatch):
+    folder = shutil.copytree(world / "model", tmp_path / "rm")
+    (folder / "reward_model.json").write_text('{"task": "helpful", "base_sha256": ""}')
+    BROKEN["a tokenizer of its own code"][0](folder)
+    monkeypatch.setattr("sys.stdin", io.StringIO("y\n" * 9))  # transformers would ask, and take this for a yes
+    with pytest.raises(ModelError, match="comes with code of its own: read it, and pass --trust-remote-code"):
+        reward_models.read_record(folder, "helpful", char_tokenizer())
+    assert not (folder / "ran").exists()
+
+
+def test_one_file_alone_loads_models_and_tokenizers():
+    """So that one place decides about --trust-remote-code, which transformers else asks about on standard input."""
+    loads = re.compile(r"Auto(Config|Model|Tokenizer)|(?<!Prompt)Config\.from_pretrained")
+    assert [path.name for path in ROOT.glob("*.py") if loads.search(path.read_text("utf-8"))] == ["model_files.py"]
+    text = (ROOT / "model_files.py").read_text("utf-8")
+    assert len(re.findall(r"\.from_(pretrained|config)\b", text)) == 5  # the fifth reads generation_config.json
 
 
 # What libraries write to standard error by themselves shows only in a process of its own; a process takes seconds.
