@@ -169,6 +169,7 @@ def test_peft_does_load_such_layers_in_part():
 
 def test_a_vision_tower_has_no_adapter_and_its_equal_names_are_not_in_the_file(tmp_path):
     model = architecture("gemma3")
+    model.model.connector = nn.ModuleList([nn.ModuleDict({"up": nn.Linear(8, 8)})])  # to the text, not of it
     names = {path.rsplit(".", 1)[-1] for path, _ in model.named_modules() if "vision_tower" in path}
     assert {"q_proj", "k_proj"} <= names  # PEFT would match them
     add_adapter(model, "policy", 2, 4)
