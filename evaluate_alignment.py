@@ -272,15 +272,15 @@ def main(args):
     rule = toy_world.judge if all(toy_world.judge(p.text, "").kind != "unknown" for p in prompts) else None
     benign = benign_prompts(prompts, args, rule)
     skeleton = load_skeleton(args.model, tokenizer, args.trust_remote_code)
-    longest = max(len(prompt.ids) for prompt in prompts)
-    what = f"a prompt of {longest} tokens and --max-new-tokens {args.max_new_tokens}"
-    check_positions(skeleton, longest + args.max_new_tokens, what)
     folders = {name: adapter_folder(folder) for name, folder in args.adapters}
     for place, folder in enumerate(folders.values()):
         lora.load_adapter(skeleton, folder, f"policy_{place}")
     rm_folders = {"helpful": args.helpful_rm_path, "harmless": args.harmless_rm_path}
     rm_folders = {task: folder for task, folder in rm_folders.items() if folder}
     records = {task: reward_models.read_record(folder, task, tokenizer) for task, folder in rm_folders.items()}
+    longest = max(len(prompt.ids) for prompt in prompts)
+    what = f"a prompt of {longest} tokens and --max-new-tokens {args.max_new_tokens}"
+    check_positions(skeleton, longest + args.max_new_tokens, what)
 
     # 3 models: one frozen base, and on it by name the adapters and the reward models that share it
     dtype = distributed.pick_dtype(args.dtype, world)
