@@ -291,10 +291,7 @@ def main(args):
     labelled = implicit_rewards.read_pairs(args.prompts, tokenizer, args)
     rule = toy_world.judge if all(toy_world.judge(p.text, "").kind != "unknown" for p in prompts) else None
     benign = benign_prompts(prompts, args, rule)
-    skeleton, longest = load_skeleton(args.model, tokenizer, args), max(len(prompt.ids) for prompt in prompts)
-    what = f"a prompt of {longest} tokens and --max-new-tokens {args.max_new_tokens}"
-    longest += args.max_new_tokens
-    check_positions(skeleton.config, longest, what, args.model)
+    skeleton = load_skeleton(args.model, tokenizer, args)
     folders = {name: adapter_folder(folder) for name, folder in args.adapters}
     for place, folder in enumerate(folders.values()):
         lora.load_adapter(skeleton, folder, f"policy_{place}")
@@ -304,6 +301,9 @@ def main(args):
         task: reward_models.read_record(folder, task, tokenizer, args.trust_remote_code)
         for task, folder in rm_folders.items()
     }
+    longest = max(len(prompt.ids) for prompt in prompts)
+    what = f"a prompt of {longest} tokens and --max-new-tokens {args.max_new_tokens}"
+    check_positions(skeleton.config, longest + args.max_new_tokens, what, args.model)
 
     # 3 models: one frozen base, and on it by name the adapters and the reward models that share it
     dtype = distributed.pick_dtype(args.dtype, world)

@@ -254,7 +254,7 @@ def main(args):
     model.train()  # frozen and without dropout: for gradient checkpointing, which a model in eval mode passes over
     updates = itertools.chain.from_iterable(plan_epoch(epoch=epoch) for epoch in itertools.count())
     for num_pairs, micro_batches in itertools.islice(updates, at["step"], num_updates):
-        for indices in micro_batches[world.rank]:
+        for indices in filter(None, micro_batches[world.rank]):  # a pass without pairs has no vectors to train
             watch.phase("forward")
             batch, ref = pack([pairs[i] for i in indices], world.device), send(ref_logps[indices], world.device)
             losses, metrics = pair_losses(model, batch, ref, args)
