@@ -139,6 +139,8 @@ class MetricsLog:
         folder = Path(args.output_dir)
         for path in [*folder.glob(".saving-*"), *folder.glob(".checkpoint-*.unfinished")]:  # what a kill left
             shutil.rmtree(path, ignore_errors=True)
+        for path in folder.glob(f".{written_files.NAME}.*"):
+            path.unlink()
         if args.overwrite and not goes_on(args, checkpoint) and (left := remove_run(folder)):
             print(left)
         folder.mkdir(parents=True, exist_ok=True)
