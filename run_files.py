@@ -158,6 +158,8 @@ class MetricsLog:
         self.folder = folder = Path(args.output_dir)
         for path in [*folder.glob(".saving-*"), *folder.glob(".checkpoint-*.unfinished")]:  # what a kill left
             shutil.rmtree(path, ignore_errors=True)
+        for path in folder.glob(f".{written_files.NAME}.*"):
+            path.unlink()
         if args.overwrite and not goes_on(args, checkpoint) and (left := remove_run(folder)):
             tqdm.write(left)
         folder.mkdir(parents=True, exist_ok=True)

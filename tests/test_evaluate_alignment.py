@@ -750,6 +750,22 @@ def test_overwrite_replaces_a_report_and_nothing_else(world, tmp_path):
     )
 
 
+@pytest.fixture(scope="module")
+def finished(world, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("finished") / "report"
+    tiny(world, folder)
+    return folder
+
+
+@pytest.mark.parametrize("name", OUTPUTS)
+def test_overwrite_never_replaces_what_it_has_not_written(finished, refused, tmp_path, name):
+    shutil.copytree(finished, tmp_path / "report")
+    (tmp_path / "report" / name).write_text("mine")
+    sentence = refused("--output-dir", tmp_path / "report", "--overwrite")
+    assert f"{tmp_path}/report/{name} is not as this script wrote it (report.manifest.json): move it away" in sentence
+    assert (tmp_path / "report" / name).read_text() == "mine"
+
+
 def test_weights_that_are_not_finite_end_with_exit_code_3(world, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("sys.argv", ["evaluate_alignment.py"])
     broken = write_adapter(world / "model", tmp_path / "broken", math.inf)

@@ -344,6 +344,31 @@ def test_an_output_that_was_tampered_with_is_refused(world_make, tmp_path, capsy
     assert one_line(capsys).startswith(f"generate.py: {output}.args.json cannot be read (")
 
 
+CHANGES = {"a byte": lambda data: data[:9] + b"?" + data[10:], "a row": lambda data: data + b"{}\n"}
+
+
+@pytest.mark.parametrize(
+    ("finished", "change", "words"),
+    [
+        (True, "a byte", ["--overwrite"]),
+        (True, "a row", ["--overwrite"]),
+        (False, "a byte", ["--overwrite"]),
+        (False, "a byte", []),  # a row behind the last whole batch is what a kill leaves: it is written again
+    ],
+)
+def test_an_output_that_was_changed_is_kept(world_make, tmp_path, capsys, finished, change, words):
+    output = tmp_path / "o.jsonl"
+    world_make(output=output) if finished else begin(world_make, output)
+    output.write_bytes(CHANGES[change](output.read_bytes()))
+    before = snapshot(tmp_path)
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        world_make(*words, output=output)
+    said = f"generate.py: {output} was changed since it was written: move it away, or choose another --output"
+    assert one_line(capsys) == said
+    assert snapshot(tmp_path) == before
+
+
 # -- pairs by a function ----------------------------------------------------------------------------------------------
 
 

@@ -609,6 +609,24 @@ def test_overwrite_replaces_its_own_files_and_no_other():
     assert Path("data/train/other.jsonl").read_text() == "mine"
 
 
+@pytest.mark.parametrize("name", ["data/train/helpful_pairs.jsonl", "data/account.json"])
+def test_overwrite_never_replaces_what_it_has_not_written(capsys, name):
+    Path(name).parent.mkdir(parents=True)
+    Path(name).write_text('{"bank": 1}')
+    write_rows(Path("rows.jsonl"), [pku(n) for n in range(60)])
+    for words in ([], ["--overwrite"]):
+        assert name in fails(capsys, "--input", "rows.jsonl", *words)
+    assert Path(name).read_text() == '{"bank": 1}'
+    Path(name).unlink()
+    prepare("--input", "rows.jsonl")
+    rows = Path("data/train/helpful_pairs.jsonl")
+    rows.write_text(rows.read_text() + "\n")
+    before = snapshot("data")
+    said = "data/train/helpful_pairs.jsonl is not as account.json says it was written: move it away"
+    assert fails(capsys, "--input", "rows.jsonl", "--overwrite").startswith(said)
+    assert snapshot("data") == before
+
+
 def test_a_write_that_fails_leaves_everything_as_it_was(monkeypatch, capsys):
     prepare_rows([pku(n) for n in range(50)])
     write_rows(Path("rows.jsonl"), [pku(n) for n in range(60)])

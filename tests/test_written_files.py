@@ -404,6 +404,28 @@ def test_killed_anywhere_in_a_save_the_old_or_the_new_is_there_or_it_is_refused(
     assert read(kind, out, world) and (out / weights.name).read_bytes() == bytes(content)
 
 
+def test_killed_while_it_replaces_an_old_run_the_next_one_replaces_the_rest(saved, world, tmp_path):
+    """What is left is known as written: --overwrite goes through, and a file of the user's stays."""
+    for number in range(1, 100):
+        out = Path(shutil.copytree(saved["adapter"], tmp_path / f"out{number}"))
+        (out / "notes.txt").write_text("mine")
+        args = dpo_hf_run.get_args(["--output-dir", str(out), "--report-to", "none", "--overwrite"])
+
+        def start(args=args):
+            run_files.check_output(args)
+            run_files.MetricsLog(args, is_main=True).close()
+
+        ended = kill_at(number, start)
+        start()
+        assert {name for name in snapshot(out) if not name.startswith("cache/")} == {
+            *("notes.txt", "args.json", "metrics.jsonl", "manifest.json")
+        }
+        assert (out / "notes.txt").read_text() == "mine"
+        if ended:
+            break
+    assert number > 15
+
+
 KILLER = """
 import os, signal, sys
 number = int(sys.argv.pop(1))
