@@ -7,6 +7,8 @@ import re
 import shutil
 import stat
 import struct
+import subprocess
+import sys
 from xml.etree import ElementTree
 
 import pytest
@@ -74,6 +76,17 @@ def test_the_page_is_drawn_at_each_evaluation_and_not_at_each_log_line(world, tm
     monkeypatch.setattr(training_curves, "page", lambda *given: drawn.append(given[1]) or page(*given))
     Run(world, tmp_path / "run", max_steps=4, eval_steps=2, report_to="none")
     assert [re.search(r"update (\d+)", lead).group(1) for lead in drawn] == ["0", "2", "4", "4"]
+
+
+def test_a_run_that_ends_early_has_its_curves_to_the_last_log_line(tmp_path):
+    program = f"""import sys, dpo_hf_run, run_files
+log = run_files.MetricsLog(dpo_hf_run.get_args(["--report-to", "none", "--output-dir", "{tmp_path}/run"]), True)
+log.write(7, 0.5, {{"loss": 0.25, "grad_norm": float("nan")}})
+sys.exit(143)"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 143, done.stderr
+    page = (tmp_path / "run" / "curves.html").read_text("utf-8")
+    assert "Up to update 7," in page and figures(page).keys() == {"loss"}
 
 
 def test_overwrite_replaces_the_curves_and_the_steps_of_lambda(world, tmp_path):
@@ -258,7 +271,7 @@ def test_a_resumed_run_gives_a_tracker_all_of_its_history(world, tmp_path, offli
 @pytest.mark.parametrize("tracker", ["tensorboard", "wandb", "swanlab"])
 def test_a_tracker_that_is_missing_is_named_with_its_command(world, tmp_path, capsys, monkeypatch, tracker):
     monkeypatch.setattr("sys.argv", ["dpo_hf_run.py"])
-    monkeypatch.setitem(run_files.sys.modules, tracker, None)  # it is not found
+    monkeypatch.setitem(sys.modules, tracker, None)  # it is not found
     with pytest.raises(SystemExit) as exit:
         Run(world, tmp_path / "run", report_to=[tracker])
     assert exit.value.code == 2
@@ -273,7 +286,7 @@ def test_a_tracker_that_is_missing_is_named_with_its_command(world, tmp_path, ca
 def test_a_folder_of_runs_is_no_tracker(tmp_path, monkeypatch):
     (tmp_path / "wandb").mkdir()  # which wandb leaves where it was started
     monkeypatch.setattr("sys.path", [str(tmp_path)])
-    monkeypatch.delitem(run_files.sys.modules, "wandb", raising=False)
+    monkeypatch.delitem(sys.modules, "wandb", raising=False)
     assert not run_files.is_installed("wandb")
 
 
