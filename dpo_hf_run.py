@@ -12,7 +12,7 @@ Deviations from the paper: AdamW instead of RMSprop; label smoothing, robust, hi
     python dpo_hf_run.py --model Qwen/Qwen3-0.6B --dataset pairs.jsonl --learning-rate 1e-4    # one GPU
     torchrun --nproc_per_node=4 dpo_hf_run.py --dataset pairs.jsonl --learning-rate 1e-4       # four GPUs
 
-Copy with: checkpoints.py distributed.py flags.py lora.py losses.py memory_estimate.py memory_report.py
+Copy with: chat_text.py checkpoints.py distributed.py flags.py lora.py losses.py memory_estimate.py memory_report.py
     model_files.py optimizers.py packed_model.py packing.py preference_data.py run_files.py score_cache.py speed.py
     toy_world.py
 """
@@ -335,7 +335,7 @@ def main(args):
                 lora.save_adapter(policy, "policy", folder, args.model)
             else:
                 save_whole(policy, folder, state)
-            tokenizer.save_pretrained(folder)
+            run_files.save_tokenizer(tokenizer, folder)
             card = run_files.model_card(
                 args, __file__, "DPO", log.history, fingerprint([pairs[i] for i in train]), bool(args.lora_r)
             )
@@ -343,7 +343,7 @@ def main(args):
             if args.save_merged:
                 lora.merge_adapter(policy, "policy")
                 policy.save_pretrained(folder / "merged")
-                tokenizer.save_pretrained(folder / "merged")
+                run_files.save_tokenizer(tokenizer, folder / "merged")
         say(f"saved to {args.output_dir}")
     distributed.stop()
 

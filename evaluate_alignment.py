@@ -13,8 +13,9 @@ quantiles of its score then instead of a harm rate, and `safe` means at least th
         --adapters before=outputs/dpo_qwen_trl after=models/aligned \\
         --helpful-rm-path models/helpful_rm --harmless-rm-path models/harmless_rm                          # one GPU
 
-Copy with: distributed.py evaluation_numbers.py flags.py lora.py model_files.py packed_model.py packing.py
-    preference_data.py report_page.py reward_models.py run_files.py sampling.py score_cache.py toy_world.py
+Copy with: chat_text.py distributed.py evaluation_numbers.py flags.py lora.py model_files.py packed_model.py
+    packing.py preference_data.py report_page.py reward_models.py run_files.py sampling.py score_cache.py
+    toy_world.py
 """
 
 import hashlib
@@ -30,7 +31,6 @@ from typing import NamedTuple
 
 import torch
 import transformers
-from jinja2 import TemplateError
 from tqdm import tqdm
 
 import distributed
@@ -42,11 +42,12 @@ import reward_models
 import run_files
 import score_cache
 import toy_world
+from chat_text import TextError, as_messages, prompt_ids, response_end
 from model_files import ModelError, load_model, load_skeleton, load_tokenizer
 from packed_model import logps_of, prepare_model, prepare_scores
 from packing import pack, passes
-from preference_data import DataError, Malformed, as_messages, parse_row, read_rows
-from sampling import end_tokens, prompt_ids, response_text, sample
+from preference_data import DataError, Malformed, parse_row, read_rows
+from sampling import closed, end_tokens, response_text, sample
 
 TOY_FOLDER = "outputs/toy_world"
 REPORTS = "report.json", "report.html", "responses.jsonl"
@@ -123,6 +124,7 @@ class Prompt(NamedTuple):
     text: str  # of messages: all that is said, a line each
     ids: list
     category: str
+    end: int  # the token that ends a response to it
 
 
 def read_prompts(source, tokenizer, args):
@@ -146,9 +148,9 @@ def read_prompts(source, tokenizer, args):
                 raise DataError(f"{where} needs a chat template and this tokenizer has none: use an instruct model's")
             whole, ids = (prompt_ids(prompt, tokenizer, length) for length in (sys.maxsize, args.max_prompt_length))
             cut += len(ids) < len(whole)
-        except (Malformed, UnicodeEncodeError, TemplateError, TypeError) as problem:
+        except (Malformed, UnicodeEncodeError, TextError) as problem:
             raise DataError(f"{where}: {problem}; mend the row") from None
-        prompts.append(Prompt(text, ids, category or "no category"))
+        prompts.append(Prompt(text, ids, category or "no category", response_end(prompt, tokenizer)))
     if not prompts:
         raise DataError(f'{source} has no prompts: it needs rows like {{"prompt": "...", "category": "..."}}')
     return prompts, cut
@@ -183,12 +185,16 @@ def sampled(model, tokenizer, adapter, prompts, args, bar):
 
 
 @torch.no_grad()
-def measured(model, adapter, judges, prompts, responses, args):
+def measured(model, adapter, judges, prompts, responses, ends, args):
     """Numbers of one policy's responses {name: [one for each]}: log-probs under policy and base and the KL of the two,
     summed over its tokens (nats), and the scores of `judges` {name: RewardModel}.  Raises NonFinite.
+
+    Log-probs are of the tokens as they were sampled, scores of the response with the end that is trained.
     """
     groups = [responses[start : start + args.num_responses] for start in range(0, len(responses), args.num_responses)]
     pairs, places = reward_models.as_pairs([prompt.ids for prompt in prompts], groups)
+    as_trained = [[closed(said, ends, prompt.end) for said in group] for prompt, group in zip(prompts, groups)]
+    judged, _ = reward_models.as_pairs([prompt.ids for prompt in prompts], as_trained)
     names = ["logp", "base_logp", "kl", *judges]
     numbers = torch.zeros(len(names), 2, len(pairs), dtype=torch.float64)
     for indices in passes(range(len(pairs)), args.batch_size):
@@ -201,7 +207,7 @@ def measured(model, adapter, judges, prompts, responses, args):
             with lora.use_adapter(model, adapter):
                 *logps, chosen_kl, rejected_kl = model.packed_logps(batch, reference)
                 kl = [chosen_kl, rejected_kl]
-        found = [logps, base_logps, kl]
+        found, batch = [logps, base_logps, kl], pack([judged[i] for i in indices], model.device)
         for judge in judges.values():
             with lora.use_adapter(judge.model, judge.adapter):
                 found.append(judge.model.packed_scores(batch, judge.head))
@@ -219,7 +225,8 @@ def response_rows(name, prompts, responses, numbers, tokenizer, ends):
         prompt = prompts[place // num_responses]
         row = {"policy": name, "prompt_index": place // num_responses, "response_index": place % num_responses}
         row |= {"category": prompt.category, "prompt": prompt.text}
-        row |= {"response": response_text(prompt.ids, ids, tokenizer), "tokens": len(ids), "finished": ids[-1] in ends}
+        row |= {"response": response_text(prompt.ids, ids, ends, tokenizer), "tokens": len(ids)}
+        row["finished"] = ids[-1] in ends
         rows.append(row | {field: values[place] for field, values in numbers.items()})
     return rows
 
@@ -307,11 +314,12 @@ def main(args):
     calibrated = bool(records.get("harmless", {}).get("calibrated"))
     judged = partial(evaluation_numbers.judged, calibrated=calibrated, rule=rule)
     total, by_policy = len(policies) * len(prompts) * args.num_responses, {}
+    ends = end_tokens(model, tokenizer)
     bar = tqdm(total=total, desc="responses", disable=not distributed.shows_bars(world))
     for name, adapter in policies.items():
         responses = sampled(model, tokenizer, adapter, prompts, args, bar)
-        numbers = measured(model, adapter, judges, prompts, responses, args)
-        rows = response_rows(name, prompts, responses, numbers, tokenizer, end_tokens(model, tokenizer))
+        numbers = measured(model, adapter, judges, prompts, responses, ends, args)
+        rows = response_rows(name, prompts, responses, numbers, tokenizer, ends)
         pairs = zip(rows, by_policy.get("base") or [None] * len(rows), strict=True)
         by_policy[name] = [judged(row, base, benign[row["prompt_index"]]) for row, base in pairs]
     bar.close()

@@ -2,23 +2,34 @@
 
 rows   a .jsonl or .json file (gzip too), or a dataset: an id on a hub or a folder (needs the extra `hub`)
 texts  (prompt, chosen, rejected): strings as they stand, or messages through the tokenizer's chat template
-pairs  prompt_ids, chosen_ids, rejected_ids: a response ends in exactly one end-of-sequence and carries the loss
+pairs  prompt_ids, chosen_ids, rejected_ids: a response ends in exactly one end token and carries the loss
 """
 
 import gzip
 import hashlib
 import itertools
 import json
-import re
 import textwrap
 import zlib
 from collections import Counter
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from jinja2 import TemplateError
+from chat_text import (
+    DAY,
+    PreferenceError,
+    TextError,
+    as_messages,
+    changes,
+    common_prefix,
+    encode_pair,
+    full_texts,
+    response_end,
+    shortened,
+    token_ids,
+    writes_a_date,
+)
 
 
 class DataError(ValueError):
@@ -39,6 +50,7 @@ class Pair(NamedTuple):
     rejected_ids: list
     labels: tuple | None = None  # of harm, (chosen, rejected): +1 harmful, -1 safe; None where the row has none
     prompted_ids: list | None = None  # the prompt with a preference in it, where load_pairs was given one
+    end: int | None = None  # the token that ends its responses, where it is not the tokenizer's end-of-sequence
 
 
 # -- rows --------------------------------------------------------------------------------------------------------
@@ -228,83 +240,7 @@ def harm_labels(row):
     return labels["chosen"], labels["rejected"]
 
 
-# -- texts -> token ids ---------------------------------------------------------------------------------------------
-
-
-def as_messages(prompt, chosen, rejected):
-    """Plain strings as chat messages; the turns of an HH transcript become turns of the chat."""
-    before, *turns = re.split(r"\n\n(Human|Assistant):", prompt)
-    roles = {"Human": "user", "Assistant": "assistant"}
-    messages = [
-        {"role": roles[who], "content": said.strip()}
-        for who, said in zip(turns[::2], turns[1::2], strict=True)
-        if said.strip()  # the last, empty "Assistant:" is where the response goes
-    ]
-    if before.strip() or not messages:
-        messages = [{"role": "user", "content": prompt.strip()}]
-    return messages, *([{"role": "assistant", "content": response.strip()}] for response in (chosen, rejected))
-
-
-def full_texts(prompt, chosen, rejected, tokenizer, prefer=None):
-    """The texts to tokenise: prompt, prompt + chosen, prompt + rejected, and prefer(prompt).  Raises Malformed."""
-    texts = [prompt, prompt + chosen, prompt + rejected]
-    try:
-        texts += [prefer(prompt)] if prefer else []
-        if isinstance(prompt, list):
-            render = partial(tokenizer.apply_chat_template, tokenize=False)
-            texts = [render(text, add_generation_prompt=place in (0, 3)) for place, text in enumerate(texts)]
-        "".join(texts).encode()  # a tokenizer takes no lone surrogates, and names no line
-    except (TemplateError, TypeError) as error:  # TypeError: content that is null
-        raise Malformed(f"the chat template refuses its messages ({error})") from None
-    except UnicodeEncodeError as error:
-        raise Malformed(f"text that is no Unicode ({error.reason})") from None
-    return texts
-
-
-def common_prefix(a, b):
-    """Length of the longest common beginning of two sequences."""
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
-
-
-def encode_pair(ids, tokenizer, max_length, max_prompt_length, is_chat=False):
-    """Token ids of prompt, prompt + chosen, prompt + rejected and perhaps prompted prompt -> Pair.  Raises Unusable.
-
-    The boundary is the longest common prefix of the first three: where a token spans the seam of prompt and response,
-    it belongs to the responses.  Too long a prompt loses its beginning (but for a BOS), then the responses their end.
-    """
-    whole_ids, full_chosen_ids, full_rejected_ids, *prompted_ids = ids
-    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
-    boundary = min(common_prefix(whole_ids, ids) for ids in (full_chosen_ids, full_rejected_ids))
-    prompt_ids = whole_ids[:boundary] or [eos if bos is None else bos]  # something must predict the first token
-    keep, dropped = int(prompt_ids[0] == bos), max(0, len(prompt_ids) - max_prompt_length)
-    if dropped:
-        prompt_ids = prompt_ids[:keep] + prompt_ids[keep + dropped :]
-    responses = []
-    for ids in (full_chosen_ids[boundary:], full_rejected_ids[boundary:]):
-        if is_chat and eos in ids:  # templates write a newline behind the last end-of-sequence
-            ids = ids[: len(ids) - ids[::-1].index(eos)]
-        while ids and ids[-1] == eos:
-            ids = ids[:-1]
-        responses.append((ids + [eos])[: max_length - len(prompt_ids)])
-    if responses[0] == responses[1]:
-        raise Unusable("the two responses are equal after the cut at --max-length")
-    if not prompted_ids:
-        return Pair(prompt_ids, *responses)
-    same, cut = prompted_ids[0] == whole_ids, (keep, dropped, len(whole_ids) - boundary)
-    return Pair(prompt_ids, *responses, None, prompt_ids if same else _cut_alike(prompted_ids[0], whole_ids, *cut))
-
-
-def _cut_alike(ids, whole_ids, keep, dropped, seam):
-    """The prompted ids without what the plain prompt loses, `dropped` tokens behind the first `keep` and `seam` at the
-    end.  What the preference adds stays, also where all around it goes."""
-    before, after = common_prefix(ids, whole_ids), common_prefix(ids[::-1], whole_ids[::-1])
-    if after >= len(whole_ids) - keep:  # in front of all but a BOS; it may begin with the token that all begins with
-        before = min(before, len(whole_ids) - after)
-    else:
-        after = common_prefix(ids[before:][::-1], whole_ids[before:][::-1])
-    head, added, tail = ids[:before], ids[before : len(ids) - after], ids[len(ids) - after :]
-    gone = keep + dropped - (len(whole_ids) - after)  # of the tail
-    return head[:keep] + head[keep + dropped :] + added + tail[max(0, gone) : len(tail) - min(seam, len(tail))]
+# -- pairs ------------------------------------------------------------------------------------------------------------
 
 
 def load_pairs(
@@ -324,7 +260,7 @@ def load_pairs(
     usable pair is left.  Unusable rows are counted by reason, and the first one left out is named.
     Needs max_prompt_length < max_length, so that a cut leaves something of every response.
     """
-    shape, places, texts, labels, left_out, first = None, [], [], [], Counter(), ""
+    shape, rows, texts, left_out, first = None, [], [], Counter(), ""
     for where, row in itertools.islice(read_rows(source), limit or None):
         try:
             row = parse_row(row)
@@ -336,32 +272,42 @@ def load_pairs(
             is_chat = isinstance(row[0], list)
             if is_chat and not tokenizer.chat_template:
                 raise DataError(f"{where} needs a chat template and this tokenizer has none: use an instruct model's")
-            texts += full_texts(*row, tokenizer, prefer)
-            places.append(where)
-            labels.append(label)
-        except Malformed as problem:
+            texts.append(full_texts(*row, tokenizer, prefer))
+            rows.append((where, row, label))
+        except (Malformed, TextError) as problem:
             if not skip_invalid:
                 advice = "mend the row, or leave such rows out with --skip-invalid"
                 raise DataError(f"{where}: {problem}; {advice}") from None
             left_out["malformed"] += 1
             first = first or f"{where}: {problem}"
+        except PreferenceError as problem:
+            raise DataError(f"{where}: {problem}") from None
         except Unusable as reason:
             left_out[str(reason)] += 1
             first = first or f"{where}: {reason}"
-    pairs, cut, merged, num_rows = [], 0, 0, len(places) + left_out.total()
-    if texts:  # a chat template writes the special tokens itself
-        ids = tokenizer(texts, add_special_tokens=not is_chat, verbose=False)["input_ids"]
-        each = len(ids) // len(places)  # texts per row
-        for where, label, *of_row in zip(places, labels, *(ids[n::each] for n in range(each)), strict=True):
-            try:
-                pair = encode_pair(of_row, tokenizer, max_length, max_prompt_length, is_chat)._replace(labels=label)
-                merged += any(common_prefix(of_row[0], ids) < len(of_row[0]) for ids in of_row[1:3])
-                is_cut = len(pair.prompt_ids) == max_prompt_length < len(of_row[0])
-                cut += is_cut or any(ids[-1] != tokenizer.eos_token_id for ids in pair[1:3])
-                pairs.append(pair)
-            except Unusable as reason:
-                left_out[str(reason)] += 1
-                first = first or f"{where}: {reason}"
+    pairs, cut, merged, notes, num_rows = [], 0, 0, {}, len(rows) + left_out.total()
+    flat = token_ids([text for of_row in texts for text in of_row], tokenizer, is_chat) if rows else []
+    for place, (where, row, label) in enumerate(rows):
+        try:
+            of_row, ids = texts[place], flat[place * len(texts[0]) : (place + 1) * len(texts[0])]
+            found, is_long = changes(*row, of_row, tokenizer) if is_chat else [], len(ids[0]) > max_prompt_length
+            if is_chat and is_long:
+                short = shortened(row[0], tokenizer, max_prompt_length)
+                ids = token_ids(full_texts(short, *row[1:], tokenizer, prefer), tokenizer, is_chat)
+            end = response_end(row[0], tokenizer)
+            *parts, prompted = encode_pair(ids, tokenizer, max_length, max_prompt_length, end, is_chat)
+            if parts[1] == parts[2]:
+                at_all = "after the cut at --max-length" if parts[1][-1] != end else "as the model reads them"
+                raise Unusable(f"the two responses are equal {at_all}")
+            pairs.append(Pair(*parts, label, prompted, None if end == tokenizer.eos_token_id else end))
+            seam = any(common_prefix(ids[0], whole) < len(ids[0]) for whole in ids[1:3])
+            merged += seam and all(text.startswith(of_row[0]) for text in of_row[1:3])
+            cut += is_long and (is_chat or len(parts[0]) == max_prompt_length) or any(r[-1] != end for r in parts[1:])
+            for what, detail in found:
+                notes.setdefault(what, []).append(f"{where}{detail}")
+        except (Unusable, TextError) as reason:
+            left_out[str(reason)] += 1
+            first = first or f"{where}: {reason}"
     reasons = ", ".join(f"{count} because {reason}" for reason, count in left_out.most_common())
     if not pairs:
         raise DataError(f"{source} has {num_rows} rows and no usable pair ({reasons or 'the file is empty'})")
@@ -373,6 +319,9 @@ def load_pairs(
         report.append(f"  cut {cut:,} pairs to --max-length {max_length} or --max-prompt-length {max_prompt_length}")
     if merged:
         report.append(f"  in {merged:,} pairs a token spans the seam of prompt and response, and counts as response")
+    report += [f"  in {len(where):,} pairs {what}; the first is {where[0]}" for what, where in notes.items()]
+    if is_chat and writes_a_date(rows[0][1][0], tokenizer):
+        report.append(f"  the chat template writes a date, which is {DAY:%d %b %Y} in every run")
     for name, ids in zip(Pair._fields, pairs[0][:3]):
         text = repr(tokenizer.decode(ids))
         text = text if len(text) <= 150 else f"{text[:60]} ... {text[-80:]}"

@@ -19,6 +19,8 @@ import torch
 import transformers
 from transformers.trainer_callback import TrainerState
 
+from chat_text import turn_end
+
 # What marks a folder as a run's and would be replaced, and what goes with it under --overwrite; nothing else goes.
 RUN_FILES = "metrics.jsonl args.json trainer_state.json adapter_config.json config.json README.md merged".split()
 WITH_THEM = """adapter_model.safetensors model.safetensors model-*-of-*.safetensors model.safetensors.index.json
@@ -145,6 +147,17 @@ def whole_files(output_dir):
             os.replace(path, target)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def save_tokenizer(tokenizer, folder):
+    """Write the tokenizer; and where a whole model stands in `folder`, let `generate` stop at the end of a turn too."""
+    tokenizer.save_pretrained(folder)
+    if (Path(folder) / "generation_config.json").exists():
+        settings = transformers.GenerationConfig.from_pretrained(folder)
+        ends = settings.eos_token_id if isinstance(settings.eos_token_id, list) else [settings.eos_token_id]
+        if turn_end(tokenizer) not in ends:
+            settings.eos_token_id = [*(end for end in ends if end is not None), turn_end(tokenizer)]
+            settings.save_pretrained(folder)
 
 
 def save_run_record(folder, log, args, script, card):

@@ -9,7 +9,6 @@ import pytest
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-import preference_data
 from packing import hold_out
 from preference_data import DataError, Pair, as_messages, fingerprint, load_pairs, recognise, row_texts
 
@@ -694,15 +693,3 @@ def test_labels_that_are_not_plus_or_minus_one_for_both_stop_the_run(tmp_path, l
     with pytest.raises(DataError, match=rf"rows.jsonl:2: {sentence}"):
         load(path)
     assert len(load(path, skip_invalid=True)[0]) == 1
-
-
-@pytest.mark.parametrize(
-    "prompted, keep, dropped, seam, expected",
-    [
-        ([5, 6, 9, 6], 0, 0, 1, [5, 6, 9, 6]),  # a text that ends in the token that the seam takes is whole
-        ([8, 5, 6], 0, 0, 1, [8, 5]),  # in front: the plain prompt's own last token goes
-        ([5, 8, 6], 1, 1, 0, [5, 8]),  # behind the BOS 5: what is cut is 6, and not the preference
-    ],
-)
-def test_a_short_prompt_with_a_preference_loses_only_its_own_tokens(prompted, keep, dropped, seam, expected):
-    assert preference_data._cut_alike(prompted, [5, 6], keep, dropped, seam) == expected
