@@ -35,7 +35,7 @@ def as_messages(prompt, chosen, rejected):
     before, *turns = re.split(r"\n\n(Human|Assistant):", prompt)
     roles = {"Human": "user", "Assistant": "assistant"}
     messages = [
-        {"role": roles[who], "content": _words(said)}
+        {"role": roles[who], "content": _words(said.lstrip(" "))}
         for who, said in zip(turns[::2], turns[1::2], strict=True)
         if said.strip()  # the last, empty "Assistant:" is where the response goes
     ]
@@ -45,14 +45,15 @@ def as_messages(prompt, chosen, rejected):
         messages[-1]["content"] += turns[-1][len(turns[-1].rstrip()) :]
         responses = chosen.rstrip(), rejected.rstrip()
     else:
-        responses = _words(chosen), _words(rejected)
+        blanks = " " if turns else ""  # behind "Assistant:"
+        responses = _words(chosen.lstrip(blanks)), _words(rejected.lstrip(blanks))
     return messages, *([{"role": "assistant", "content": response}] for response in responses)
 
 
 def _words(text):
-    """A text without empty lines around it and the one blank behind a colon; the indentation of code stays."""
+    """A text without empty lines around it and one blank before it; the indentation of code stays."""
     text = re.sub(r"\A(?:[^\S\n]*\n)+", "", text.rstrip())
-    return text[1:] if re.match(r"\s\S", text) else text
+    return text[1:] if re.match(r" \S", text) else text
 
 
 def conversation(prompt, response):

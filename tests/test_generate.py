@@ -25,9 +25,9 @@ import lora
 import reward_function
 import score_cache
 import toy_world
+from chat_text import prompt_ids
 from model_files import load_model, load_tokenizer
 from preference_data import load_pairs
-from sampling import prompt_ids
 from train_rm import save_model
 
 

@@ -9,8 +9,9 @@ import pytest
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
+from chat_text import as_messages
 from packing import hold_out
-from preference_data import DataError, Pair, as_messages, fingerprint, load_pairs, recognise, row_texts
+from preference_data import DataError, Pair, fingerprint, load_pairs, recognise, row_texts
 
 SPECIAL = {"<s>": 0, "</s>": 1, "<|im_start|>": 2, "<|im_end|>": 3, "<unk>": 4}
 EOS = 1

@@ -10,8 +10,9 @@ from test_preference_data import CHATML, char_tokenizer, ids, write_rows
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
-from preference_data import as_messages, load_pairs
-from sampling import RowDraws, end_tokens, prompt_ids, response_text, sample
+from chat_text import as_messages, prompt_ids
+from preference_data import load_pairs
+from sampling import RowDraws, end_tokens, response_text, sample
 
 TOKENIZER = char_tokenizer()  # its end of sequence is token 1, as the tiny models'
 PROMPTS = [[5, 6, 7], [30], [9, 8, 7, 6, 5, 4, 3, 2, 40, 41], [50, 51], [5, 6, 7, 8, 9, 10]]
@@ -235,13 +236,13 @@ def word_tokenizer():
 def test_a_response_keeps_the_blank_between_it_and_its_prompt():
     tokenizer = word_tokenizer()
     assert tokenizer.decode([3, 4]) == "hello world"  # the trap
-    assert response_text([2], [3, 4, 1], tokenizer) == " hello world"
-    assert response_text([2, 3], [5, 1], tokenizer) == "!"
+    assert response_text([2], [3, 4, 1], [1], tokenizer) == " hello world"
+    assert response_text([2, 3], [5, 1], [1], tokenizer) == "!"
 
 
 def test_special_tokens_are_no_text():
-    assert response_text(ids("ab"), [*ids("cd"), 2, *ids("e"), 1], TOKENIZER) == "cde"
-    assert response_text([2, *ids("ab"), 3], [1], TOKENIZER) == ""
+    assert response_text(ids("ab"), [*ids("cd"), 2, *ids("e"), 1], [1], TOKENIZER) == "cde"
+    assert response_text([2, *ids("ab"), 3], [1], [1], TOKENIZER) == ""
 
 
 def test_a_prompt_cut_within_a_character_does_not_swallow_the_response():
@@ -250,15 +251,15 @@ def test_a_prompt_cut_within_a_character_does_not_swallow_the_response():
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
     whole, answer = tokenizer("é").input_ids, tokenizer("ü!").input_ids
     assert len(whole) == 2
-    assert response_text(whole, answer, tokenizer) == "ü!"
-    assert response_text(whole[1:], answer, tokenizer) == "ü!"  # its prompt begins in the middle
-    assert response_text(whole[:1], answer, tokenizer) == "ü!"  # and this one ends there
+    assert response_text(whole, answer, [1], tokenizer) == "ü!"
+    assert response_text(whole[1:], answer, [1], tokenizer) == "ü!"  # its prompt begins in the middle
+    assert response_text(whole[:1], answer, [1], tokenizer) == "ü!"  # and this one ends there
 
 
 def test_blanks_are_not_tidied():
     tokenizer = char_tokenizer()
     tokenizer.clean_up_tokenization_spaces = True  # as Llama 3's settings have it
-    assert response_text(ids("a"), ids("b . c ?"), tokenizer) == "b . c ?"
+    assert response_text(ids("a"), ids("b . c ?"), [1], tokenizer) == "b . c ?"
 
 
 def test_a_streamer_gets_the_one_response():

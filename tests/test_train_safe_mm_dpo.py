@@ -205,7 +205,7 @@ def test_lambda_follows_the_cost(train, estimate):
 
 def test_sampled_cost_is_the_harmless_models_mean_over_responses_of_the_policy(toy, judges, train):
     """Against a loop of its own: the same prompts and responses, scored one by one by the model loaded alone."""
-    from expected_cost import draw
+    from expected_cost import draw, prompts_of
     from packed_model import prepare_model
     from reward_models import RewardModel
     from sampling import sample
@@ -213,7 +213,7 @@ def test_sampled_cost_is_the_harmless_models_mean_over_responses_of_the_policy(t
 
     tokenizer = load_tokenizer(toy / "model")
     pairs, _ = load_pairs(str(toy / "val/harmless_pairs.jsonl"), tokenizer, 512, 256, limit=30)
-    prompts = [pair.prompt_ids for pair in pairs]
+    prompts = prompts_of(pairs, tokenizer.eos_token_id)
     policy = load_model(toy / "model", torch.float32, "cpu")
     _, head = lora.load_adapter(policy, judges / "harmless", "harmless", with_head=True)
     lora.switch_adapter(policy, None)
@@ -229,7 +229,7 @@ def test_sampled_cost_is_the_harmless_models_mean_over_responses_of_the_policy(t
     assert cost != sampled_cost(policy, judge, prompts, tokenizer, split, 6, args, world)
     alone = load_model(toy / "model", torch.float32, "cpu", scores=True)
     lora.load_adapter(alone, judges / "harmless", "reward", with_head=True)
-    asked = [ids for ids in draw(prompts, 8, 42 * 1_000_003 + 5, 0, 1) for _ in range(2)]
+    asked = [ids for ids, _ in draw(prompts, 8, 42 * 1_000_003 + 5, 0, 1) for _ in range(2)]
     responses = sample(policy, tokenizer, asked, 32, 42 * 1_000_003 + 5)
     with torch.no_grad():
         ends = [alone.base_model(torch.tensor([p + r])).last_hidden_state[0, -1] for p, r in zip(asked, responses)]
