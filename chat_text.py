@@ -87,11 +87,6 @@ def render(messages, tokenizer, day=DAY, **how):
         raise TextError(f"the chat template refuses its messages ({reason})") from None
 
 
-def writes_a_date(messages, tokenizer, **how):
-    """Whether the template writes the date, which is DAY's in every text."""
-    return render(messages, tokenizer, **how) != render(messages, tokenizer, day=datetime(1987, 11, 9), **how)
-
-
 def prompt_text(prompt, tokenizer, **how):
     """What stands before a response: a string as it is; messages up to the header of the assistant's answer, or up to
     the words of the assistant's that end them."""
@@ -284,8 +279,24 @@ def encode_pair(ids, tokenizer, max_length, max_prompt_length, end, is_chat=Fals
 # -- what a template does to a row ------------------------------------------------------------------------------------
 
 
-def changes(prompt, chosen, rejected, texts, tokenizer):
-    """[(what, detail)] of a pair of messages that trains otherwise than they say; texts: those of `full_texts`."""
+def note(notes, where, prompt, chosen, rejected, texts, tokenizer):
+    """Add to notes {what: [where]} what the text of a row of messages has otherwise than they say.
+
+    texts: those of `full_texts`; of a prompt alone, with no responses, the first.
+    """
+    for what, detail in _changes(prompt, chosen, rejected, texts, tokenizer):
+        notes.setdefault(what, []).append(where + detail)
+
+
+def note_lines(notes, rows, messages, tokenizer, **how):
+    """Lines for the report: the notes with a count of `rows` ("pairs"), and the date that a template writes."""
+    lines = [f"  in {len(places):,} {rows} {what}; the first is {places[0]}" for what, places in notes.items()]
+    text, other = (render(messages, tokenizer, day=day, **how) for day in (DAY, datetime(1987, 11, 9, 13)))
+    return lines + [f"  the chat template writes a date: {DAY:%d %b %Y} in every run"] * (text != other)
+
+
+def _changes(prompt, chosen, rejected, texts, tokenizer):
+    """[(what, detail)]."""
     found, (whole, *full) = [], texts[:3]
     same = len(whole)
     if not all(text.startswith(whole) for text in full):

@@ -42,7 +42,7 @@ import reward_models
 import run_files
 import score_cache
 import toy_world
-from chat_text import TextError, as_messages, prompt_ids, response_end
+from chat_text import TextError, as_messages, note, note_lines, prompt_ids, prompt_text, response_end
 from model_files import ModelError, load_model, load_skeleton, load_tokenizer
 from packed_model import logps_of, prepare_model, prepare_scores
 from packing import pack, passes
@@ -128,8 +128,8 @@ class Prompt(NamedTuple):
 
 
 def read_prompts(source, tokenizer, args):
-    """([Prompt], how many lost their beginning) of a file of rows.  Raises DataError with file:line."""
-    prompts, cut = [], 0
+    """([Prompt], how many lost their beginning, lines to print) of a file of rows.  Raises DataError with file:line."""
+    prompts, cut, notes, talk = [], 0, {}, None
     for where, row in itertools.islice(read_rows(source), args.num_samples or None):
         try:
             row = parse_row(row)
@@ -148,12 +148,15 @@ def read_prompts(source, tokenizer, args):
                 raise DataError(f"{where} needs a chat template and this tokenizer has none: use an instruct model's")
             whole, ids = (prompt_ids(prompt, tokenizer, length) for length in (sys.maxsize, args.max_prompt_length))
             cut += len(ids) < len(whole)
+            if isinstance(prompt, list):
+                talk = prompt
+                note(notes, where, prompt, [], [], [prompt_text(prompt, tokenizer)], tokenizer)
         except (Malformed, UnicodeEncodeError, TextError) as problem:
             raise DataError(f"{where}: {problem}; mend the row") from None
         prompts.append(Prompt(text, ids, category or "no category", response_end(prompt, tokenizer)))
     if not prompts:
         raise DataError(f'{source} has no prompts: it needs rows like {{"prompt": "...", "category": "..."}}')
-    return prompts, cut
+    return prompts, cut, note_lines(notes, "prompts", talk, tokenizer) if talk else []
 
 
 def benign_prompts(prompts, args, rule):
@@ -275,7 +278,9 @@ def main(args):
 
     # 2 prompts, and all that can be checked before the weights are read
     tokenizer = load_tokenizer(args.model, args.trust_remote_code)
-    prompts, cut = read_prompts(args.prompts, tokenizer, args)
+    prompts, cut, report = read_prompts(args.prompts, tokenizer, args)
+    if report:
+        say(*report, sep="\n")
     rule = toy_world.judge if all(toy_world.judge(p.text, "").kind != "unknown" for p in prompts) else None
     benign = benign_prompts(prompts, args, rule)
     skeleton = load_skeleton(args.model, tokenizer, args.trust_remote_code)

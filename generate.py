@@ -39,7 +39,7 @@ import reward_models
 import score_cache
 import toy_world
 from batch_file import BatchFile, OutputError, files_sha256
-from chat_text import TextError, as_messages, prompt_ids, response_end
+from chat_text import TextError, as_messages, note, note_lines, prompt_ids, prompt_text, response_end
 from model_files import ModelError, load_model, load_skeleton, load_tokenizer
 from packed_model import prepare_model, prepare_scores
 from packing import pack, passes
@@ -117,7 +117,7 @@ class Row(NamedTuple):
 
 def read_prompts(args, tokenizer):
     """(rows of --prompts, lines to print).  Raises DataError with file:line at the first mistake."""
-    rows, cut, left_out = [], 0, Counter()
+    rows, cut, left_out, notes, talk = [], 0, Counter(), {}, None
     for where, row in itertools.islice(read_rows(args.prompts), args.num_samples or None):
         try:
             row = parse_row(row)
@@ -129,11 +129,14 @@ def read_prompts(args, tokenizer):
             prompt, others = generated_rows.prompt_of(row, shape)
             wrapped = args.chat_template_strings and isinstance(prompt, str)
             shown = as_messages(prompt, "", "")[0] if wrapped else prompt  # as in training
-            if isinstance(shown, list) and not tokenizer.chat_template:
+            talk = shown if isinstance(shown, list) else talk
+            if talk is shown and not tokenizer.chat_template:
                 raise DataError(f"{where} needs a chat template and this tokenizer has none: use an instruct model's")
             whole, ids = (prompt_ids(shown, tokenizer, length) for length in (sys.maxsize, args.max_prompt_length))
             rows.append(Row(where, prompt, others, ids, response_end(shown, tokenizer)))
             cut += ids != whole
+            if talk is shown:
+                note(notes, where, shown, [], [], [prompt_text(shown, tokenizer)], tokenizer)
         except Unusable as reason:
             left_out[str(reason)] += 1
         except (Malformed, generated_rows.PromptError, UnicodeEncodeError, TextError) as problem:
@@ -145,6 +148,7 @@ def read_prompts(args, tokenizer):
     report = [f"{args.prompts}: {len(rows):,} prompts of {longest} tokens at most"]
     report += [f"  left out {count:,} rows because {reason}" for reason, count in left_out.items()]
     report += [f"  cut {cut:,} prompts to --max-prompt-length {args.max_prompt_length}"] if cut else []
+    report += note_lines(notes, "prompts", talk, tokenizer) if talk else []
     return rows, [*report, f"  row 0  {text}"]
 
 

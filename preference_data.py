@@ -17,18 +17,17 @@ from pathlib import Path
 from typing import NamedTuple
 
 from chat_text import (
-    DAY,
     PreferenceError,
     TextError,
     as_messages,
-    changes,
     common_prefix,
     encode_pair,
     full_texts,
+    note,
+    note_lines,
     response_end,
     shortened,
     token_ids,
-    writes_a_date,
 )
 
 
@@ -290,11 +289,10 @@ def load_pairs(
     for place, (where, row, label) in enumerate(rows):
         try:
             of_row, ids = texts[place], flat[place * len(texts[0]) : (place + 1) * len(texts[0])]
-            found, is_long = changes(*row, of_row, tokenizer) if is_chat else [], len(ids[0]) > max_prompt_length
+            is_long, end = len(ids[0]) > max_prompt_length, response_end(row[0], tokenizer)
             if is_chat and is_long:
                 short = shortened(row[0], tokenizer, max_prompt_length)
                 ids = token_ids(full_texts(short, *row[1:], tokenizer, prefer), tokenizer, is_chat)
-            end = response_end(row[0], tokenizer)
             *parts, prompted = encode_pair(ids, tokenizer, max_length, max_prompt_length, end, is_chat)
             if parts[1] == parts[2]:
                 at_all = "after the cut at --max-length" if parts[1][-1] != end else "as the model reads them"
@@ -303,8 +301,8 @@ def load_pairs(
             seam = any(common_prefix(ids[0], whole) < len(ids[0]) for whole in ids[1:3])
             merged += seam and all(text.startswith(of_row[0]) for text in of_row[1:3])
             cut += is_long and (is_chat or len(parts[0]) == max_prompt_length) or any(r[-1] != end for r in parts[1:])
-            for what, detail in found:
-                notes.setdefault(what, []).append(f"{where}{detail}")
+            if is_chat:
+                note(notes, where, *row, of_row, tokenizer)
         except (Unusable, TextError) as reason:
             left_out[str(reason)] += 1
             first = first or f"{where}: {reason}"
@@ -319,9 +317,7 @@ def load_pairs(
         report.append(f"  cut {cut:,} pairs to --max-length {max_length} or --max-prompt-length {max_prompt_length}")
     if merged:
         report.append(f"  in {merged:,} pairs a token spans the seam of prompt and response, and counts as response")
-    report += [f"  in {len(where):,} pairs {what}; the first is {where[0]}" for what, where in notes.items()]
-    if is_chat and writes_a_date(rows[0][1][0], tokenizer):
-        report.append(f"  the chat template writes a date, which is {DAY:%d %b %Y} in every run")
+    report += note_lines(notes, "pairs", rows[0][1][0], tokenizer) if is_chat else []
     for name, ids in zip(Pair._fields, pairs[0][:3]):
         text = repr(tokenizer.decode(ids))
         text = text if len(text) <= 150 else f"{text[:60]} ... {text[-80:]}"
