@@ -195,7 +195,7 @@ def shortened(prompt, tokenizer, max_prompt_length, **how):
             raise TextError("the chat template's own words leave no room within --max-prompt-length")
         cut = []
         for message, said, row in zip(messages, words, ids, strict=True):
-            kept = len(said) if len(row) <= most else len(tokenizer.decode(row[-most:]))
+            kept = len(said) if len(row) <= most else len(tokenizer.decode(row[-most:]).lstrip("\ufffd"))
             cut.append(message | {"content": said[-kept:]} if kept < len(said) else message)
         too_many = excess(cut)
     return cut
@@ -238,13 +238,14 @@ def _turn_end(tokenizer, template):
 
 
 def _ended(ids, end, tokenizer, is_chat):
-    """A response's ids with its one end; what a template writes behind it goes (a newline, a further token)."""
-    if end in ids:
-        last = len(ids) - ids[::-1].index(end)
-        if is_chat or not tokenizer.decode(ids[last:], skip_special_tokens=True).strip():
-            ids = ids[:last]
-    while ids and ids[-1] in (end, tokenizer.eos_token_id):
-        ids = ids[:-1]
+    """A response's ids with its one end; what a template or a text writes behind it goes (a newline, another end)."""
+    if is_chat and end in ids:
+        ids = ids[: len(ids) - ids[::-1].index(end)]
+    places = [place for place, token in enumerate(ids) if token in (end, tokenizer.eos_token_id)]
+    for place in reversed(places):
+        if tokenizer.decode(ids[place + 1 :]).strip():  # an end between two turns, or in a text
+            break
+        ids = ids[:place]
     return [*ids, end]
 
 
@@ -303,7 +304,7 @@ def _changes(prompt, chosen, rejected, texts, tokenizer):
         same = len(os.path.commonprefix([whole, *full]))
         found.append(("the prompt in training is not that of generation", f", and lacks {whole[same:]!r}"))
     said = [(message, text[same:]) for response, text in zip((chosen, rejected), full) for message in response]
-    for side, parts in (("responses", said), ("prompt", [(message, whole) for message in prompt])):
+    for side, parts in (("responses", said), ("prompt", [(message, whole[:same]) for message in prompt])):
         sizes = [_dropped(message, text) for message, text in parts]
         if gone := sum(lost for lost, _ in sizes):
             detail = f", {gone:,} of {sum(size for _, size in sizes):,} characters"
@@ -323,15 +324,14 @@ def _dropped(message, text):
         said = message.get(key)
         if not isinstance(said, str) or message["role"] == "tool":  # a template may write a tool's words as JSON
             continue
-        words, there = said.strip(), text
-        if words not in text:
-            words, there = "".join(said.split()), "".join(text.split())
-        if words not in there:
+        words, there = "".join(said.split()), text
+        if said.strip() not in text and words not in (there := "".join(text.split())):
             lengths = range(1, len(words) + 1)
             head = bisect_left(lengths, True, key=lambda n: words[:n] not in there)
             tail = bisect_left(lengths, True, key=lambda n: words[-n:] not in there)
             lost += len(words) - max(head, tail)
         elif (code := re.match(r"(?:\t| {2})\s*\S.*", said)) and code[0].rstrip() not in text:
             lost += len(said) - len(said.lstrip())
+            size += len(said) - len(said.lstrip())
         size += len(words)
     return lost, size
