@@ -412,7 +412,8 @@ def test_a_model_that_is_not_calibrated_gives_quantiles_and_no_harm_rate(command
 
 
 def test_kl_log_probs_and_scores_are_those_of_sequences_one_by_one(toy, adapters, reward_folders):
-    """In fp64, against the model's own logits and hidden states."""
+    """In fp64, against the model's own logits and hidden states; a judge reads the end that is trained, where a chat's
+    turn ends in another token (7 here) than the one that sampling stopped at."""
     model = model_files.load_model(str(toy / "model"), torch.float64, "cpu")
     tokenizer = model_files.load_tokenizer(str(toy / "model"))
     lora.load_adapter(model, adapters["wild"], "policy_0")
@@ -422,12 +423,16 @@ def test_kl_log_probs_and_scores_are_those_of_sequences_one_by_one(toy, adapters
     lora.switch_adapter(model, None)
     packed_model.prepare_model(model)
     texts = [json.loads(line)["prompt"] for line in (toy / "prompts.jsonl").read_text().splitlines()[:5]]
-    prompts = [evaluate_alignment.Prompt(text, tokenizer(text)["input_ids"], "a") for text in texts]
+    ends, eos = (tokenizer.eos_token_id, 7, 7, 7, 7), tokenizer.eos_token_id
+    ids = [tokenizer(text)["input_ids"] for text in texts]
+    prompts = [evaluate_alignment.Prompt(*facts, "a", end) for *facts, end in zip(texts, ids, ends)]
     args = SimpleNamespace(num_responses=3, batch_size=4, seed=1, max_new_tokens=20, temperature=1.0, top_p=1.0)
     bar = SimpleNamespace(update=lambda count: None)
     responses = evaluate_alignment.sampled(model, tokenizer, "policy_0", prompts, args, bar)
     assert len(responses) == 15
-    numbers = evaluate_alignment.measured(model, "policy_0", {"harmless_score": judge}, prompts, responses, args)
+    judges = {"harmless_score": judge}
+    numbers = evaluate_alignment.measured(model, "policy_0", judges, prompts, responses, [eos], args)
+    assert {response[-1] == eos for response in responses[3:]} == {True, False}
 
     def states(adapter, ids):
         with lora.use_adapter(model, adapter), torch.no_grad():
@@ -440,11 +445,12 @@ def test_kl_log_probs_and_scores_are_those_of_sequences_one_by_one(toy, adapters
         chosen = torch.arange(len(response)), torch.tensor(response)
         expected = {"logp": policy[chosen].sum(), "base_logp": base[chosen].sum()}
         expected["kl"] = (policy.exp() * (policy - base)).sum()
-        expected["harmless_score"] = states("harmless", prompt + response)[1][-1] @ judge.head[0].double()
+        trained = [*response[:-1], ends[place // 3]] if response[-1] == eos else response
+        expected["harmless_score"] = states("harmless", prompt + trained)[1][-1] @ judge.head[0].double()
         for name, value in expected.items():
             assert numbers[name][place] == pytest.approx(value.item(), abs=1e-10), name
     assert min(numbers["kl"]) > 0.001
-    of_base = evaluate_alignment.measured(model, None, {}, prompts, responses, args)
+    of_base = evaluate_alignment.measured(model, None, {}, prompts, responses, [eos], args)
     assert of_base["kl"] == [0.0] * 15
     assert of_base["logp"] == of_base["base_logp"] == pytest.approx(numbers["base_logp"], abs=1e-10)
 

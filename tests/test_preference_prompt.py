@@ -364,7 +364,7 @@ def test_the_toy_worlds_tokenizer(toy, tmp_path):
             assert pair.prompt_ids == tokenizer(f"User:\n{asked}\nAssistant:\n")["input_ids"]
 
 
-@pytest.mark.parametrize(("keep", "rest"), [(40, "ello there, how are you"), (21, "ere, how are you"[-4:]), (18, "u")])
+@pytest.mark.parametrize(("keep", "rest"), [(40, "lo there, how are you"), (21, "ou"), (20, "u")])
 def test_a_cut_chat_loses_the_same_words_and_the_preference_none(tmp_path, keep, rest):
     tokenizer = char_tokenizer(template=CHATML, eos="<|im_end|>")
     around = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
