@@ -6,13 +6,12 @@ from datetime import datetime
 import pytest
 from test_preference_data import assistant, load, user, write_rows
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 import chat_text
+import run_files
 from chat_text import TextError, as_messages, prompt_ids, prompt_text, render, response_end, turn_end
 from preference_data import DataError
-
-HEADER = "{% if add_generation_prompt %}{{ 'H' }}{% endif %}"
 
 
 def turns(start, end, header="{% if add_generation_prompt %}{{ '" + "S" + "assistant\n' }}{% endif %}", trim=""):
@@ -360,3 +359,15 @@ def test_a_cut_chat_and_its_preference_say_the_same_words(tmp_path):
 def test_a_tokenizers_own_words_that_are_not_special_end_a_turn_too():
     tokenizer = bpe_tokenizer(eos="</s>", plain=["<|im_end|>"])
     assert tokenizer.decode([chat_text.turn_end(tokenizer)]) == "<|im_end|>"
+
+
+def test_a_whole_model_that_is_saved_stops_at_the_end_of_a_turn(tmp_path):
+    """Other tools read generation_config.json; a base model's knows the end of a text alone."""
+    tokenizer, end = family("Qwen2.5 base")
+    for known, ends in ((None, [end]), (0, [0, end]), ([0, end], [0, end])):
+        GenerationConfig(eos_token_id=known).save_pretrained(tmp_path)
+        run_files.save_tokenizer(tokenizer, tmp_path)
+        assert GenerationConfig.from_pretrained(tmp_path).eos_token_id == ends
+    run_files.save_tokenizer(tokenizer, tmp_path / "adapter")
+    assert not (tmp_path / "adapter/generation_config.json").exists()
+    assert (tmp_path / "adapter/tokenizer.json").exists()
