@@ -13,7 +13,7 @@ class PromptError(ValueError):
 def prompt_of(row, shape=None):
     """(prompt, fields that go along to the rows out) of a row (dict).  Raises PromptError.
 
-    shape: the row's preference_data.Shape, where it is a preference row; its prompt then is the pair's.  A prompt is a
+    shape: the row's preference_rows.Shape, where it is a preference row; its prompt then is the pair's.  A prompt is a
     text or a list of messages.
     """
     prompt = shape.texts(row)[0] if shape else row.get("prompt")
@@ -44,7 +44,7 @@ def best_and_worst(texts, rewards):
 
 
 def pair_row(prompt, others, texts, rewards):
-    """A row of preference_data's shapes: best against worst response, messages where the prompt is; None for a tie."""
+    """A row of preference_rows' shapes: best against worst response, messages where the prompt is; None for a tie."""
     places = best_and_worst(texts, rewards)
     if places is None:
         return None

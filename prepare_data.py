@@ -9,7 +9,7 @@ safety_labels {"chosen": -1, "rejected": 1} (1 is harmful, -1 is safe) and categ
         BeaverTails: safe and harmful responses to one prompt, in whichever rows and files, are paired
     prompt, responses [{response, is_safe}, ...]    or    prompt, responses [...], is_safe [...]
         the same, from lists
-    prompt, response_chosen, response_rejected    and the shapes of preference_data.py, HH transcripts among them
+    prompt, response_chosen, response_rejected    and the shapes of preference_rows.py, HH transcripts among them
         a pair; its dimension is the row's, or --dimension, or else what the file's name says
 
 The seed and a prompt alone decide its split: it is the same for both dimensions, and stays where it is as rows come in.
@@ -18,7 +18,7 @@ The seed and a prompt alone decide its split: it is the same for both dimensions
     python prepare_data.py --input helpful-base.jsonl.gz harmless-base.jsonl.gz --output-dir data/hh
     python prepare_data.py --input_dir raw --output_dir data --train_ratio 0.8 --val_ratio 0.1 --test_ratio 0.1
 
-Copy with: flags.py preference_data.py raw_pairs.py
+Copy with: flags.py preference_rows.py raw_pairs.py
 """
 
 import contextlib
@@ -32,7 +32,7 @@ from pathlib import Path
 
 import flags
 import raw_pairs
-from preference_data import (
+from preference_rows import (
     DataError,
     Malformed,
     Shape,

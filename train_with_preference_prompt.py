@@ -17,8 +17,8 @@ Deviations from DPO's paper: the two terms behind it; AdamW instead of RMSprop.
     torchrun --nproc_per_node=4 train_with_preference_prompt.py --dataset-path pairs.jsonl \\
         --use-prompt-embedding --prompt-embedding-path outputs/soft_prompt                      # four GPUs
 
-Copy with: checkpoints.py distributed.py flags.py lora.py losses.py memory_estimate.py memory_report.py
-    model_files.py optimizers.py packed_model.py packing.py preference_data.py preference_prompt.py run_files.py
+Copy with: checkpoints.py distributed.py flags.py lora.py losses.py memory_estimate.py memory_report.py model_files.py
+    optimizers.py packed_model.py packing.py preference_data.py preference_prompt.py preference_rows.py run_files.py
     score_cache.py speed.py toy_world.py
 """
 

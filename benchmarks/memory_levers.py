@@ -23,7 +23,7 @@ import flags
 import optimizers
 import toy_world
 from model_files import ModelError
-from preference_data import DataError, Malformed, Unusable, parse_row, read_rows, recognise, row_texts
+from preference_rows import DataError, Malformed, Unusable, parse_row, read_rows, recognise, row_texts
 
 BASE = "--batch-size 4 --gradient-accumulation-steps 1 --max-length 512 --lora-r 16 --gradient-checkpointing off"
 LEVERS = [  # what stands behind the base's flags, and takes their place

@@ -44,7 +44,8 @@ import train_safe_mm_dpo
 from losses import Multiplier, dpo_loss, dynamic_beta
 from model_files import load_model, load_tokenizer, pad_unlike_ends
 from packing import epoch_plan, joined
-from preference_data import fingerprint, read_rows
+from preference_data import fingerprint
+from preference_rows import read_rows
 
 TASKS = train_safe_mm_dpo.TASKS
 COMPUTATIONS = "ours", "four-models"

@@ -11,7 +11,8 @@ from transformers import PreTrainedTokenizerFast
 
 import preference_data
 from packing import hold_out
-from preference_data import DataError, Pair, as_messages, fingerprint, load_pairs, recognise, row_texts
+from preference_data import Pair, as_messages, fingerprint, load_pairs
+from preference_rows import DataError, recognise, row_texts
 
 SPECIAL = {"<s>": 0, "</s>": 1, "<|im_start|>": 2, "<|im_end|>": 3, "<unk>": 4}
 EOS = 1
