@@ -14,8 +14,8 @@ quantiles of its score then instead of a harm rate, and `safe` means at least th
         --helpful-rm-path models/helpful_rm --harmless-rm-path models/harmless_rm                          # one GPU
 
 Copy with: distributed.py evaluation_numbers.py flags.py lora.py model_files.py packed_model.py packing.py
-    preference_data.py preference_rows.py report_page.py reward_models.py run_files.py sampling.py score_cache.py
-    toy_world.py
+    preference_data.py preference_rows.py report_page.py reward_models.py row_files.py run_files.py sampling.py
+    score_cache.py toy_world.py
 """
 
 import hashlib
@@ -47,7 +47,7 @@ from model_files import ModelError, load_model, load_skeleton, load_tokenizer
 from packed_model import logps_of, prepare_model, prepare_scores
 from packing import pack, passes
 from preference_data import as_messages
-from preference_rows import DataError, Malformed, parse_row, read_rows
+from row_files import DataError, Malformed, parse_row, read_rows
 from sampling import end_tokens, prompt_ids, response_text, sample
 
 TOY_FOLDER = "outputs/toy_world"

@@ -11,7 +11,8 @@ among all rows alone: the same flags give the same bytes, and a file that was le
     python generate.py --prompts p.jsonl --num-responses 8 --pairs --reward-model models/helpful_rm --output pairs.jsonl
 
 Copy with: batch_file.py distributed.py flags.py generated_rows.py lora.py model_files.py packed_model.py packing.py
-    preference_data.py preference_rows.py reward_function.py reward_models.py sampling.py score_cache.py toy_world.py
+    preference_data.py preference_rows.py reward_function.py reward_models.py row_files.py sampling.py score_cache.py
+    toy_world.py
 """
 
 import hashlib
@@ -43,7 +44,8 @@ from model_files import ModelError, load_model, load_skeleton, load_tokenizer
 from packed_model import prepare_model, prepare_scores
 from packing import pack, passes
 from preference_data import as_messages
-from preference_rows import DataError, Malformed, Unusable, parse_row, read_rows, recognise
+from preference_rows import recognise
+from row_files import DataError, Malformed, Unusable, parse_row, read_rows
 from sampling import end_tokens, prompt_ids, response_text, sample
 
 TOY_FOLDER = "outputs/toy_world"

@@ -1,10 +1,11 @@
 """Preference rows of a known shape -> texts -> token ids.
 
-rows   of a file or a dataset, in the shapes of preference_rows.py
-texts  (prompt, chosen, rejected): strings as they stand, or messages through the tokenizer's chat template
+rows   of a file or a dataset (row_files.py)
+texts  (prompt, chosen, rejected): strings as they stand, or messages through the chat template (preference_rows.py)
 pairs  prompt_ids, chosen_ids, rejected_ids: a response ends in exactly one end-of-sequence and carries the loss
 """
 
+import contextlib
 import hashlib
 import itertools
 import json
@@ -15,17 +16,8 @@ from typing import NamedTuple
 
 from jinja2 import TemplateError
 
-from preference_rows import (
-    DataError,
-    Malformed,
-    Unusable,
-    common_prefix,
-    harm_labels,
-    parse_row,
-    read_rows,
-    recognise,
-    row_texts,
-)
+from preference_rows import common_prefix, harm_labels, recognise, row_texts
+from row_files import DataError, Malformed, Unusable, parse_row, read_rows
 
 
 class Pair(NamedTuple):
@@ -53,13 +45,13 @@ def as_messages(prompt, chosen, rejected):
     return messages, *([{"role": "assistant", "content": response.strip()}] for response in (chosen, rejected))
 
 
-def full_texts(prompt, chosen, rejected, tokenizer, prefer=None):
+def full_texts(prompt, chosen, rejected, tokenizer, prefer=None, template_args=None):
     """The texts to tokenise: prompt, prompt + chosen, prompt + rejected, and prefer(prompt).  Raises Malformed."""
     texts = [prompt, prompt + chosen, prompt + rejected]
     try:
         texts += [prefer(prompt)] if prefer else []
         if isinstance(prompt, list):
-            render = partial(tokenizer.apply_chat_template, tokenize=False)
+            render = partial(tokenizer.apply_chat_template, tokenize=False, **(template_args or {}))
             texts = [render(text, add_generation_prompt=place in (0, 3)) for place, text in enumerate(texts)]
         "".join(texts).encode()  # a tokenizer takes no lone surrogates, and names no line
     except (TemplateError, TypeError) as error:  # TypeError: content that is null
@@ -110,6 +102,39 @@ def _cut_alike(ids, whole_ids, keep, dropped, seam):
     return head[:keep] + head[keep + dropped :] + added + tail[max(0, gone) : len(tail) - min(seam, len(tail))]
 
 
+def check_tools(row, tokenizer):
+    """Raise Malformed where the chat template leaves out the tools of a row (Texts of messages), or a call of one."""
+    render, args = partial(tokenizer.apply_chat_template, tokenize=False), row.template_args
+    for response in (row.chosen, row.rejected):
+        turns = row.prompt + response
+        plain = [{key: value for key, value in message.items() if key != "tool_calls"} for message in turns]
+        no_tools = {key: value for key, value in args.items() if key != "tools"}
+        for name, messages, more in (("tool_calls", plain, args), ("tools", turns, no_tools)):
+            with contextlib.suppress(TemplateError, TypeError):  # a template that misses them reads them
+                if (messages, more) != (turns, args) and render(messages, **more) == render(turns, **args):
+                    raise Malformed(f"the chat template does not read `{name}`: write them as text, or remove them")
+
+
+def shortened(row, max_length):
+    """Texts without what the cuts to max_length tokens take off anyway, so that a huge row is not tokenised whole: of
+    each text of the prompt its end is left, and of the responses the beginning.
+
+    The pair is the same, unless a token stands for more than 256 characters, or all of these for one word.
+    """
+    most = 256 * max_length
+
+    def cut(texts, part):
+        if isinstance(texts, str):
+            return texts[part]
+        return [message | {"content": message["content"][part]} for message in texts]
+
+    end, start = slice(-most, None), slice(most)
+    return row._replace(prompt=cut(row.prompt, end), chosen=cut(row.chosen, start), rejected=cut(row.rejected, start))
+
+
+ROWS_AT_ONCE = 256  # to the tokenizer, whose working memory is many times the text
+
+
 def load_pairs(
     source,
     tokenizer,
@@ -127,21 +152,22 @@ def load_pairs(
     usable pair is left.  Unusable rows are counted by reason, and the first one left out is named.
     Needs max_prompt_length < max_length, so that a cut leaves something of every response.
     """
-    shape, places, texts, labels, left_out, first = None, [], [], [], Counter(), ""
+    shape, rows, left_out, unread, first = None, [], Counter(), Counter(), ""
     for where, row in itertools.islice(read_rows(source), limit or None):
         try:
             row = parse_row(row)
             shape = shape or recognise(row, where)
             label = harm_labels(row)
-            row = row_texts(row, shape)
-            if chat_template_strings and isinstance(row[0], str):
-                row = as_messages(*row)
-            is_chat = isinstance(row[0], list)
+            row = row_texts(row, shape, as_messages if chat_template_strings else None)
+            is_chat = isinstance(row.prompt, list)
             if is_chat and not tokenizer.chat_template:
                 raise DataError(f"{where} needs a chat template and this tokenizer has none: use an instruct model's")
-            texts += full_texts(*row, tokenizer, prefer)
-            places.append(where)
-            labels.append(label)
+            row = shortened(row, max_length)
+            texts = full_texts(*row[:3], tokenizer, prefer, row.template_args)
+            if is_chat:
+                check_tools(row, tokenizer)
+            rows.append((where, label, texts))
+            unread.update(row.unread)
         except Malformed as problem:
             if not skip_invalid:
                 advice = "mend the row, or leave such rows out with --skip-invalid"
@@ -151,11 +177,14 @@ def load_pairs(
         except Unusable as reason:
             left_out[str(reason)] += 1
             first = first or f"{where}: {reason}"
-    pairs, cut, merged, num_rows = [], 0, 0, len(places) + left_out.total()
-    if texts:  # a chat template writes the special tokens itself
-        ids = tokenizer(texts, add_special_tokens=not is_chat, verbose=False)["input_ids"]
-        each = len(ids) // len(places)  # texts per row
-        for where, label, *of_row in zip(places, labels, *(ids[n::each] for n in range(each)), strict=True):
+    pairs, cut, merged, num_rows = [], 0, 0, len(rows) + left_out.total()
+    for begin in range(0, len(rows), ROWS_AT_ONCE):
+        some = rows[begin : begin + ROWS_AT_ONCE]
+        texts = [text for _, _, texts in some for text in texts]
+        # A chat template writes the special tokens itself.
+        ids = iter(tokenizer(texts, add_special_tokens=not is_chat, verbose=False)["input_ids"])
+        for where, label, texts in some:
+            of_row = [next(ids) for _ in texts]
             try:
                 pair = encode_pair(of_row, tokenizer, max_length, max_prompt_length, is_chat)._replace(labels=label)
                 merged += any(common_prefix(of_row[0], ids) < len(of_row[0]) for ids in of_row[1:3])
@@ -172,6 +201,9 @@ def load_pairs(
     report = [f"{source}: {shape.name}, {num_rows:,} rows{enough}, {len(pairs):,} pairs"]
     if left_out:
         report.append(f"  left out {sum(left_out.values())} rows: {reasons}; the first is {first}")
+    if unread:
+        columns = ", ".join(f"{name} ({count:,} rows)" for name, count in unread.most_common())
+        report.append(f"  columns of text that are not read: {columns}")
     if cut:
         report.append(f"  cut {cut:,} pairs to --max-length {max_length} or --max-prompt-length {max_prompt_length}")
     if merged:

@@ -18,7 +18,7 @@ The seed and a prompt alone decide its split: it is the same for both dimensions
     python prepare_data.py --input helpful-base.jsonl.gz harmless-base.jsonl.gz --output-dir data/hh
     python prepare_data.py --input_dir raw --output_dir data --train_ratio 0.8 --val_ratio 0.1 --test_ratio 0.1
 
-Copy with: flags.py preference_rows.py raw_pairs.py
+Copy with: flags.py preference_rows.py raw_pairs.py row_files.py
 """
 
 import contextlib
@@ -32,19 +32,9 @@ from pathlib import Path
 
 import flags
 import raw_pairs
-from preference_rows import (
-    DataError,
-    Malformed,
-    Shape,
-    Unusable,
-    dual_labels,
-    harm_labels,
-    parse_row,
-    read_rows,
-    recognise,
-    row_texts,
-)
+from preference_rows import Shape, dual_labels, harm_labels, recognise, row_texts
 from raw_pairs import DIMENSIONS, SPLITS, Answer, Preference
+from row_files import DataError, Malformed, Unusable, parse_row, read_rows
 
 PAIR_FILES = [f"{split}/{dimension}_pairs.jsonl" for split in SPLITS for dimension in DIMENSIONS]
 
