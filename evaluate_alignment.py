@@ -14,8 +14,8 @@ quantiles of its score then instead of a harm rate, and `safe` means at least th
         --helpful-rm-path models/helpful_rm --harmless-rm-path models/harmless_rm                          # one GPU
 
 Copy with: distributed.py evaluation_numbers.py flags.py lora.py model_files.py packed_model.py packing.py
-    preference_data.py preference_rows.py report_page.py reward_models.py row_files.py run_files.py sampling.py
-    score_cache.py toy_world.py
+    preference_data.py preference_rows.py report_page.py reward_models.py row_files.py row_prompts.py run_files.py
+    sampling.py score_cache.py toy_world.py
 """
 
 import hashlib

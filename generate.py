@@ -11,8 +11,8 @@ among all rows alone: the same flags give the same bytes, and a file that was le
     python generate.py --prompts p.jsonl --num-responses 8 --pairs --reward-model models/helpful_rm --output pairs.jsonl
 
 Copy with: batch_file.py distributed.py flags.py generated_rows.py lora.py model_files.py packed_model.py packing.py
-    preference_data.py preference_rows.py reward_function.py reward_models.py row_files.py sampling.py score_cache.py
-    toy_world.py
+    preference_data.py preference_rows.py reward_function.py reward_models.py row_files.py row_prompts.py sampling.py
+    score_cache.py toy_world.py
 """
 
 import hashlib

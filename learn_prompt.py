@@ -14,7 +14,7 @@ Deviations from prompt tuning's paper: preference pairs instead of targets; Adam
 
 Copy with: checkpoints.py distributed.py flags.py losses.py memory_estimate.py memory_report.py model_files.py
     optimizers.py packed_model.py packing.py preference_data.py preference_prompt.py preference_rows.py row_files.py
-    run_files.py score_cache.py speed.py toy_world.py
+    row_prompts.py run_files.py score_cache.py speed.py toy_world.py
 """
 
 import itertools

@@ -16,8 +16,9 @@ from typing import NamedTuple
 
 from jinja2 import TemplateError
 
-from preference_rows import common_prefix, harm_labels, recognise, row_texts
+from preference_rows import harm_labels, recognise, row_texts
 from row_files import DataError, Malformed, Unusable, parse_row, read_rows
+from row_prompts import common_prefix
 
 
 class Pair(NamedTuple):

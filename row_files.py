@@ -47,7 +47,7 @@ def _file_rows(path):
             file.seek(len(codecs.BOM_UTF8) if start.startswith(codecs.BOM_UTF8) else 0)
             if start.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
                 # A byte that is no UTF-8 becomes half a surrogate pair, which whoever reads that row refuses.
-                rows = _parse(file.read().decode("utf-8", "surrogateescape"))
+                rows = parse_json(file.read().decode("utf-8", "surrogateescape"))
                 yield from ((f"{path}: row {n}", row) for n, row in enumerate(rows))
             else:
                 yield from ((f"{path}:{n}", line) for n, line in enumerate(file, 1) if line.strip())
@@ -63,7 +63,7 @@ class NotJSON(ValueError):
     """JSON to Python's parser, and no row to anybody."""
 
 
-def _parse(text):
+def parse_json(text):
     """JSON.  Raises json.JSONDecodeError, or NotJSON for what Python cannot hold and for a key that stands twice."""
 
     def once(pairs):
@@ -87,7 +87,7 @@ def parse_row(row):
     """A row as a dict.  Raises Malformed."""
     if isinstance(row, bytes):
         try:
-            row = _parse(row.decode("utf-8"))
+            row = parse_json(row.decode("utf-8"))
         except UnicodeDecodeError as error:
             raise Malformed(f"byte {error.start + 1} of the line is no UTF-8") from None
         except ValueError as error:
