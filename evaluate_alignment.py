@@ -48,6 +48,7 @@ from packed_model import logps_of, prepare_model, prepare_scores
 from packing import pack, passes
 from preference_data import as_messages
 from row_files import DataError, Malformed, parse_row, read_rows
+from row_prompts import CONTEXT, as_turns, check_columns, with_context
 from sampling import end_tokens, prompt_ids, response_text, sample
 
 TOY_FOLDER = "outputs/toy_world"
@@ -135,18 +136,23 @@ def read_prompts(source, tokenizer, args):
             row = parse_row(row)
             prompt, category = row.get("prompt"), row.get("category")
             is_text = isinstance(prompt, str) and prompt.strip()
-            is_chat = isinstance(prompt, list) and prompt and all(isinstance(m, dict) for m in prompt)
-            if not is_text and not (is_chat and all({"role", "content"} <= m.keys() for m in prompt)):
+            if not is_text and not isinstance(prompt, list):
                 raise Malformed("there is no `prompt` that is a text or a list of messages with role and content")
             if not isinstance(category, str | None):
                 raise Malformed("`category` is not a str")
-            text = prompt if is_text else "\n".join(str(message["content"]) for message in prompt)
+            prompt = prompt if is_text else as_turns(prompt, "prompt")
+            text = prompt if is_text else "\n".join(message["content"] for message in prompt)
             (text + (category or "")).encode()  # half a surrogate is no text, which would show after hours of sampling
             if is_text and args.chat_template_strings:
                 prompt = as_messages(prompt, "", "")[0]
+            prompt, template_args = with_context(row, prompt)
+            check_columns(row, {"prompt", "messages", *CONTEXT}, "prompt", prompt, [])
             if isinstance(prompt, list) and not tokenizer.chat_template:
                 raise DataError(f"{where} needs a chat template and this tokenizer has none: use an instruct model's")
-            whole, ids = (prompt_ids(prompt, tokenizer, length) for length in (sys.maxsize, args.max_prompt_length))
+            whole, ids = (
+                prompt_ids(prompt, tokenizer, length, template_args=template_args)
+                for length in (sys.maxsize, args.max_prompt_length)
+            )
             cut += len(ids) < len(whole)
         except (Malformed, UnicodeEncodeError, TemplateError, TypeError) as problem:
             raise DataError(f"{where}: {problem}; mend the row") from None

@@ -46,6 +46,7 @@ from packing import pack, passes
 from preference_data import as_messages
 from preference_rows import recognise
 from row_files import DataError, Malformed, Unusable, parse_row, read_rows
+from row_prompts import with_context
 from sampling import end_tokens, prompt_ids, response_text, sample
 
 TOY_FOLDER = "outputs/toy_world"
@@ -130,9 +131,13 @@ def read_prompts(args, tokenizer):
             prompt, others = generated_rows.prompt_of(row, shape)
             wrapped = args.chat_template_strings and isinstance(prompt, str)
             shown = as_messages(prompt, "", "")[0] if wrapped else prompt  # as in training
+            shown, template_args = with_context(row, shown)
             if isinstance(shown, list) and not tokenizer.chat_template:
                 raise DataError(f"{where} needs a chat template and this tokenizer has none: use an instruct model's")
-            whole, ids = (prompt_ids(shown, tokenizer, length) for length in (sys.maxsize, args.max_prompt_length))
+            whole, ids = (
+                prompt_ids(shown, tokenizer, length, template_args=template_args)
+                for length in (sys.maxsize, args.max_prompt_length)
+            )
             rows.append(Row(where, prompt, others, ids))
             cut += ids != whole
         except Unusable as reason:

@@ -114,11 +114,8 @@ def recognise(row, where):
     )
 
 
-def row_texts(row, shape, wrap=None):
-    """Texts of one row.  Raises Malformed or Unusable.
-
-    wrap: (prompt, chosen, rejected) as strings -> as messages, for rows of strings that go through the chat template.
-    """
+def own_texts(row, shape):
+    """(prompt, chosen, rejected) of a row by its shape alone.  Raises Malformed or Unusable."""
     for field in shape.without:
         if row.get(field) is not None:
             raise Malformed(
@@ -130,7 +127,15 @@ def row_texts(row, shape, wrap=None):
             raise Malformed(f"`{field}` is {'not a ' + kind.__name__ if field in row else 'missing'}")
         if kind is list:
             turns[field] = as_turns(row[field], field)
-    prompt, chosen, rejected = shape.texts(row | turns)
+    return shape.texts(row | turns)
+
+
+def row_texts(row, shape, wrap=None):
+    """Texts of one row.  Raises Malformed or Unusable.
+
+    wrap: (prompt, chosen, rejected) as strings -> as messages, for rows of strings that go through the chat template.
+    """
+    prompt, chosen, rejected = own_texts(row, shape)
     if wrap and isinstance(prompt, str):
         prompt, chosen, rejected = wrap(prompt, chosen, rejected)
     if isinstance(prompt, list) and not any(m["content"].strip() for m in prompt if m["role"] != "system"):

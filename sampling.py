@@ -12,7 +12,7 @@ from transformers import (
 )
 
 
-def prompt_ids(prompt, tokenizer, max_prompt_length, wrap=False):
+def prompt_ids(prompt, tokenizer, max_prompt_length, wrap=False, template_args=None):
     """Token ids of a prompt, a string as it stands or a list of messages through the chat template, cut on the left.
 
     wrap: a string is put into the chat template as the words of a user.  The same ids as a pair's prompt in training,
@@ -21,7 +21,10 @@ def prompt_ids(prompt, tokenizer, max_prompt_length, wrap=False):
     if wrap and isinstance(prompt, str):
         prompt = [{"role": "user", "content": prompt}]
     is_chat = not isinstance(prompt, str)
-    text = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True) if is_chat else prompt
+    text = prompt
+    if is_chat:
+        more = {"tokenize": False, "add_generation_prompt": True} | (template_args or {})
+        text = tokenizer.apply_chat_template(prompt, **more)
     ids = tokenizer(text, add_special_tokens=not is_chat)["input_ids"]
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     while not is_chat and ids and ids[-1] == eos:  # some tokenizers end every text, and a prompt goes on
