@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from row_files import DataError, Malformed, Unusable
-from row_prompts import CONTEXT, as_turns, check_columns, common_prefix, parted, with_context
+from row_prompts import CONTEXT, as_turns, check_columns, common_prefix, is_within, parted, said, with_context
 
 
 class Texts(NamedTuple):
@@ -30,10 +30,6 @@ class Shape(NamedTuple):
     reads: tuple = ()  # fields that a row may have
 
 
-def columns(*names):
-    return lambda row: tuple(row[name] for name in names)
-
-
 def strings(*names):
     return dict.fromkeys(names, str)
 
@@ -52,6 +48,26 @@ def chosen_and_rejected(row):
     same = common_prefix(chosen, rejected)
     same = max(chosen.rfind(" ", 0, same), chosen.rfind("\n", 0, same) + 1, 0)
     return chosen[:same], chosen[same:], rejected[same:]
+
+
+def prompt_and_responses(prompt, chosen, rejected):
+    """The Shape of strings in these fields.  The prompt comes off responses that both repeat it, unless it is short:
+    an answer to "Hello" may begin with "Hello".
+    """
+
+    def texts(row):
+        asked, responses = row[prompt], [row[chosen], row[rejected]]
+        if all(text.lstrip().startswith("Human:") and "\n\nAssistant:" in text for text in responses):
+            transcript = chosen_and_rejected({"chosen": responses[0], "rejected": responses[1]})
+            if not is_within(asked, transcript[0]):
+                raise Unusable("the prompts of chosen and rejected differ")
+            return transcript
+        again = asked.strip()
+        if len(again) >= 30 and all(text.lstrip().startswith(again) for text in responses):
+            responses = [text.lstrip()[len(again) :] for text in responses]
+        return asked, *responses
+
+    return Shape(f"{prompt}/{chosen}/{rejected}", strings(prompt, chosen, rejected), texts)
 
 
 def message_lists(row):
@@ -77,12 +93,8 @@ def dual_labels(row):
 
 
 SHAPES = [  # the first whose fields fit a file's first row is the shape of the file
-    Shape("prompt/chosen/rejected", strings("prompt", "chosen", "rejected"), columns("prompt", "chosen", "rejected")),
-    Shape(
-        "prompt/chosen_response/rejected_response",
-        strings("prompt", "chosen_response", "rejected_response"),
-        columns("prompt", "chosen_response", "rejected_response"),
-    ),
+    prompt_and_responses("prompt", "chosen", "rejected"),
+    prompt_and_responses("prompt", "chosen_response", "rejected_response"),
     Shape("prompt/chosen/rejected messages", {"prompt": list, "chosen": list, "rejected": list}, message_lists),
     Shape("prompt string, messages", {"prompt": str, "chosen": list, "rejected": list}, message_lists),
     Shape("chosen/rejected messages", {"chosen": list, "rejected": list}, message_lists, ("prompt",)),
@@ -143,11 +155,12 @@ def row_texts(row, shape, wrap=None):
     prompt, args = with_context(row, prompt)
     responses = []
     for name, response in (("chosen", chosen), ("rejected", rejected)):
-        said = [response] if isinstance(response, str) else [m["content"] for m in response if m["role"] == "assistant"]
-        if not "".join(said).strip():
+        is_text = isinstance(response, str)
+        texts = [response] if is_text else [turn["content"] for turn in response if turn["role"] == "assistant"]
+        if not "".join(texts).strip():
             raise Unusable(f"the {name} response is empty")
-        responses += said
-    if chosen == rejected:
+        responses += texts
+    if said(chosen) == said(rejected):
         raise Unusable("the two responses are equal")
     read = {*shape.fields, *shape.reads, *CONTEXT}
     return Texts(prompt, chosen, rejected, args, check_columns(row, read, shape.name, prompt, responses))

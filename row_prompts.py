@@ -39,14 +39,16 @@ def _text_of(message, field):
             raise Malformed(f"a message of `{field}` has a part that is no text ({kind})")
         return "".join(part["text"] for part in content)
     if not isinstance(content, str):
-        what = "null" if content is None else "empty" if content == [] else f"a {type(content).__name__}"
+        what = "null" if content is None else "empty" if content == [] else f"of type {type(content).__name__}"
         advice = "; write its tool call as text" if message.get("tool_calls") or message.get("function_call") else ""
         raise Malformed(f"the content of a message of `{field}` is {what}, and no text{advice}")
     return content
 
 
-def _said(messages):
-    """What makes two messages the same: no id, name or weight does."""
+def said(messages):
+    """What makes two lists of messages, or two strings, the same: no id, name or weight does."""
+    if isinstance(messages, str):
+        return messages
     return [
         tuple(message.get(key) for key in ("role", "content", "reasoning_content", "tool_calls"))
         for message in messages
@@ -67,10 +69,10 @@ def parted(prompt, chosen, rejected):
     asked = (
         prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}] if (prompt or "").strip() else []
     )
-    shared = common_prefix(_said(chosen), _said(rejected))
+    shared = common_prefix(said(chosen), said(rejected))
     if any(response[shared]["role"] != "assistant" for response in (chosen, rejected) if response[shared:]):
         raise Unusable("the prompts of chosen and rejected differ")
-    least = len(asked) if _said(asked) == _said(chosen[: len(asked)]) else 0
+    least = len(asked) if said(asked) == said(chosen[: len(asked)]) else 0
     while shared > least and chosen[shared - 1]["role"] == "assistant":  # no prompt, but a response with two turns
         shared -= 1
     begun, chosen, rejected = chosen[:shared], chosen[shared:], rejected[shared:]
@@ -88,10 +90,10 @@ def _merged(asked, begun, is_text):
     if is_text:
         texts = [" ".join(message["content"].split()) for message in begun]
         text = " ".join(asked[0]["content"].split()) if asked else texts[0]
-        if text in texts or all(said in text for said in texts):  # all: a transcript of the turns
+        if text in texts or all(turn in text for turn in texts):  # all: a transcript of the turns
             return begun
         raise Unusable("the prompts of chosen and rejected differ")
-    before, after = _said(asked), _said(begun)
+    before, after = said(asked), said(begun)
     if any(before == after[start : start + len(before)] for start in range(len(after))):
         return begun
     for overlap in range(len(after), 0, -1):
@@ -130,7 +132,7 @@ def with_context(row, prompt):
     if system.strip() and own and own[0]["content"].strip() != system.strip():
         raise Malformed("`system` is another than the system message of the prompt")
     own = own or ([{"role": "system", "content": system}] if system.strip() else [])
-    earlier = [] if _said(turns) == _said(rest[: len(turns)]) else turns
+    earlier = [] if said(turns) == said(rest[: len(turns)]) else turns
     return own + earlier + rest + ([{"role": "assistant", "content": begun}] if begun.strip() else []), args
 
 
@@ -176,7 +178,8 @@ def _optional(row, name, kind):
 # Words in names of columns, without a plural s: a name of ASKED alone is part of what is asked, one of ABOUT never.
 ASKED = set(
     "prompt query question instruction input context conversation message dialog dialogue history system trajectory "
-    "problem passage document article image video audio text request knowledge persona turn tool function".split()
+    "problem passage document article post story image video audio text request knowledge persona turn tool function "
+    "问题 提问 指令 输入 提示 提示词 历史 对话 系统 上下文".split()
 )
 WITH_ASKED = set("user human full original initial previous past chat multi list string content".split())
 ABOUT = set(
@@ -194,15 +197,15 @@ def check_columns(row, read, shape_name, prompt, responses):
     for name, value in row.items():
         if name in read:
             continue
-        words = {word.lower().removesuffix("s") for word in re.findall(r"[A-Z]?[a-z]+|[A-Z]+|\d+", name)}
+        words = {word.lower().removesuffix("s") for word in re.findall(r"[A-Z]?[a-z]+|[A-Z]+|[^\W_a-zA-Z]+", name)}
         texts = () if words & ABOUT else _leaves(value)
-        said = [text for text in texts if text.strip() not in responses and not is_within(text, prompt)]
-        if said and words & ASKED and words <= ASKED | WITH_ASKED:
+        lost = [text for text in texts if text.strip() not in responses and not is_within(text, prompt)]
+        if lost and words & ASKED and words <= ASKED | WITH_ASKED:
             raise Malformed(
                 f"`{name}` is not read where a file's first row is {shape_name}: "
                 "call what is asked `prompt`, or remove the column"
             )
-        unread += [name] if said else []
+        unread += [name] if lost else []
     return tuple(unread)
 
 
