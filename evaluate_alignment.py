@@ -48,7 +48,7 @@ from packed_model import logps_of, prepare_model, prepare_scores
 from packing import pack, passes
 from preference_data import as_messages
 from row_files import DataError, Malformed, parse_row, read_rows
-from row_prompts import CONTEXT, as_turns, check_columns, with_context
+from row_prompts import CONTEXT, as_turns, check_columns, shortened, with_context
 from sampling import end_tokens, prompt_ids, response_text, sample
 
 TOY_FOLDER = "outputs/toy_world"
@@ -147,6 +147,7 @@ def read_prompts(source, tokenizer, args):
                 prompt = as_messages(prompt, "", "")[0]
             prompt, template_args = with_context(row, prompt)
             check_columns(row, {"prompt", "messages", *CONTEXT}, "prompt", prompt, [])
+            prompt = shortened(prompt, -args.max_prompt_length)
             if isinstance(prompt, list) and not tokenizer.chat_template:
                 raise DataError(f"{where} needs a chat template and this tokenizer has none: use an instruct model's")
             whole, ids = (

@@ -46,7 +46,7 @@ from packing import pack, passes
 from preference_data import as_messages
 from preference_rows import recognise
 from row_files import DataError, Malformed, Unusable, parse_row, read_rows
-from row_prompts import with_context
+from row_prompts import shortened, with_context
 from sampling import end_tokens, prompt_ids, response_text, sample
 
 TOY_FOLDER = "outputs/toy_world"
@@ -132,6 +132,7 @@ def read_prompts(args, tokenizer):
             wrapped = args.chat_template_strings and isinstance(prompt, str)
             shown = as_messages(prompt, "", "")[0] if wrapped else prompt  # as in training
             shown, template_args = with_context(row, shown)
+            shown = shortened(shown, -args.max_prompt_length)
             if isinstance(shown, list) and not tokenizer.chat_template:
                 raise DataError(f"{where} needs a chat template and this tokenizer has none: use an instruct model's")
             whole, ids = (

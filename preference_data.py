@@ -18,7 +18,7 @@ from jinja2 import TemplateError
 
 from preference_rows import harm_labels, recognise, row_texts
 from row_files import DataError, Malformed, Unusable, parse_row, read_rows
-from row_prompts import common_prefix
+from row_prompts import common_prefix, shortened
 
 
 class Pair(NamedTuple):
@@ -116,23 +116,6 @@ def check_tools(row, tokenizer):
                     raise Malformed(f"the chat template does not read `{name}`: write them as text, or remove them")
 
 
-def shortened(row, max_length):
-    """Texts without what the cuts to max_length tokens take off anyway, so that a huge row is not tokenised whole: of
-    each text of the prompt its end is left, and of the responses the beginning.
-
-    The pair is the same, unless a token stands for more than 256 characters, or all of these for one word.
-    """
-    most = 256 * max_length
-
-    def cut(texts, part):
-        if isinstance(texts, str):
-            return texts[part]
-        return [message | {"content": message["content"][part]} for message in texts]
-
-    end, start = slice(-most, None), slice(most)
-    return row._replace(prompt=cut(row.prompt, end), chosen=cut(row.chosen, start), rejected=cut(row.rejected, start))
-
-
 ROWS_AT_ONCE = 256  # to the tokenizer, whose working memory is many times the text
 
 
@@ -163,8 +146,8 @@ def load_pairs(
             is_chat = isinstance(row.prompt, list)
             if is_chat and not tokenizer.chat_template:
                 raise DataError(f"{where} needs a chat template and this tokenizer has none: use an instruct model's")
-            row = shortened(row, max_length)
-            texts = full_texts(*row[:3], tokenizer, prefer, row.template_args)
+            prompt, *responses = shortened(row.prompt, -max_length), *(shortened(text, max_length) for text in row[1:3])
+            texts = full_texts(prompt, *responses, tokenizer, prefer, row.template_args)
             if is_chat:
                 check_tools(row, tokenizer)
             rows.append((where, label, texts))

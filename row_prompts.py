@@ -60,6 +60,19 @@ def common_prefix(a, b):
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
+def shortened(texts, tokens):
+    """A string or messages, each text cut to 256 characters for each of so many tokens: with tokens below 0 to its end,
+    above to its beginning.
+
+    What a cut at that many tokens leaves is the same, unless a tokenizer's token stands for more characters than that,
+    or a text of this length is one word to it; but a huge text is not tokenised whole, which takes minutes.
+    """
+    part = slice(256 * tokens, None) if tokens < 0 else slice(256 * tokens)
+    if isinstance(texts, str):
+        return texts[part]
+    return [message | {"content": message["content"][part]} for message in texts]
+
+
 def parted(prompt, chosen, rejected):
     """(prompt, chosen, rejected) of responses that may begin with the prompt, or with more of it than `prompt` has.
 

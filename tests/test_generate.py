@@ -7,6 +7,7 @@ import shutil
 import statistics
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -729,6 +730,16 @@ def test_what_else_a_row_asks_is_asked_and_goes_along(world, tmp_path):
         [row], _ = generate.read_prompts(args, tokenizer)
         assert tokenizer.decode(row.ids) == text
         assert (row.prompt, row.others) == ("b?", more)  # training puts them together again
+
+
+def test_a_huge_prompt_is_cut_before_it_is_tokenised(tmp_path):
+    found, start = [], time.perf_counter()
+    for size in (10**3, 3 * 10**7):
+        rows = write_rows(tmp_path / "rows.jsonl", [{"prompt": "p" * size + "Q?"}])
+        args = generate.get_args(["--prompts", str(rows), "--output", "o", "--max-prompt-length", "9"])
+        found.append(generate.read_prompts(args, char_tokenizer())[0][0].ids)
+    assert found == [[ord(letter) for letter in "pppppppQ?"]] * 2
+    assert time.perf_counter() - start < 20
 
 
 def test_messages_need_a_template(fails, world, tmp_path):
