@@ -2,7 +2,7 @@
 
 prompt_text    what stands before a response; an assistant's beginning at its end is continued
 response_end   the one token in which a response ends, trained, sampled or scored
-shortened      a chat that is too long, by whole turns and then by words; its headers stay
+cut_chat       a chat that is too long, by whole turns and then by words; its headers stay
 """
 
 import os
@@ -13,18 +13,12 @@ from functools import lru_cache
 
 from jinja2 import TemplateError
 
+from row_files import DataError, Malformed, Unusable
+from row_prompts import common_prefix
 
-class TextError(ValueError):
-    """A text that cannot be used, in a few words."""
 
-
-class PreferenceError(ValueError):
+class PreferenceError(DataError):
     """A preference that a chat template cannot take: one sentence without its place."""
-
-
-def common_prefix(a, b):
-    """Length of the longest common beginning of two sequences."""
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 # -- messages ------------------------------------------------------------------------------------------------------
@@ -71,7 +65,7 @@ DATE_CODES = "%Y %y %m %-m %d %-d %e %j %B %b %A %a %H %I %M %S %p".split()
 
 
 def render(messages, tokenizer, day=DAY, **how):
-    """Messages through the chat template.  Raises TextError.
+    """Messages through the chat template.  Raises Malformed.
 
     day: what a template that asks for the date is told, so that a run can be repeated; None: the time it is.
     how: add_generation_prompt, continue_final_message, tools, or what else the template knows.
@@ -84,7 +78,7 @@ def render(messages, tokenizer, day=DAY, **how):
         return tokenizer.apply_chat_template(messages, tokenize=False, chat_template=template, **how)
     except (TemplateError, TypeError, ValueError) as error:  # TypeError: content that is null
         reason = str(error).strip().partition("\n")[0]
-        raise TextError(f"the chat template refuses its messages ({reason})") from None
+        raise Malformed(f"the chat template refuses its messages ({reason})") from None
 
 
 def prompt_text(prompt, tokenizer, **how):
@@ -99,7 +93,7 @@ def prompt_text(prompt, tokenizer, **how):
 def full_texts(prompt, chosen, rejected, tokenizer, prefer=None, **how):
     """The texts to tokenise: prompt, prompt + chosen, prompt + rejected, and prefer(prompt).
 
-    Raises TextError, and PreferenceError where the template takes the prompt and not the preference in it.
+    Raises Malformed, and PreferenceError where the template takes the prompt and not the preference in it.
     """
     texts = [prompt_text(prompt, tokenizer, **how)]
     for response in (chosen, rejected):
@@ -110,14 +104,14 @@ def full_texts(prompt, chosen, rejected, tokenizer, prefer=None, **how):
         try:
             texts.append(prompt_text(preferred, tokenizer, **how))
             reason = "the chat template drops it" if texts[3] == texts[0] and preferred != prompt else ""
-        except TextError as error:
+        except Malformed as error:
             reason = str(error)
         if reason:
             raise PreferenceError(f"no place for the preference ({reason}): use --preference-position user")
     try:
         "".join(texts).encode()  # a tokenizer takes no lone surrogates, and names no line
     except UnicodeEncodeError as error:
-        raise TextError(f"text that is no Unicode ({error.reason})") from None
+        raise Malformed(f"text that is no Unicode ({error.reason})") from None
     return texts
 
 
@@ -131,7 +125,7 @@ def token_ids(texts, tokenizer, is_chat):
 
 
 def prompt_ids(prompt, tokenizer, max_prompt_length, **how):
-    """Token ids of a prompt, a string or messages, cut to max_prompt_length.  Raises TextError.
+    """Token ids of a prompt, a string or messages, cut to max_prompt_length.  Raises Malformed.
 
     The same ids as a pair's prompt in training, but for a token that spans the seam of prompt and response.
     """
@@ -139,9 +133,7 @@ def prompt_ids(prompt, tokenizer, max_prompt_length, **how):
     (ids,) = token_ids([prompt_text(prompt, tokenizer, **how)], tokenizer, is_chat)
     if is_chat:
         if len(ids) > max_prompt_length:
-            ids = prompt_ids(
-                shortened(prompt, tokenizer, max_prompt_length, **how), tokenizer, max_prompt_length, **how
-            )
+            ids = prompt_ids(cut_chat(prompt, tokenizer, max_prompt_length, **how), tokenizer, max_prompt_length, **how)
         return ids
     return _cut(_never_empty(_open(ids, tokenizer), tokenizer), max_prompt_length, tokenizer)
 
@@ -164,8 +156,8 @@ def _cut(ids, length, tokenizer):
     return ids[:keep] + ids[keep + max(0, len(ids) - length) :]
 
 
-def shortened(prompt, tokenizer, max_prompt_length, **how):
-    """Messages whose text has at most max_prompt_length tokens.  Raises TextError where no word has room.
+def cut_chat(prompt, tokenizer, max_prompt_length, **how):
+    """Messages whose text has at most max_prompt_length tokens.  Raises Unusable where no word has room.
 
     The oldest turns go first, up to a user's, and never the system's.  Where the last turn is still too long, the
     longest messages lose the beginning of their words, down to as many tokens for each as fit.
@@ -175,7 +167,7 @@ def shortened(prompt, tokenizer, max_prompt_length, **how):
         text = prompt_text(messages, tokenizer, **how)
         return len(token_ids([text], tokenizer, is_chat=True)[0]) - max_prompt_length
 
-    first = next((n for n, message in enumerate(prompt) if message["role"] not in ("system", "developer")), 0)
+    first = next((n for n, message in enumerate(prompt) if message["role"] != "system"), 0)
     system, turns = prompt[:first], prompt[first:]
     starts = [0] + [n for n, message in enumerate(turns) if n and message["role"] == "user"]
     start = bisect_left(starts, True, key=lambda n: excess(system + turns[n:]) <= 0)
@@ -192,7 +184,7 @@ def shortened(prompt, tokenizer, max_prompt_length, **how):
             range(1, max(lengths, default=0) + 1), True, key=lambda n: sum(min(n, m) for m in lengths) > room
         )
         if most < 1:
-            raise TextError("the chat template's own words leave no room within --max-prompt-length")
+            raise Unusable("the chat template's own words leave no room within --max-prompt-length")
         cut = []
         for message, said, row in zip(messages, words, ids, strict=True):
             kept = len(said) if len(row) <= most else len(tokenizer.decode(row[-most:]).lstrip("\ufffd"))
@@ -230,7 +222,7 @@ def _turn_end(tokenizer, template):
     try:
         talk = [{"role": "user", "content": said}, {"role": "assistant", "content": said}]
         tail = render(talk, tokenizer).rpartition(said)[2]
-    except TextError:
+    except Malformed:
         return tokenizer.eos_token_id
     own = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
     ends = (i for i in tokenizer(tail, add_special_tokens=False)["input_ids"] if i in own)
@@ -255,7 +247,7 @@ def encode_pair(ids, tokenizer, max_length, max_prompt_length, end, is_chat=Fals
 
     The boundary is the longest common prefix of the first three: where a token spans the seam of prompt and response,
     it belongs to the responses.  Too long a string loses its beginning (but for a BOS), the prompted one the same;
-    then the responses lose their end.  A chat is `shortened` before.
+    then the responses lose their end.  A chat is `cut_chat` before.
     """
     whole_ids, full_chosen_ids, full_rejected_ids, *prompted_ids = ids
     boundary = min(common_prefix(whole_ids, ids) for ids in (full_chosen_ids, full_rejected_ids))

@@ -13,8 +13,8 @@ Deviations from the paper: AdamW instead of RMSprop; label smoothing, robust, hi
     torchrun --nproc_per_node=4 dpo_hf_run.py --dataset pairs.jsonl --learning-rate 1e-4       # four GPUs
 
 Copy with: chat_text.py checkpoints.py distributed.py flags.py lora.py losses.py memory_estimate.py memory_report.py
-    model_files.py optimizers.py packed_model.py packing.py preference_data.py run_files.py score_cache.py speed.py
-    toy_world.py
+    model_files.py optimizers.py packed_model.py packing.py preference_data.py preference_rows.py row_files.py
+    row_prompts.py run_files.py score_cache.py speed.py toy_world.py
 """
 
 import gc

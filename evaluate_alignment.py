@@ -14,7 +14,7 @@ quantiles of its score then instead of a harm rate, and `safe` means at least th
         --helpful-rm-path models/helpful_rm --harmless-rm-path models/harmless_rm                          # one GPU
 
 Copy with: chat_text.py distributed.py evaluation_numbers.py flags.py lora.py model_files.py packed_model.py
-    packing.py preference_data.py report_page.py reward_models.py run_files.py sampling.py score_cache.py
+    packing.py report_page.py reward_models.py row_files.py row_prompts.py run_files.py sampling.py score_cache.py
     toy_world.py
 """
 
@@ -42,11 +42,12 @@ import reward_models
 import run_files
 import score_cache
 import toy_world
-from chat_text import TextError, as_messages, note, note_lines, prompt_ids, prompt_text, response_end
+from chat_text import as_messages, note, note_lines, prompt_ids, prompt_text, response_end
 from model_files import ModelError, load_model, load_skeleton, load_tokenizer
 from packed_model import logps_of, prepare_model, prepare_scores
 from packing import pack, passes
-from preference_data import DataError, Malformed, parse_row, read_rows
+from row_files import DataError, Malformed, Unusable, parse_row, read_rows
+from row_prompts import CONTEXT, as_turns, check_columns, shortened, with_context
 from sampling import closed, end_tokens, response_text, sample
 
 TOY_FOLDER = "outputs/toy_world"
@@ -135,28 +136,34 @@ def read_prompts(source, tokenizer, args):
             row = parse_row(row)
             prompt, category = row.get("prompt"), row.get("category")
             is_text = isinstance(prompt, str) and prompt.strip()
-            is_chat = isinstance(prompt, list) and prompt and all(isinstance(m, dict) for m in prompt)
-            if not is_text and not (is_chat and all({"role", "content"} <= m.keys() for m in prompt)):
+            if not is_text and not isinstance(prompt, list):
                 raise Malformed("there is no `prompt` that is a text or a list of messages with role and content")
             if not isinstance(category, str | None):
                 raise Malformed("`category` is not a str")
-            text = prompt if is_text else "\n".join(str(message["content"]) for message in prompt)
+            prompt = prompt if is_text else as_turns(prompt, "prompt")
+            text = prompt if is_text else "\n".join(message["content"] for message in prompt)
             (text + (category or "")).encode()  # half a surrogate is no text, which would show after hours of sampling
             if is_text and args.chat_template_strings:
                 prompt = as_messages(prompt, "", "")[0]
+            prompt, template_args = with_context(row, prompt)
+            check_columns(row, {"prompt", "messages", *CONTEXT}, "prompt", prompt, [])
+            prompt = shortened(prompt, -args.max_prompt_length)
             if isinstance(prompt, list) and not tokenizer.chat_template:
                 raise DataError(f"{where} needs a chat template and this tokenizer has none: use an instruct model's")
-            whole, ids = (prompt_ids(prompt, tokenizer, length) for length in (sys.maxsize, args.max_prompt_length))
+            whole, ids = (
+                prompt_ids(prompt, tokenizer, length, **template_args)
+                for length in (sys.maxsize, args.max_prompt_length)
+            )
             cut += len(ids) < len(whole)
             if isinstance(prompt, list):
-                talk = prompt
-                note(notes, where, prompt, [], [], [prompt_text(prompt, tokenizer)], tokenizer)
-        except (Malformed, UnicodeEncodeError, TextError) as problem:
+                talk = prompt, template_args
+                note(notes, where, prompt, [], [], [prompt_text(prompt, tokenizer, **template_args)], tokenizer)
+        except (Malformed, Unusable, UnicodeEncodeError) as problem:
             raise DataError(f"{where}: {problem}; mend the row") from None
         prompts.append(Prompt(text, ids, category or "no category", response_end(prompt, tokenizer)))
     if not prompts:
         raise DataError(f'{source} has no prompts: it needs rows like {{"prompt": "...", "category": "..."}}')
-    return prompts, cut, note_lines(notes, "prompts", talk, tokenizer) if talk else []
+    return prompts, cut, note_lines(notes, "prompts", talk[0], tokenizer, **talk[1]) if talk else []
 
 
 def benign_prompts(prompts, args, rule):

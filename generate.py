@@ -11,8 +11,8 @@ among all rows alone: the same flags give the same bytes, and a file that was le
     python generate.py --prompts p.jsonl --num-responses 8 --pairs --reward-model models/helpful_rm --output pairs.jsonl
 
 Copy with: batch_file.py chat_text.py distributed.py flags.py generated_rows.py lora.py model_files.py
-    packed_model.py packing.py preference_data.py reward_function.py reward_models.py sampling.py score_cache.py
-    toy_world.py
+    packed_model.py packing.py preference_rows.py reward_function.py reward_models.py row_files.py row_prompts.py
+    sampling.py score_cache.py toy_world.py
 """
 
 import hashlib
@@ -39,11 +39,13 @@ import reward_models
 import score_cache
 import toy_world
 from batch_file import BatchFile, OutputError, files_sha256
-from chat_text import TextError, as_messages, note, note_lines, prompt_ids, prompt_text, response_end
+from chat_text import as_messages, note, note_lines, prompt_ids, prompt_text, response_end
 from model_files import ModelError, load_model, load_skeleton, load_tokenizer
 from packed_model import prepare_model, prepare_scores
 from packing import pack, passes
-from preference_data import DataError, Malformed, Unusable, parse_row, read_rows, recognise
+from preference_rows import recognise
+from row_files import DataError, Malformed, Unusable, parse_row, read_rows
+from row_prompts import shortened, with_context
 from sampling import closed, end_tokens, response_text, sample
 
 TOY_FOLDER = "outputs/toy_world"
@@ -129,17 +131,22 @@ def read_prompts(args, tokenizer):
             prompt, others = generated_rows.prompt_of(row, shape)
             wrapped = args.chat_template_strings and isinstance(prompt, str)
             shown = as_messages(prompt, "", "")[0] if wrapped else prompt  # as in training
-            talk = shown if isinstance(shown, list) else talk
-            if talk is shown and not tokenizer.chat_template:
+            shown, template_args = with_context(row, shown)
+            shown = shortened(shown, -args.max_prompt_length)
+            talk = (shown, template_args) if isinstance(shown, list) else talk
+            if isinstance(shown, list) and not tokenizer.chat_template:
                 raise DataError(f"{where} needs a chat template and this tokenizer has none: use an instruct model's")
-            whole, ids = (prompt_ids(shown, tokenizer, length) for length in (sys.maxsize, args.max_prompt_length))
+            whole, ids = (
+                prompt_ids(shown, tokenizer, length, **template_args)
+                for length in (sys.maxsize, args.max_prompt_length)
+            )
             rows.append(Row(where, prompt, others, ids, response_end(shown, tokenizer)))
             cut += ids != whole
-            if talk is shown:
-                note(notes, where, shown, [], [], [prompt_text(shown, tokenizer)], tokenizer)
+            if isinstance(shown, list):
+                note(notes, where, shown, [], [], [prompt_text(shown, tokenizer, **template_args)], tokenizer)
         except Unusable as reason:
             left_out[str(reason)] += 1
-        except (Malformed, generated_rows.PromptError, UnicodeEncodeError, TextError) as problem:
+        except (Malformed, generated_rows.PromptError, UnicodeEncodeError) as problem:
             raise DataError(f"{where}: {problem}; mend the row") from None
     if not rows:
         raise DataError(f"{args.prompts} has no row with a prompt: name a file that has")
@@ -148,7 +155,7 @@ def read_prompts(args, tokenizer):
     report = [f"{args.prompts}: {len(rows):,} prompts of {longest} tokens at most"]
     report += [f"  left out {count:,} rows because {reason}" for reason, count in left_out.items()]
     report += [f"  cut {cut:,} prompts to --max-prompt-length {args.max_prompt_length}"] if cut else []
-    report += note_lines(notes, "prompts", talk, tokenizer) if talk else []
+    report += note_lines(notes, "prompts", talk[0], tokenizer, **talk[1]) if talk else []
     return rows, [*report, f"  row 0  {text}"]
 
 
@@ -327,7 +334,7 @@ def main(args):
     say(f"saved to {output.path}")
 
 
-USER_ERRORS = (DataError, TextError, ModelError, lora.AdapterError, distributed.DeviceError, OutputError)
+USER_ERRORS = (DataError, Malformed, Unusable, ModelError, lora.AdapterError, distributed.DeviceError, OutputError)
 USER_ERRORS += (reward_models.RewardModelError, reward_function.RewardFunctionError)
 
 if __name__ == "__main__":

@@ -13,8 +13,8 @@ Deviations from prompt tuning's paper: preference pairs instead of targets; Adam
     torchrun --nproc_per_node=4 learn_prompt.py --dataset-path pairs.jsonl --prompt-init vocab             # four GPUs
 
 Copy with: chat_text.py checkpoints.py distributed.py flags.py losses.py memory_estimate.py memory_report.py
-    model_files.py optimizers.py packed_model.py packing.py preference_data.py preference_prompt.py run_files.py
-    score_cache.py speed.py toy_world.py
+    model_files.py optimizers.py packed_model.py packing.py preference_data.py preference_prompt.py
+    preference_rows.py row_files.py row_prompts.py run_files.py score_cache.py speed.py toy_world.py
 """
 
 import itertools

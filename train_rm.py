@@ -15,8 +15,8 @@ Deviations: the label terms are per row, so rows without labels train the rankin
     torchrun --nproc_per_node=8 train_rm.py --task harmless --config configs/rm_config.yaml    # eight GPUs
 
 Copy with: chat_text.py checkpoints.py distributed.py flags.py lora.py losses.py memory_estimate.py memory_report.py
-    model_files.py optimizers.py packed_model.py packing.py preference_data.py run_files.py score_cache.py speed.py
-    toy_world.py
+    model_files.py optimizers.py packed_model.py packing.py preference_data.py preference_rows.py row_files.py
+    row_prompts.py run_files.py score_cache.py speed.py toy_world.py
 """
 
 import itertools

@@ -18,8 +18,8 @@ Deviations from the papers: E[cost] is of offline prompts, sampled every few upd
     torchrun --nproc_per_node=8 train_safe_mm_dpo.py --config configs/dpo_config.yaml       # eight GPUs
 
 Copy with: chat_text.py checkpoints.py distributed.py expected_cost.py flags.py lora.py losses.py memory_estimate.py
-    memory_report.py model_files.py optimizers.py packed_model.py packing.py preference_data.py reward_models.py
-    run_files.py sampling.py score_cache.py speed.py toy_world.py
+    memory_report.py model_files.py optimizers.py packed_model.py packing.py preference_data.py preference_rows.py
+    reward_models.py row_files.py row_prompts.py run_files.py sampling.py score_cache.py speed.py toy_world.py
 """
 
 import gc

@@ -18,8 +18,8 @@ Deviations from DPO's paper: the two terms behind it; AdamW instead of RMSprop.
         --use-prompt-embedding --prompt-embedding-path outputs/soft_prompt                      # four GPUs
 
 Copy with: chat_text.py checkpoints.py distributed.py flags.py lora.py losses.py memory_estimate.py memory_report.py
-    model_files.py optimizers.py packed_model.py packing.py preference_data.py preference_prompt.py run_files.py
-    score_cache.py speed.py toy_world.py
+    model_files.py optimizers.py packed_model.py packing.py preference_data.py preference_prompt.py
+    preference_rows.py row_files.py row_prompts.py run_files.py score_cache.py speed.py toy_world.py
 """
 
 import gc

@@ -10,8 +10,8 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 import chat_text
 import run_files
-from chat_text import TextError, as_messages, prompt_ids, prompt_text, render, response_end, turn_end
-from preference_data import DataError
+from chat_text import as_messages, prompt_ids, prompt_text, render, response_end, turn_end
+from row_files import DataError, Unusable
 
 
 def turns(start, end, header="{% if add_generation_prompt %}{{ '" + "S" + "assistant\n' }}{% endif %}", trim=""):
@@ -241,7 +241,7 @@ def test_words_are_cut_and_headers_stay(name):
         assert room - 3 <= len(ids) <= room  # a character is three tokens at most
         kept = next(words[-n:] for n in range(len(words), -1, -1) if prompt_text([user(words[-n:])], tokenizer) == text)
         assert words.endswith(kept)
-    with pytest.raises(TextError, match="no room"):
+    with pytest.raises(Unusable, match="no room"):
         prompt_ids([user(words)], tokenizer, bare)
 
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import run_script
 from test_flags import one_line, write_world
-from test_preference_data import write_rows
+from test_preference_data import char_tokenizer, ids, write_rows
 
 import evaluate_alignment
 import evaluation_numbers
@@ -627,17 +627,30 @@ def refused(world, tmp_path, capsys, monkeypatch):
     [
         ('{"question": "x"}', "prompts.jsonl:2: there is no `prompt` that is a text or a list of messages"),
         ('{"prompt": "  "}', "prompts.jsonl:2: there is no `prompt`"),
-        ('{"prompt": [{"role": "user"}]}', "prompts.jsonl:2: there is no `prompt`"),
+        ('{"prompt": [{"role": "user"}]}', "prompts.jsonl:2: `prompt` is not a list of messages with role and content"),
+        ('{"prompt": "a", "query": "b"}', "prompts.jsonl:2: `query` is not read where a file's first row is prompt"),
+        ('{"prompt": "a", "system": 5}', "prompts.jsonl:2: `system` is not a str"),
         ('{"prompt": "a", "category": 3}', "prompts.jsonl:2: `category` is not a str"),
         ('{"prompt": "a"', "prompts.jsonl:2: not JSON"),
         ('{"prompt": "a\\ud800"}', "prompts.jsonl:2: "),
         ('{"prompt": "a", "category": "\\udc00"}', "prompts.jsonl:2: "),
-        ('{"prompt": [{"role": "user", "content": null}]}', "prompts.jsonl:2: "),
+        (
+            '{"prompt": [{"role": "user", "content": null}]}',
+            "prompts.jsonl:2: the content of a message of `prompt` is null",
+        ),
     ],
 )
 def test_a_prompt_that_cannot_be_read_is_named(refused, tmp_path, line, sentence):
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "fine"}\n' + line + "\n")
     assert sentence in refused("--prompts", tmp_path / "prompts.jsonl")
+
+
+def test_the_system_and_the_history_of_a_row_are_asked(tmp_path):
+    row = {"prompt": "b?", "system": "Be brief.", "history": [["q?", "a."]]}
+    (tmp_path / "prompts.jsonl").write_text(json.dumps(row))
+    args = SimpleNamespace(num_samples=0, chat_template_strings=False, max_prompt_length=99)
+    [[prompt], cut] = evaluate_alignment.read_prompts(str(tmp_path / "prompts.jsonl"), char_tokenizer(), args)
+    assert prompt.ids == ids("Be brief.\n\nq?\n\na.\n\nb?")
 
 
 def test_wrong_files_are_refused(refused, world, tmp_path, reward_folders, toy):

@@ -7,6 +7,7 @@ import shutil
 import statistics
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -723,7 +724,15 @@ def test_prompts_and_output_have_to_be_given(capsys):
         ('{"prompt": 3}', "`prompt` is neither a text nor a list of messages; mend the row"),
         ('{"prompt": []}', "`prompt` is not a list of messages with role and content; mend the row"),
         ('{"prompt": ["a"]}', "`prompt` is not a list of messages with role and content; mend the row"),
-        ('{"prompt": [{"role": "user", "content": null}]}', "the chat template refuses its messages ("),
+        (
+            '{"prompt": [{"role": "user", "content": null}]}',
+            "the content of a message of `prompt` is null, and no text; mend",
+        ),
+        (
+            '{"prompt": [{"role": "gpt", "content": "a"}]}',
+            "a message of `prompt` has the role 'gpt': write assistant; mend",
+        ),
+        ('{"prompt": "a", "query": "b"}', "`query` is not read where a file's first row is prompt: call what is asked"),
         ('["a"]', "not a JSON object {{...}}; mend the row"),
         ('{"prompt"', "not JSON ("),
         ('{"prompt": "\\ud800"}', "'utf-8' codec can't encode"),
@@ -732,6 +741,34 @@ def test_prompts_and_output_have_to_be_given(capsys):
 def test_a_row_without_a_prompt_is_named_by_its_line(fails, tmp_path, row, problem):
     rows = write_rows(tmp_path / "rows.jsonl", [{"prompt": "a"}, "", row])
     assert fails("--prompts", rows).startswith(f"{rows}:3: {problem.replace('{{', '{').replace('}}', '}')}")
+
+
+def test_what_else_a_row_asks_is_asked_and_goes_along(world, tmp_path):
+    more = {"system": "Be brief.", "history": [["q?", "a."]]}
+    rows = write_rows(tmp_path / "rows.jsonl", [{"prompt": "b?"} | more])
+    tokenizer = char_tokenizer(eos="<|im_end|>", template=CHATML)
+    for words, text in (
+        ([], "Be brief.\n\nq?\n\na.\n\nb?"),
+        (
+            ["--chat-template-strings"],
+            "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nq?<|im_end|>\n"
+            "<|im_start|>assistant\na.<|im_end|>\n<|im_start|>user\nb?<|im_end|>\n<|im_start|>assistant\n",
+        ),
+    ):
+        args = generate.get_args(["--prompts", str(rows), "--output", "o", *words])
+        [row], _ = generate.read_prompts(args, tokenizer)
+        assert tokenizer.decode(row.ids) == text
+        assert (row.prompt, row.others) == ("b?", more)  # training puts them together again
+
+
+def test_a_huge_prompt_is_cut_before_it_is_tokenised(tmp_path):
+    found, start = [], time.perf_counter()
+    for size in (10**3, 3 * 10**7):
+        rows = write_rows(tmp_path / "rows.jsonl", [{"prompt": "p" * size + "Q?"}])
+        args = generate.get_args(["--prompts", str(rows), "--output", "o", "--max-prompt-length", "9"])
+        found.append(generate.read_prompts(args, char_tokenizer())[0][0].ids)
+    assert found == [[ord(letter) for letter in "pppppppQ?"]] * 2
+    assert time.perf_counter() - start < 20
 
 
 def test_messages_need_a_template(fails, world, tmp_path):
