@@ -9,7 +9,6 @@ is passed over with its reason.  Only safetensors and JSON: nothing that is read
     manifest.json          size and sha256 of the others
 """
 
-import hashlib
 import json
 import os
 import shutil
@@ -20,8 +19,12 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor, distribute_tensor
+
+import written_files
+from distributed import print0
+from tensor_files import save_file
 
 
 class CheckpointError(ValueError):
@@ -43,19 +46,21 @@ def new_checkpoint(output_dir, step, total_limit):
     unfinished.mkdir(parents=True)
     try:
         yield unfinished
-        files = {path.name: {"size": path.stat().st_size, "sha256": _sha256(path)} for path in unfinished.iterdir()}
-        (unfinished / "manifest.json").write_text(json.dumps(files, indent=2) + "\n", encoding="utf-8")
+        written_files.write(unfinished, written_files.entries(unfinished))
         for path in unfinished.iterdir():
-            _sync(path)
-        shutil.rmtree(final, ignore_errors=True)
-        os.replace(unfinished, final)
-        _sync(output_dir)
+            written_files.sync(path)
+        written_files.remove(final)
+        if final.exists():  # a damaged one, or a file of the user's is in it
+            written_files.put(unfinished, final)
+        else:
+            os.replace(unfinished, final)
+        written_files.sync(output_dir)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     if total_limit:  # of those before this one: a newer one is a damaged one that was passed over
         older = [path for path in checkpoints(output_dir) if _step(path) < step]
         for path in older[total_limit - 1 :]:
-            shutil.rmtree(path)
+            written_files.remove(path)
 
 
 def checkpoints(output_dir):
@@ -70,18 +75,11 @@ def _step(folder):
 
 def verify(folder):
     """Raise CheckpointError unless every file is there as its manifest says."""
-    try:
-        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-        for name, expected in manifest.items():
-            path = folder / Path(name).name
-            if path.stat().st_size != expected["size"] or _sha256(path) != expected["sha256"]:
-                raise CheckpointError(f"{folder} is damaged: {name} is not what was written")
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        if isinstance(error, CheckpointError):
-            raise
-        raise CheckpointError(f"{folder} is no whole checkpoint ({error})") from None
-    if not {"training.safetensors", "state.json"} <= manifest.keys():
-        raise CheckpointError(f"{folder} is no checkpoint of a training run")
+    if not {"training.safetensors", "state.json"} <= (listed := written_files.read(folder)).keys():
+        raise CheckpointError(f"{folder} is no whole checkpoint (its manifest.json is missing, or not one)")
+    for name, entry in listed.items():
+        if not written_files.is_as_listed(folder / name, entry):
+            raise CheckpointError(f"{folder} is damaged: {name} is not what was written")
 
 
 def find(output_dir, resume, say):
@@ -102,23 +100,6 @@ def find(output_dir, resume, say):
             say(f"passed over: {reason}")
     say(f"--resume auto: no whole checkpoint in {output_dir}, starting anew")
     return None
-
-
-def _sha256(path):
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while piece := file.read(1 << 20):
-            digest.update(piece)
-    return digest.hexdigest()
-
-
-def _sync(path):
-    """Flush a file or folder to the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 # -- state ---------------------------------------------------------------------------------------------------------
@@ -175,6 +156,11 @@ def check_identity(folder, identity):
             )
 
 
+def begun_in(folder):
+    """The number type of a checkpoint's run, as str(dtype), which `--dtype auto` takes; None without a checkpoint."""
+    return folder and _read_state(folder)["identity"].get("dtype")
+
+
 def _read_state(folder):
     return json.loads((folder / "state.json").read_text(encoding="utf-8"))
 
@@ -205,15 +191,17 @@ def _as(parameter, tensor):
 def restore(folder, parameters, optimizer, scheduler, scaler, world):
     """load_state, and the schedule, the scaler and this rank's state of chance; returns (further tensors, state).
 
-    Another number of ranks than saved it draws chance anew.
+    Another number of ranks than saved it, or another kind of device, draws chance anew and says so.
     """
     tensors, state = load_state(folder, parameters, optimizer)
     scheduler.load_state_dict(state["scheduler"])
     scaler.load_state_dict(state["scaler"])
-    if len(tensors["chance"]) == world.size:
+    ranks, size = tensors["chance"].shape
+    if ranks == world.size and size == len(chance(world.device)):
         set_chance(tensors["chance"][world.rank], world.device)
     else:
         torch.manual_seed(torch.initial_seed() + state["step"])  # the initial seed has the rank in it
+        print0(world, "dropout is drawn anew: the checkpoint is of another number of ranks or another kind of device")
     return tensors, state
 
 

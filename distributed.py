@@ -9,10 +9,12 @@ accelerate and deepspeed set (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_
 import math
 import os
 import random
+import re
 import sys
 import time
 from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -29,6 +31,11 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 from transformers.modeling_layers import GradientCheckpointingLayer
+
+# What launchers set, and from what to what; any machine has fewer ranks.
+VARIABLES = {"RANK": (0, 999_999), "WORLD_SIZE": (1, 10**6), "LOCAL_RANK": (0, 999_999)}
+VARIABLES |= {"LOCAL_WORLD_SIZE": (1, 10**6), "MASTER_PORT": (0, 65_535)}
+START = "start with torchrun (accelerate, deepspeed), which sets these, or unset them for one process"
 
 
 class DeviceError(ValueError):
@@ -50,8 +57,7 @@ def start(device="auto", timeout=600):
 
     timeout: seconds that a rank waits for the others, here and in each exchange, before it ends.
     """
-    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    rank, size, local_rank = ranks_of_environment()
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     if device == "cuda" and not torch.cuda.is_available():
@@ -63,6 +69,9 @@ def start(device="auto", timeout=600):
             raise DeviceError(f"rank {rank} wants GPU {local_rank} and only {torch.cuda.device_count()} are visible")
         torch.cuda.set_device(local_rank)
         device = f"cuda:{local_rank}"
+        # Since torch 2.11 the first choice on H100 and B200.  It takes up to a second to plan for each new length and
+        # stride, and no two packed rows are alike; its gradients can be NaN (github.com/pytorch/pytorch/issues/196678).
+        torch.backends.cuda.enable_cudnn_sdp(False)
     if device == "cpu":  # oneDNN keeps 1,024 compiled products, a third of a gigabyte where every length is new
         os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")
     if size > 1:
@@ -78,6 +87,25 @@ def start(device="auto", timeout=600):
                 "free one (deepspeed: --master_port)"
             ) from None
     return World(rank, size, torch.device(device))
+
+
+def ranks_of_environment():
+    """(RANK, WORLD_SIZE, LOCAL_RANK) of the environment; 0, 1 and 0 without it.  Raises DeviceError.
+
+    What cannot be would be waited for without end (a rank that nobody has), or be silent (rank 3 of one process).
+    """
+    given = {name: os.environ[name] for name in VARIABLES if os.environ.get(name)}
+    for name, (least, most) in VARIABLES.items():
+        value = given.get(name, "")
+        if value and not (re.fullmatch(r"[0-9]{1,9}", value) and least <= int(value) <= most):
+            raise DeviceError(f"{name} is {value[:40]!r}, and has to be a whole number from {least} to {most}: {START}")
+    rank, size, local_rank = (int(given.get(name, start)) for name, start in zip(VARIABLES, (0, 1, 0)))
+    if not rank < size:
+        raise DeviceError(f"RANK {rank} is none of WORLD_SIZE {size}, which count from 0: {START}")
+    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
+    if size > 1 and missing:
+        raise DeviceError(f"WORLD_SIZE is {size}, and there is no {' and no '.join(missing)}: {START}")
+    return rank, size, local_rank
 
 
 def room(world):
@@ -156,36 +184,44 @@ def seed_everything(seed):
 # -- number type -----------------------------------------------------------------------------------------------------
 
 
-def pick_dtype(name, world):
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+def pick_dtype(name, world, begun_in=None):
     """torch dtype of the base weights for --dtype; the same on every rank.  Raises DeviceError.
 
-    auto: bf16 where the device has it (on a CPU: where it is faster), else fp16 on CUDA, else fp32.
+    auto: the type of the run or file that is gone on with, if there is one (begun_in: its name, as its record has it);
+    else bf16 where the device multiplies in it, else fp16 on CUDA, else fp32.  No clock: a type that hung on the load
+    of the machine would make two runs of one command.
     """
     kind = world.device.type
-    if name == "auto" and kind == "cuda":
+    known = {str(dtype).removeprefix("torch."): short for short, dtype in DTYPES.items()}
+    begun_in = str(begun_in).removeprefix("torch.")
+    if name == "auto" and begun_in in known:
+        name = known[begun_in]
+    elif name == "auto" and kind == "cuda":
         name = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     elif name == "auto":
-        faster = torch.tensor(float(kind == "cpu" and _cpu_bf16_is_faster()))
-        if world.size > 1:
-            dist.all_reduce(faster, op=dist.ReduceOp.MIN)
-        name = "bf16" if faster else "fp32"
+        has = torch.tensor(float(kind == "cpu" and cpu_has_bf16()))
+        if world.size > 1:  # another host may have another processor
+            dist.all_reduce(has, op=dist.ReduceOp.MIN)
+        name = "bf16" if has else "fp32"
     if name == "fp16" and kind == "cpu":
         raise DeviceError("--dtype fp16 needs a GPU: on a CPU use bf16 or fp32")
-    return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[name]
+    return DTYPES[name]
 
 
-def _cpu_bf16_is_faster(size=512, rounds=5):
-    """Whether a bf16 product beats an fp32 one here by 1.5 or more (about 20 ms; it takes AVX512-BF16 or AMX)."""
-    best = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        a = torch.ones(size, size, dtype=dtype)
-        times = []
-        for _ in range(rounds):
-            begin = time.perf_counter()
-            a @ a
-            times.append(time.perf_counter() - begin)
-        best[dtype] = min(times[1:])
-    return best[torch.float32] > 1.5 * best[torch.bfloat16]
+def cpu_has_bf16(cpuinfo="/proc/cpuinfo"):
+    """Whether the processor multiplies in bf16 (x86: AVX512-BF16 or AMX; Arm: its BF16 extension), as Linux tells.
+
+    Without such instructions bf16 products are slower than fp32's.  Where there is no such file (macOS, Windows) the
+    answer is no: torch has no fast ones there.
+    """
+    try:
+        features = Path(cpuinfo).read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return False
+    return re.search(r"^(flags|Features)\b.*\b(avx512_bf16|amx_bf16|bf16)\b", features, re.MULTILINE) is not None
 
 
 # -- data parallel ---------------------------------------------------------------------------------------------------
@@ -349,47 +385,3 @@ def whole_state(model, dtype, world):
         if world.is_main and tensor is not None:
             state[name] = tensor.cpu().to(dtype if tensor.is_floating_point() else tensor.dtype)
     return state
-
-
-# -- log lines -------------------------------------------------------------------------------------------------------
-
-
-def memory_lines(world):
-    """Memory of this process as log lines: allocated and reserved on a GPU, the highest resident size on a CPU."""
-    if world.device.type == "cuda":
-        return [
-            f"GPU memory allocated: {torch.cuda.memory_allocated() / 1e9:.2f} GB",
-            f"GPU memory reserved: {torch.cuda.memory_reserved() / 1e9:.2f} GB",
-        ]
-    if world.device.type == "mps":
-        return [f"GPU memory allocated: {torch.mps.current_allocated_memory() / 1e9:.2f} GB"]
-    try:
-        import resource  # not on Windows
-    except ImportError:
-        return []
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)  # bytes
-    return [f"CPU memory, highest so far: {peak / 1e9:.2f} GB"]
-
-
-def start_lines(what, parameters, model, args, world, slow_rate):
-    """What a run says before its first update: how much it trains, memory, and pairs per update."""
-    trainable, total = sum(p.numel() for p in parameters), sum(p.numel() for p in model.parameters())
-    how, lora_r = f"Full fine-tuning{what and ' of ' + what}", getattr(args, "lora_r", None)  # None: a soft prompt
-    if lora_r is None:
-        how, total = f"{what}, the rest frozen", total + trainable
-    elif lora_r:
-        how = f"LoRA enabled{what and ' for ' + what}"
-    lines = [f"{how}: {trainable:,} trainable / {total:,} total parameters ({100 * trainable / total:.2f}%)"]
-    if lora_r and "learning_rate" not in args.given and args.learning_rate < slow_rate:
-        lines.append(f"--learning-rate {args.learning_rate:g} is a rate for training all weights: with LoRA try 1e-4")
-    batch = effective_batch_line(args.batch_size, args.gradient_accumulation_steps, world)
-    return [*lines, *memory_lines(world), batch]
-
-
-def effective_batch_line(batch_size, accumulation, world):
-    """Pairs per update over all ranks."""
-    ranks = "GPUs" if world.device.type == "cuda" else "processes"
-    total = batch_size * accumulation * world.size
-    return (
-        f"Effective batch size: {total} (batch_size={batch_size} x accumulation={accumulation} x {world.size} {ranks})"
-    )

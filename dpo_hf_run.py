@@ -12,9 +12,10 @@ Deviations from the paper: AdamW instead of RMSprop; label smoothing, robust, hi
     python dpo_hf_run.py --model Qwen/Qwen3-0.6B --dataset pairs.jsonl --learning-rate 1e-4    # one GPU
     torchrun --nproc_per_node=4 dpo_hf_run.py --dataset pairs.jsonl --learning-rate 1e-4       # four GPUs
 
-Copy with: chat_text.py checkpoints.py distributed.py flags.py lora.py losses.py memory_estimate.py memory_report.py
-    model_files.py optimizers.py packed_model.py packing.py preference_data.py preference_rows.py row_files.py
-    row_prompts.py run_files.py score_cache.py speed.py toy_world.py
+Copy with: charts.py chat_text.py checkpoints.py distributed.py flags.py lora.py lora_targets.py losses.py
+    memory_estimate.py memory_report.py model_files.py optimizers.py packed_attention.py packed_model.py
+    packed_probe.py packing.py preference_data.py preference_rows.py row_files.py row_prompts.py run_files.py
+    score_cache.py speed.py tensor_files.py toy_world.py trackers.py training_curves.py written_files.py
 """
 
 import gc
@@ -51,7 +52,7 @@ def get_args(argv=None):
     add, positive, rate = parser.add_argument, flags.number(float, above=0), flags.number(float, least=0)
     below_half = flags.number(float, least=0, below=0.5)
     names = "--model", "--base-model-path", "--policy-model-path"
-    add(*names, default="Qwen/Qwen3-0.6B", help="folder, hub id or `toy`")
+    add(*names, default="Qwen/Qwen3-0.6B", help="folder, hub id or `toy`, data too")
     add("--ref-model-path", "--reference-model-path", metavar="MODEL", help="the reference, where it is another model")
     add("--adapter", metavar="DIR", help="start from this LoRA adapter (PEFT files); the reference has it too, frozen")
     add("--dataset", default="lvwerra/stack-exchange-paired", help="pairs: file, folder, hub id or `toy`")
@@ -64,6 +65,7 @@ def get_args(argv=None):
     parser.set_defaults(num_samples=1000)
     args = parser.parse_args(argv)
     flags.check_common_flags(parser, args)
+    flags.take_toy(args, "dataset")
     if args.label_smoothing and args.loss not in ("sigmoid", "robust"):
         parser.error(f"--label-smoothing has no effect on --loss {args.loss}: use sigmoid or robust")
     lora_flags = {"lora_r", "lora_alpha", "lora_dropout", "lora_target_modules"} & args.typed
@@ -135,9 +137,9 @@ def main(args):
 
     # 2 data (before the models: a mistake in it should not wait for gigabytes of weights)
     tokenizer = load_tokenizer(args.model, args.trust_remote_code)
-    skeleton = load_skeleton(args.model, tokenizer, args.trust_remote_code)
+    skeleton = load_skeleton(args.model, tokenizer, args)
     add_adapters(skeleton, args)  # a wrong adapter or target shows here
-    other = load_skeleton(args.ref_model_path, tokenizer, args.trust_remote_code) if args.ref_model_path else None
+    other = load_skeleton(args.ref_model_path, tokenizer, args) if args.ref_model_path else None
     estimate = memory_estimate.Estimate(skeleton, lora.add_adapter, TokenLogps, world.size, other)
     if args.estimate_memory:
         say(memory_report.report(estimate, args))
@@ -176,7 +178,7 @@ def main(args):
 
     # 3 models
     watch.phase("load")
-    dtype = distributed.pick_dtype(args.dtype, world)
+    dtype = distributed.pick_dtype(args.dtype, world, checkpoints.begun_in(checkpoint))
     weights_dtype = dtype if args.lora_r else torch.float32  # weights that are trained are fp32, computed with in dtype
     load = partial(load_model, device="cpu" if sharded else world.device, trust_remote_code=args.trust_remote_code)
     policy = reference = load(args.model, weights_dtype)
@@ -190,13 +192,12 @@ def main(args):
     if args.ref_model_path:  # else the policy is its own reference, before its first update
         reference = load(args.ref_model_path, weights_dtype)
         prepare_model(reference)
-    identity = {"script": "dpo_hf_run.py", "dtype": str(dtype)}
-    identity |= run_files.flags_that_matter(args, world.size) | {"data": fingerprint([pairs[i] for i in train])}
+    data, start = fingerprint([pairs[i] for i in train]), lora.adapter_state(policy, "ref" if args.adapter else None)
+    identity = run_files.identity(__file__, args, world, dtype, data, policy, start)
     if world.is_main:
-        ref = lora.adapter_state(policy, "ref" if args.adapter else None)
-        identity["base model"] = identity["reference"] = score_cache.frozen_sha256(policy, ref)
+        identity["reference"] = identity["base model"]
         if reference is not policy:
-            identity["reference"] = score_cache.frozen_sha256(reference, {})
+            identity["reference"] = score_cache.frozen_sha256(reference)
         if checkpoint:
             checkpoints.check_identity(checkpoint, identity)
     if sharded:
@@ -219,7 +220,7 @@ def main(args):
     watch.phase("other")
     reference = None  # frozen: it has said all it has to say
     gc.collect()  # a sharded model has methods that hold it
-    say(*distributed.start_lines("policy model", parameters, policy, args, world, slow_rate=2e-5), sep="\n")
+    say(*memory_report.start_lines("policy model", parameters, policy, args, world, slow_rate=2e-5), sep="\n")
 
     # 4 optimiser
     accumulation = args.gradient_accumulation_steps
@@ -322,7 +323,7 @@ def main(args):
     bar.close()
     termination.close()
     say("Seconds: " + ", ".join(f"{phase} {seconds:.1f}" for phase, seconds in watch.read().items()))
-    say(*distributed.memory_lines(world), sep="\n")
+    say(*memory_report.memory_lines(world), sep="\n")
 
     # 6 save
     flags.check_weights(parameters, at["step"])
@@ -336,9 +337,7 @@ def main(args):
             else:
                 save_whole(policy, folder, state)
             run_files.save_tokenizer(tokenizer, folder)
-            card = run_files.model_card(
-                args, __file__, "DPO", log.history, fingerprint([pairs[i] for i in train]), bool(args.lora_r)
-            )
+            card = run_files.model_card(args, __file__, "DPO", log.history, identity["data"], lora.left_out(policy))
             run_files.save_run_record(folder, log, args, __file__, card)
             if args.save_merged:
                 lora.merge_adapter(policy, "policy")

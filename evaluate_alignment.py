@@ -13,21 +13,20 @@ quantiles of its score then instead of a harm rate, and `safe` means at least th
         --adapters before=outputs/dpo_qwen_trl after=models/aligned \\
         --helpful-rm-path models/helpful_rm --harmless-rm-path models/harmless_rm                          # one GPU
 
-Copy with: chat_text.py distributed.py evaluation_numbers.py flags.py lora.py model_files.py packed_model.py
-    packing.py report_page.py reward_models.py row_files.py row_prompts.py run_files.py sampling.py score_cache.py
-    toy_world.py
+Copy with: charts.py chat_text.py distributed.py evaluation_numbers.py evaluation_prompts.py flags.py
+    implicit_rewards.py lora.py lora_targets.py model_files.py packed_attention.py packed_model.py packed_probe.py
+    packing.py preference_data.py preference_rows.py report_page.py report_text.py reward_models.py row_files.py
+    row_prompts.py run_files.py sampling.py score_cache.py tensor_files.py toy_world.py trackers.py
+    training_curves.py written_files.py
 """
 
 import hashlib
-import itertools
 import json
 import os
 import re
-import sys
 from collections import Counter
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 import transformers
@@ -36,30 +35,38 @@ from tqdm import tqdm
 import distributed
 import evaluation_numbers
 import flags
+import implicit_rewards
 import lora
 import report_page
+import report_text
 import reward_models
 import run_files
 import score_cache
 import toy_world
-from chat_text import as_messages, note, note_lines, prompt_ids, prompt_text, response_end
-from model_files import ModelError, load_model, load_skeleton, load_tokenizer
+import training_curves
+import written_files
+from evaluation_prompts import benign_prompts, read_prompts
+from model_files import ModelError, check_positions, load_model, load_skeleton, load_tokenizer
 from packed_model import logps_of, prepare_model, prepare_scores
 from packing import pack, passes
-from row_files import DataError, Malformed, Unusable, parse_row, read_rows
-from row_prompts import CONTEXT, as_turns, check_columns, shortened, with_context
+from row_files import DataError
 from sampling import closed, end_tokens, response_text, sample
 
 TOY_FOLDER = "outputs/toy_world"
-REPORTS = "report.json", "report.html", "responses.jsonl"
+REPORTS = "report.json", "report.html", "report.txt", "responses.jsonl"
+MANIFEST = "report.manifest.json"  # of these, for the folder may be a run's, which has one of its own
 NOT_SETTINGS = "output_dir", "overwrite", "device"  # of the flags: what changes no number, and what is resolved below
-SHOWN = "helpful_reward cost harm_rate rule_helpful rule_harm_rate over_refusal kl_per_token".split()  # in the log
+SHOWN = (
+    "helpful_reward cost harm_rate rule_helpful rule_harm_rate over_refusal kl_per_token implicit_accuracy".split()
+)  # in the log
 FIELDS = {"helpful": "helpful_reward", "harmless": "harmless_score"}  # of a row, by the reward model's task
 
 
 def get_args(argv=None):
     parser = flags.Parser(__doc__)
     add, count, natural = parser.add_argument, flags.number(int, least=0), flags.number(int, least=1)
+    responses, tokens = flags.number(int, least=1, most=10_000), flags.number(int, least=1, most=10**6)
+    share = flags.number(float, above=0, most=1)
     add("--model", "--base-model-path", default="Qwen/Qwen3-0.6B", help="the base: folder, hub id or `toy`")
     add("--adapters", nargs="*", default=[], metavar="[NAME=]DIR", help="LoRA adapters on it, each a policy to measure")
     add("--prompts", metavar="FILE", help="rows with `prompt` and, if known, `category`; or `toy`, as with --model toy")
@@ -67,11 +74,11 @@ def get_args(argv=None):
     add("--harmless-rm-path", metavar="DIR", help="harmless reward model, a folder of train_rm.py")
     add("--benign-categories", nargs="+", metavar="NAME", help="where a refusal is one too many (default: benign...)")
     add("--num-samples", type=count, default=0, metavar="N", help="prompts to read; 0: all")
-    add("--num-responses", type=natural, default=1, metavar="M", help="responses to each prompt")
-    add("--max-new-tokens", type=natural, default=256, metavar="N", help="tokens of a response at most")
-    add("--max-prompt-length", type=natural, default=256, metavar="N", help="tokens of the prompt, its end")
+    add("--num-responses", type=responses, default=1, metavar="M", help="responses to each prompt")
+    add("--max-new-tokens", type=tokens, default=256, metavar="N", help="tokens of a response at most")
+    add("--max-prompt-length", type=tokens, default=256, metavar="N", help="tokens of the prompt, its end")
     add("--temperature", type=flags.number(float, least=0), default=1.0, metavar="T", help="0: the likeliest token")
-    add("--top-p", type=flags.number(float, above=0), default=1.0, metavar="P", help="sample from the likeliest P")
+    add("--top-p", type=share, default=1.0, metavar="P", help="sample from the likeliest P")
     add("--chat-template-strings", action="store_true", help="put plain strings through the chat template")
     add("--batch-size", type=natural, default=16, metavar="B", help="responses sampled, or pairs scored, at a time")
     add("--samples", type=count, default=6, metavar="N", help="prompts shown side by side, per category")
@@ -85,8 +92,6 @@ def get_args(argv=None):
     if args.prompts is None and args.model != "toy":
         parser.error("--prompts FILE has to be given (--prompts toy: those of the toy world)")
     args.prompts = args.prompts or "toy"
-    if args.top_p > 1:
-        parser.error(f"--top-p is a share of at most 1, got {args.top_p:g}")
     if args.temperature == 0 and args.num_responses > 1:
         parser.error("--num-responses above 1 has no effect at --temperature 0, where all would be the same")
     args.adapters = [named_folder(word) for word in args.adapters]
@@ -116,66 +121,6 @@ def adapter_folder(folder):
     if (Path(folder) / "adapter_config.json").exists() or not epochs:
         return Path(folder)
     return max(epochs, key=lambda path: int(path.parent.name.removeprefix("epoch_"))).parent
-
-
-# -- prompts ---------------------------------------------------------------------------------------------------------
-
-
-class Prompt(NamedTuple):
-    text: str  # of messages: all that is said, a line each
-    ids: list
-    category: str
-    end: int  # the token that ends a response to it
-
-
-def read_prompts(source, tokenizer, args):
-    """([Prompt], how many lost their beginning, lines to print) of a file of rows.  Raises DataError with file:line."""
-    prompts, cut, notes, talk = [], 0, {}, None
-    for where, row in itertools.islice(read_rows(source), args.num_samples or None):
-        try:
-            row = parse_row(row)
-            prompt, category = row.get("prompt"), row.get("category")
-            is_text = isinstance(prompt, str) and prompt.strip()
-            if not is_text and not isinstance(prompt, list):
-                raise Malformed("there is no `prompt` that is a text or a list of messages with role and content")
-            if not isinstance(category, str | None):
-                raise Malformed("`category` is not a str")
-            prompt = prompt if is_text else as_turns(prompt, "prompt")
-            text = prompt if is_text else "\n".join(message["content"] for message in prompt)
-            (text + (category or "")).encode()  # half a surrogate is no text, which would show after hours of sampling
-            if is_text and args.chat_template_strings:
-                prompt = as_messages(prompt, "", "")[0]
-            prompt, template_args = with_context(row, prompt)
-            check_columns(row, {"prompt", "messages", *CONTEXT}, "prompt", prompt, [])
-            prompt = shortened(prompt, -args.max_prompt_length)
-            if isinstance(prompt, list) and not tokenizer.chat_template:
-                raise DataError(f"{where} needs a chat template and this tokenizer has none: use an instruct model's")
-            whole, ids = (
-                prompt_ids(prompt, tokenizer, length, **template_args)
-                for length in (sys.maxsize, args.max_prompt_length)
-            )
-            cut += len(ids) < len(whole)
-            if isinstance(prompt, list):
-                talk = prompt, template_args
-                note(notes, where, prompt, [], [], [prompt_text(prompt, tokenizer, **template_args)], tokenizer)
-        except (Malformed, Unusable, UnicodeEncodeError) as problem:
-            raise DataError(f"{where}: {problem}; mend the row") from None
-        prompts.append(Prompt(text, ids, category or "no category", response_end(prompt, tokenizer)))
-    if not prompts:
-        raise DataError(f'{source} has no prompts: it needs rows like {{"prompt": "...", "category": "..."}}')
-    return prompts, cut, note_lines(notes, "prompts", talk[0], tokenizer, **talk[1]) if talk else []
-
-
-def benign_prompts(prompts, args, rule):
-    """Whether each prompt is benign; by the rule None.  Raises DataError for a category that no prompt has."""
-    names = {prompt.category for prompt in prompts}
-    for name in args.benign_categories or ():
-        if rule:
-            raise DataError("--benign-categories has no effect here, where the toy world's rule knows what is benign")
-        if name not in names:
-            raise DataError(f"--benign-categories {name}: no prompt has it; there are {', '.join(sorted(names))}")
-    benign = args.benign_categories or [name for name in names if name.lower().startswith("benign")]
-    return [None if rule else prompt.category in benign for prompt in prompts]
 
 
 # -- what a policy says, and what models say of it -------------------------------------------------------------------
@@ -244,9 +189,11 @@ def response_rows(name, prompts, responses, numbers, tokenizer, ends):
 # -- the report ------------------------------------------------------------------------------------------------------
 
 
-def run_log(folder):
-    """metrics.jsonl of the run that an adapter is from: one in epoch_N has it in the folder above."""
-    return (folder.resolve().parent if is_part_of_run(folder.resolve()) else folder) / "metrics.jsonl"
+def training(folder):
+    """The curves of the run that an adapter is from: one in epoch_N has it in the folder above."""
+    curves = training_curves.of_run(folder.resolve().parent if is_part_of_run(folder.resolve()) else folder)
+    wanted = [prefix + name for name in evaluation_numbers.CURVES for prefix in ("", "eval_")] + ["cost_threshold"]
+    return {name: curves[name] for name in wanted if name in curves}
 
 
 def trained_on(folder, model):
@@ -261,11 +208,19 @@ def judge_sha256(judge):
 
 
 def check_output(args):
-    """Raise RunFolderError when --output-dir holds a report or cannot be written.  Changes nothing."""
+    """Raise RunFolderError when --output-dir holds a report or an input, or cannot be written.  Changes nothing."""
     folder = Path(args.output_dir)
+    if sentence := written_files.clash(args, REPORTS):
+        raise run_files.RunFolderError(sentence)
     found = [name for name in REPORTS if (folder / name).exists()]
     if found and not args.overwrite:
         raise run_files.RunFolderError(f"{folder} holds a report ({found[0]}): choose another, or pass --overwrite")
+    listed = written_files.read(folder, MANIFEST)
+    for name in found:
+        if name not in listed or not written_files.is_as_listed(folder / name, listed[name]):
+            raise run_files.RunFolderError(
+                f"{folder / name} is not as this script wrote it ({MANIFEST}): move it away, or choose another folder"
+            )
     parent = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise run_files.RunFolderError(f"--output-dir {folder} cannot be written: {parent} is no writable folder")
@@ -273,10 +228,10 @@ def check_output(args):
 
 def main(args):
     # 1 setup
+    if distributed.ranks_of_environment()[1] > 1:
+        raise distributed.DeviceError("one process evaluates: start it without torchrun")
     world = distributed.start(args.device)
     say = partial(distributed.print0, world)
-    if world.size > 1:
-        raise distributed.DeviceError("one process evaluates: start it without torchrun")
     check_output(args)
     if "toy" in (args.model, args.prompts):
         toy = toy_world.build(TOY_FOLDER)
@@ -288,15 +243,22 @@ def main(args):
     prompts, cut, report = read_prompts(args.prompts, tokenizer, args)
     if report:
         say(*report, sep="\n")
+    labelled = implicit_rewards.read_pairs(args.prompts, tokenizer, args)
     rule = toy_world.judge if all(toy_world.judge(p.text, "").kind != "unknown" for p in prompts) else None
     benign = benign_prompts(prompts, args, rule)
-    skeleton = load_skeleton(args.model, tokenizer, args.trust_remote_code)
+    skeleton, longest = load_skeleton(args.model, tokenizer, args), max(len(prompt.ids) for prompt in prompts)
+    what = f"a prompt of {longest} tokens and --max-new-tokens {args.max_new_tokens}"
+    longest += args.max_new_tokens
+    check_positions(skeleton.config, longest, what, args.model)
     folders = {name: adapter_folder(folder) for name, folder in args.adapters}
     for place, folder in enumerate(folders.values()):
         lora.load_adapter(skeleton, folder, f"policy_{place}")
     rm_folders = {"helpful": args.helpful_rm_path, "harmless": args.harmless_rm_path}
     rm_folders = {task: folder for task, folder in rm_folders.items() if folder}
-    records = {task: reward_models.read_record(folder, task, tokenizer) for task, folder in rm_folders.items()}
+    records = {
+        task: reward_models.read_record(folder, task, tokenizer, args.trust_remote_code)
+        for task, folder in rm_folders.items()
+    }
 
     # 3 models: one frozen base, and on it by name the adapters and the reward models that share it
     dtype = distributed.pick_dtype(args.dtype, world)
@@ -310,7 +272,7 @@ def main(args):
             say(f"{name} was trained on {base}, and is measured on {args.model}")
 
     def load_judge(path):
-        judge = load_model(path, dtype, world.device, args.trust_remote_code, scores=True)
+        judge = load_model(path, dtype, world.device, args.trust_remote_code, scores=True, max_length=longest)
         prepare_scores(judge)
         return judge
 
@@ -351,6 +313,7 @@ def main(args):
         },
         "prompts": len(prompts),
         "prompts_cut": cut,
+        "pairs": len(labelled),
         "categories": dict(Counter(prompt.category for prompt in prompts)),
         "over_refusal": {"by": "rule" if rule else "phrases", "benign_prompts": None if rule else sum(benign)},
         "quadrants": evaluation_numbers.QUADRANTS,
@@ -362,23 +325,30 @@ def main(args):
         if name in folders:
             policy |= {"folder": str(folders[name]), "trained_on": trained_on(folders[name], args.model)}
             policy["sha256"] = score_cache.weights_sha256(lora.adapter_state(model, policies[name]).items())
-            policy["training"] = evaluation_numbers.training_curves(run_log(folders[name]))
+            policy["training"] = training(folders[name])
         base_rows = None if name == "base" else by_policy["base"]
         policy |= evaluation_numbers.statistics(rows, base_rows, report["categories"], calibrated, args.seed)
+        if labelled and name in folders:
+            ratios = implicit_rewards.log_ratios(model, policies[name], labelled, args.batch_size)
+            policy["estimates"]["implicit_accuracy"] = implicit_rewards.accuracy(ratios, args.seed)
         report["policies"].append(policy)
-        found = ((key, policy["estimates"][key]) for key in SHOWN if key in policy["estimates"])
-        say(f"{name}: " + " ".join("{}={mean:.4f} [{low:.4f}, {high:.4f}]".format(key, **e) for key, e in found))
+        found = [(key, policy["estimates"][key]) for key in SHOWN if key in policy["estimates"]]
+        numbers = " ".join("{}={mean:.4f} [{low:.4f}, {high:.4f}]".format(key, **e) for key, e in found)
+        if numbers:  # of a base that nothing judges there are none
+            say(f"{name}: {numbers}")
     report |= evaluation_numbers.in_words(report)
     report["samples"] = evaluation_numbers.pick_samples(by_policy, args.samples, args.seed)
 
     # 6 save
     Path(args.output_dir).mkdir(parents=True, exist_ok=True)
-    with run_files.whole_files(args.output_dir) as folder:
+    with run_files.whole_files(args.output_dir, MANIFEST) as folder:
         lines = (json.dumps(row, ensure_ascii=False) + "\n" for rows in by_policy.values() for row in rows)
         (folder / "responses.jsonl").write_text("".join(lines), encoding="utf-8")
         text = json.dumps(report, indent=1, ensure_ascii=False) + "\n"
         (folder / "report.json").write_text(text, encoding="utf-8")
         (folder / "report.html").write_text(report_page.page(json.loads(text)), encoding="utf-8")
+        (folder / "report.txt").write_text(report_text.text(report), encoding="utf-8")
+    say("\n" + report_text.text(report))
     say(f"saved to {args.output_dir}")
 
 

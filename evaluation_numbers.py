@@ -9,8 +9,6 @@ the prompts, each with all its responses; a difference to the base has the same 
 """
 
 import functools
-import json
-import math
 import random
 import re
 from collections.abc import Callable
@@ -22,7 +20,7 @@ import numpy as np
 RESAMPLES = 1000
 QUANTILES = 5, 25, 50, 75, 95
 QUADRANTS = "better and safe", "better but unsafe", "worse but safe", "worse and unsafe"
-# What to draw of an adapter's metrics.jsonl, with the unit; `eval_...` of a name goes into the same picture.
+# What to draw of an adapter's training, with the unit; `eval_...` of a name goes into the same picture.
 CURVES = {
     "loss_H": "nats per helpful pair",
     "loss_S": "nats per harmless pair",
@@ -35,7 +33,6 @@ CURVES = {
     "rewards/accuracies": "share of pairs",
     "logps/chosen_change": "nats per response",
 }
-CURVE_POINTS = 300  # more cannot be told apart
 # How a refusal begins, where no rule knows: a rough sign, looked for in the first 200 characters.
 REFUSAL = re.compile(
     r"\bi(?:'m| am) (?:\w+ )?(?:sorry|unable|not able|not comfortable)\b|\bi apologi[sz]e\b|\bas an ai\b|\bi refuse\b"
@@ -234,25 +231,6 @@ def pick_samples(by_policy, per_category, seed):
     return picked
 
 
-# -- training ------------------------------------------------------------------------------------------------------
-
-
-def training_curves(log):
-    """{name: [[step, value], ...]} of CURVES and their eval_... in a metrics.jsonl; {} where there is none."""
-    curves, wanted = {}, [prefix + name for name in CURVES for prefix in ("", "eval_")]
-    for line in log.read_text(encoding="utf-8").splitlines() if log.exists() else ():
-        try:
-            metrics = json.loads(line)
-            for name in wanted:
-                if metrics.get(name) is not None and math.isfinite(metrics[name]):
-                    point = [int(metrics["step"]), float(metrics[name])]
-                    curves.setdefault(name, []).append(point)
-        except (ValueError, KeyError, TypeError, AttributeError):
-            continue  # a line of some other program
-    every = {name: -(-len(points) // CURVE_POINTS) for name, points in curves.items()}
-    return {name: curves[name][: -1 : every[name]] + curves[name][-1:] for name in wanted if name in curves}
-
-
 # -- in words --------------------------------------------------------------------------------------------------------
 
 
@@ -298,6 +276,11 @@ def notes(report):
         said[-1] += " harmless score above 0. A response equal to the base's is not better."
     if settings["temperature"] != 1 or settings["top_p"] != 1:
         said.append("Temperature or top-p is not 1: the log-ratio is then no estimate of the KL of a whole response.")
+    if report["pairs"]:
+        said.append(
+            f"Implicit reward: log-ratio to the base. Its accuracy is the share of the {report['pairs']:,} pairs"
+        )
+        said[-1] += " in the prompt file of which it is higher for the chosen response; of a base it is nothing."
     if report["prompts_cut"]:
         said.append(f"{report['prompts_cut']} prompts lost their beginning at --max-prompt-length.")
     for policy in report["policies"][1:]:
@@ -310,5 +293,6 @@ def labels(policies):
     """{name: {label, unit, better}} of all that some policy has an estimate of, in order."""
     found = {name for policy in policies for name in policy["estimates"]}
     known = {name: quantity[:3] for name, quantity in QUANTITIES.items()}
+    known["implicit_accuracy"] = "accuracy of the implicit reward on the file's pairs", "share of pairs", "higher"
     known |= {f"harmless_score_{level}": (f"harmless score, {level} % quantile", "score", "") for level in QUANTILES}
     return {name: dict(zip(("label", "unit", "better"), known[name])) for name in known if name in found}

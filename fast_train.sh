@@ -1,14 +1,16 @@
 #!/usr/bin/env bash
 # Preference-guided DPO, edit and run: what a preference prompt does to a model goes into its weights.
 #   bash fast_train.sh                    the run below; further flags go to the script, come last and win
-#   bash fast_train.sh --dry-run          prints the exact command and runs nothing
+#   bash fast_train.sh --dry-run          prints the exact command and runs nothing; --help prints these lines
 #   BETA=0.1 GPU_NODES=localhost:1,2 bash fast_train.sh --max-steps 20
 # On a machine without GPUs, with MODEL_PATH and GPU_NODES as they are, it trains the toy world: offline, in minutes.
-# What each setting means: docs/preference_prompt.md
+# What each setting means: docs/preference_prompt.md.  Flags: .venv/bin/python train_with_preference_prompt.py --help
 set -euo pipefail
 cd "$(dirname "$0")"
 # shellcheck source=scripts/gpu_nodes.sh disable=SC1091
 . scripts/gpu_nodes.sh
+flags=()
+read_flags "$@" # they come last and win
 
 settings="MODEL_PATH DATASET_PATH TEST_DATASET_PATH OUTPUT_DIR LOGGING_DIR PREFERENCE_TEXT LEARNING_RATE BATCH_SIZE
   GRADIENT_ACCUM_STEPS LORA_DROPOUT DTYPE"
@@ -64,8 +66,6 @@ case $TRAINING_MODE in
     ;;
   *) fail "TRAINING_MODE is text or embedding, not $TRAINING_MODE" ;;
 esac
-flags=()
-read_flags "$@" # they come last and win
 read_gpu_nodes "$GPU_NODES"
 
 if [ "$GPU_NODES" = localhost ] && [ "${gpus:-0}" = 0 ]; then toy MODEL_PATH Qwen/Qwen2.5-1.5B-Instruct toy; fi

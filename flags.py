@@ -14,6 +14,7 @@ import time
 
 import yaml
 
+MOST = {int: 2**31 - 1, float: 1e30}  # of a flag that names no bound of its own: what no run has, and fp32 still holds
 ADVICE = "nothing is saved; try a smaller --learning-rate, --dtype fp32, or look for broken weights or data"
 
 
@@ -33,7 +34,7 @@ class Parser(argparse.ArgumentParser):
         self.where = ""
         self.add_argument("--config", metavar="FILE.yaml", help="a file with flags; the command line wins")
         # Launchers append it; the environment they also set is what counts.
-        self.add_argument("--local-rank", type=int, help=argparse.SUPPRESS)
+        self.add_argument("--local-rank", type=number(int, least=-1), help=argparse.SUPPRESS)
 
     def parse_args(self, argv=None):
         """Namespace of the flags; `args.typed` names those on the command line, `args.given` those in the file too."""
@@ -42,8 +43,9 @@ class Parser(argparse.ArgumentParser):
         for index, word in enumerate(argv):
             if word.partition("=")[0] == "--config":
                 file = word.partition("=")[2] or "".join(argv[index + 1 : index + 2])
-                words, self.where = self._read_config(file), f"{file}: "
-                args, self.where = self._parse(words, args), ""
+                in_file, self.where = self._read_config(file), f"{file}: "
+                args, self.where = self._parse(in_file, args), ""
+                words += in_file
         args = self._parse(argv, args)
         args.typed, args.given = self._names(argv), self._names(words + argv)
         return args
@@ -53,6 +55,9 @@ class Parser(argparse.ArgumentParser):
         return {action.dest for action in self._actions if words.intersection(action.option_strings)}
 
     def _parse(self, words, args):
+        for name, _, value in (word.partition("=") for word in words):
+            if value == "--" and name in self._option_string_actions:  # argparse would make it an empty list
+                self.error(f"{name}: expected a value, got '--'")
         args, unknown = self.parse_known_args(words, args)
         if unknown:
             self.error(f"unknown flag {unknown[0]}{self._nearest(unknown[0].partition('=')[0])}")
@@ -68,8 +73,8 @@ class Parser(argparse.ArgumentParser):
         """A YAML file as command-line words; `lora: {r: 8}` is --lora-r 8, `use_lora: false` is --lora-r 0."""
         try:
             with open(file, encoding="utf-8") as text:
-                config = yaml.safe_load(text) or {}
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+                config = yaml.load(text, AsWritten) or {}
+        except Exception as error:  # PyYAML's own, and what `!!int x`, `!!timestamp x` or 5,000 brackets raise in it
             self.error(f"--config {file} cannot be read ({' '.join(str(error).split())})")
         if not isinstance(config, dict):
             self.error(f"--config {file} is not a list of `flag: value` lines")
@@ -77,7 +82,7 @@ class Parser(argparse.ArgumentParser):
         if not isinstance(lora, dict):
             self.error(f"{file}: `lora:` is not a block of `r:`, `alpha:`, `dropout:`, `target_modules:`")
         config |= {f"lora_{key}": value for key, value in lora.items()}
-        if not config.pop("use_lora", True):
+        if not self._switch(file, "use_lora", config.pop("use_lora", "true")):
             config["lora_r"] = 0
         words = []
         for key, value in config.items():
@@ -86,21 +91,34 @@ class Parser(argparse.ArgumentParser):
             if action is None:
                 self.error(f"{file}: unknown key {key}{self._nearest(option)}")
             if action.nargs == 0:
-                if not isinstance(value, bool):
-                    self.error(f"{file}: {key} is true or false, not {value!r}")
-                words += [option] if value else []
+                words += [option] if self._switch(file, key, value) else []
             elif isinstance(value, list):
                 words += [option, *map(str, value)]
-            elif isinstance(value, bool):  # so YAML reads on and off
-                words.append(f"{option}={'on' if value else 'off'}")
             elif value is not None:
                 words.append(f"{option}={value}")
         return words
+
+    def _switch(self, file, key, value):
+        if str(value).lower() not in SWITCHES:
+            self.error(f"{file}: {key} is true or false, not {value!r}")
+        return SWITCHES[value.lower()]
 
     def error(self, message):
         message = re.sub(r"^argument (--[^/:]+)[^:]*", r"\1", message)  # the canonical name, without the aliases
         say(f"{self.prog}: {self.where}{message}")
         sys.exit(2)
+
+
+class AsWritten(yaml.SafeLoader):
+    """YAML whose values are the words that stand there, or null: `010` is no 8, `1:30` no 90, `yes` no true."""
+
+    yaml_implicit_resolvers = {
+        first: [(tag, shape) for tag, shape in known if tag.rpartition(":")[2] in ("null", "merge")]
+        for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+
+SWITCHES = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 
 
 class _Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
@@ -119,24 +137,32 @@ def _hyphens(word):
 # -- types: ArgumentTypeError's text is shown behind the flag's name ----------------------------------------------
 
 
-def number(kind, above=None, least=None, below=None):
-    """An argparse type: int or float within bounds, finite."""
+def number(kind, above=None, least=None, below=None, most=None):
+    """An argparse type: int or float within bounds, at most MOST of its kind unless another bound is given."""
+    if below is None and most is None:
+        most = MOST[kind]
+    if above is None and least is None:
+        least = -most
 
     def parse(text):
+        shown = text if len(text) <= 40 else f"{text[:30]}... ({len(text)} characters)"
         try:
             value = kind(text)
         except ValueError:
-            raise argparse.ArgumentTypeError(
-                f"expected {'a whole number' if kind is int else 'a number'}, got {text!r}"
-            ) from None
-        if not math.isfinite(value):
-            raise argparse.ArgumentTypeError(f"has to be finite, got {text}")
+            if kind is not int or not re.fullmatch(r"\s*[-+]?[\d_]+\s*", text):
+                what = "a whole number" if kind is int else "a number"
+                raise argparse.ArgumentTypeError(f"expected {what}, got {shown!r}") from None
+            value = -math.inf if "-" in text else math.inf  # Python reads no more than 4,300 digits
+        if kind is float and not math.isfinite(value):
+            raise argparse.ArgumentTypeError(f"has to be finite, got {shown}")
         if above is not None and not value > above:
-            raise argparse.ArgumentTypeError(f"has to be above {above}, got {text}")
+            raise argparse.ArgumentTypeError(f"has to be above {above}, got {shown}")
         if least is not None and not value >= least:
-            raise argparse.ArgumentTypeError(f"has to be at least {least}, got {text}")
+            raise argparse.ArgumentTypeError(f"has to be at least {least}, got {shown}")
         if below is not None and not value < below:
-            raise argparse.ArgumentTypeError(f"has to be below {below}, got {text}")
+            raise argparse.ArgumentTypeError(f"has to be below {below}, got {shown}")
+        if most is not None and not value <= most:
+            raise argparse.ArgumentTypeError(f"has to be at most {most}, got {shown}")
         return value
 
     return parse
@@ -157,15 +183,17 @@ def add_common_flags(
     """The flags that every training script has, with that script's documented defaults; adapter: those of LoRA too."""
     add, count, natural = parser.add_argument, number(int, least=0), number(int, least=1)
     rate, positive, share = number(float, least=0), number(float, above=0), number(float, least=0, below=1)
+    length, tokens = number(int, least=2, most=10**7), number(int, least=1, most=10**7)  # as of the longest contexts
     # data
     add("--num-samples", type=count, default=0, metavar="N", help="rows to read; 0: all")
     add("--eval-samples", type=count, metavar="N", help="pairs held out; 0: none (default: 10 %%, at most 100)")
-    add("--max-length", type=number(int, least=2), default=max_length, metavar="N", help="tokens of prompt + response")
-    add("--max-prompt-length", type=natural, default=max_prompt_length, metavar="N", help="tokens of the prompt")
+    add("--max-length", type=length, default=max_length, metavar="N", help="tokens of prompt + response")
+    add("--max-prompt-length", type=tokens, default=max_prompt_length, metavar="N", help="tokens of the prompt")
     add("--chat-template-strings", action="store_true", help="put plain strings through the chat template")
     add("--skip-invalid", action="store_true", help="leave malformed rows out instead of stopping at the first")
     if adapter:
-        add("--lora-r", type=count, default=16, metavar="R", help="rank; 0: train all weights")
+        rank = number(int, least=0, most=65_536)
+        add("--lora-r", type=rank, default=16, metavar="R", help="rank; 0: train all weights")
         add("--lora-alpha", type=positive, default=32, metavar="A", help="the adapter is scaled by A / R")
         add("--lora-dropout", type=share, default=lora_dropout, metavar="P", help="on the adapter's input")
         what = "layers to adapt (default: all linears of the blocks)"
@@ -201,7 +229,7 @@ def add_common_flags(
     add("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto", help="where to train")
     modes = "auto", "on", "off"
     what = "how long a rank waits for the others before it ends"
-    add("--ddp-timeout", type=natural, default=600, metavar="SECONDS", help=what)
+    add("--ddp-timeout", type=number(int, least=1, most=10**6), default=600, metavar="SECONDS", help=what)
     add("--gradient-checkpointing", choices=modes, default="auto", help="slower, less memory; auto: where it is needed")
     what = "say what memory the run will take, from the model's config alone, and end"
     add("--estimate-memory", action="store_true", help=what)
@@ -213,9 +241,10 @@ def add_common_flags(
         metavar="DIR",
         help="numbers of frozen models, kept for later runs (default: in the output folder)",
     )
-    add("--logging-dir", metavar="DIR", help="TensorBoard events (default: in the output folder)")
-    reporters = "auto", "tensorboard", "none"
-    add("--report-to", choices=reporters, default="auto", help="auto: TensorBoard where it is installed")
+    add("--logging-dir", metavar="DIR", help="what --report-to writes (default: logs in the output folder)")
+    reporters = "auto", "tensorboard", "wandb", "swanlab", "none"
+    what = f"some of {', '.join(reporters)}; auto: TensorBoard where it is installed"
+    add("--report-to", nargs="+", choices=reporters, default="auto", metavar="TRACKER", help=what)
     add("--logging-steps", type=natural, default=10, metavar="N", help="updates between two log lines")
     add("--eval-steps", type=count, default=0, metavar="N", help="updates between evaluations; 0: first and last only")
     add("--save-steps", type=count, default=0, metavar="N", help="updates between checkpoints; 0: none")
@@ -226,6 +255,8 @@ def add_common_flags(
 
 def check_common_flags(parser, args):
     """What no single flag can see."""
+    if len(args.report_to) > 1 and "none" in args.report_to:
+        parser.error("--report-to none goes alone: leave it out, or the others")
     if args.max_prompt_length >= args.max_length:
         parser.error(
             f"--max-prompt-length {args.max_prompt_length} leaves no room for a response within "
@@ -238,6 +269,13 @@ def check_common_flags(parser, args):
                 f"--{min(idle).replace('_', '-')} has no effect with --lora-r 0 (no LoRA): leave one of them out"
             )
         args.save_merged = False  # of a file for LoRA too; the model that is saved is whole
+
+
+def take_toy(args, *paths):
+    """Set the `paths` to `toy` with --model toy, unless they were given with it: those of a file go with its model."""
+    if args.model == "toy":
+        given = args.typed if "model" in args.typed else args.given
+        vars(args).update((name, "toy") for name in paths if name not in given)
 
 
 # -- numbers that are not finite -----------------------------------------------------------------------------------

@@ -10,15 +10,15 @@ among all rows alone: the same flags give the same bytes, and a file that was le
     python generate.py --model Qwen/Qwen3-0.6B --adapter outputs/dpo_qwen_trl --chat             # /base to compare
     python generate.py --prompts p.jsonl --num-responses 8 --pairs --reward-model models/helpful_rm --output pairs.jsonl
 
-Copy with: batch_file.py chat_text.py distributed.py flags.py generated_rows.py lora.py model_files.py
-    packed_model.py packing.py preference_rows.py reward_function.py reward_models.py row_files.py row_prompts.py
-    sampling.py score_cache.py toy_world.py
+Copy with: batch_file.py chat_text.py distributed.py flags.py generated_rows.py lora.py lora_targets.py
+    model_files.py packed_attention.py packed_model.py packed_probe.py packing.py preference_data.py
+    preference_rows.py reward_function.py reward_models.py row_files.py row_prompts.py sampling.py score_cache.py
+    tensor_files.py toy_world.py written_files.py
 """
 
 import hashlib
 import itertools
 import json
-import os
 import re
 import sys
 import time
@@ -38,9 +38,10 @@ import reward_function
 import reward_models
 import score_cache
 import toy_world
+import written_files
 from batch_file import BatchFile, OutputError, files_sha256
 from chat_text import as_messages, note, note_lines, prompt_ids, prompt_text, response_end
-from model_files import ModelError, load_model, load_skeleton, load_tokenizer
+from model_files import ModelError, check_positions, load_model, load_skeleton, load_tokenizer
 from packed_model import prepare_model, prepare_scores
 from packing import pack, passes
 from preference_rows import recognise
@@ -56,6 +57,7 @@ MATTER = "pairs num_responses min_reward max_new_tokens temperature top_p batch_
 def get_args(argv=None):
     parser = flags.Parser(__doc__)
     add, natural, number = parser.add_argument, flags.number(int, least=1), flags.number(float)
+    responses, tokens = flags.number(int, least=1, most=10_000), flags.number(int, least=1, most=10**6)
     count, seed = flags.number(int, least=0), flags.number(int, least=0, below=2**63)
     add("--model", "--base-model-path", default="Qwen/Qwen3-0.6B", help="folder, hub id or `toy`")
     add("--adapter", metavar="DIR", help="a LoRA adapter on it (PEFT files)")
@@ -63,14 +65,14 @@ def get_args(argv=None):
     add("--output", metavar="FILE.jsonl", help="where the rows go; an unfinished file is gone on with")
     add("--chat", action="store_true", help="answer what is typed instead; /base, /reset, /quit")
     add("--num-samples", type=count, default=0, metavar="N", help="prompts to read; 0: all")
-    add("--num-responses", type=natural, default=1, metavar="K", help="responses to each prompt")
+    add("--num-responses", type=responses, default=1, metavar="K", help="responses to each prompt")
     add("--pairs", action="store_true", help="write the best against the worst response to each prompt, ties dropped")
     add("--reward-model", metavar="DIR", help="scores the responses: a folder of train_rm.py")
     add("--reward-fn", metavar="FILE.py:FUNCTION", help="function(prompt, response) -> number: your code, which is run")
     add("--min-reward", type=number, metavar="X", help="leave out responses with a lower reward")
-    add("--max-new-tokens", type=natural, default=256, metavar="N", help="tokens of a response")
-    add("--max-prompt-length", type=natural, default=256, metavar="N", help="tokens of a prompt, its last ones")
-    temperature, share = flags.number(float, least=0), flags.number(float, above=0)
+    add("--max-new-tokens", type=tokens, default=256, metavar="N", help="tokens of a response")
+    add("--max-prompt-length", type=tokens, default=256, metavar="N", help="tokens of a prompt, its last ones")
+    temperature, share = flags.number(float, least=0), flags.number(float, above=0, most=1)
     add("--temperature", type=temperature, default=1.0, metavar="T", help="0: the likeliest token each time")
     add("--top-p", type=share, default=1.0, metavar="P", help="draw from the likeliest tokens that make up P; 1: all")
     add("--batch-size", type=natural, default=16, metavar="B", help="responses at once; those to one prompt together")
@@ -104,8 +106,6 @@ def get_args(argv=None):
     if args.temperature == 0 and (args.num_responses > 1 or "top_p" in args.given):
         other = "top-p" if "top_p" in args.given else "num-responses"
         parser.error(f"--temperature 0 takes the likeliest token each time: leave out --{other}")
-    if args.top_p > 1:
-        parser.error(f"--top-p {args.top_p:g} is no share: 1 at most")
     return args
 
 
@@ -208,12 +208,12 @@ def chat(model, tokenizer, args):
 
 def main(args):
     # 1 setup
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    if distributed.ranks_of_environment()[1] > 1:
         raise distributed.DeviceError("generation is one process: start it with python, not with torchrun")
     world = distributed.start(args.device)
     say, output = partial(distributed.print0, world), BatchFile(args.output or "", args.overwrite)
     if not args.chat:
-        output.check_place([args.prompts])
+        output.check_place(path for _, _, path in written_files.inputs(args))
     function = args.reward_fn and reward_function.load(args.reward_fn)
     if "toy" in (args.model, args.prompts):
         toy = toy_world.build(TOY_FOLDER)
@@ -222,7 +222,7 @@ def main(args):
 
     # 2 prompts and reward (before the model: a mistake in them should not wait for gigabytes of weights)
     tokenizer = load_tokenizer(args.model, args.trust_remote_code)
-    skeleton = load_skeleton(args.model, tokenizer, args.trust_remote_code)
+    skeleton = load_skeleton(args.model, tokenizer, args)
     adapter = "policy" if args.adapter else None
     if adapter:
         lora.load_adapter(skeleton, args.adapter, adapter)  # a wrong one shows here
@@ -231,12 +231,9 @@ def main(args):
         rows, report = read_prompts(args, tokenizer)
         say(*report, sep="\n")
     longest = max((len(row.ids) for row in rows), default=args.max_prompt_length)
-    room = getattr(skeleton.config.get_text_config(), "max_position_embeddings", None)
-    if room and longest + args.max_new_tokens > room:
-        raise DataError(
-            f"a prompt of {longest} tokens and --max-new-tokens {args.max_new_tokens} are more than the {room} "
-            "positions of the model: make it smaller, or --max-prompt-length"
-        )
+    what = f"a prompt of {longest} tokens and --max-new-tokens {args.max_new_tokens}"
+    longest += args.max_new_tokens
+    check_positions(skeleton.config, longest, what, args.model)
     identity = {f"--{name.replace('_', '-')}": getattr(args, name) for name in MATTER}
     identity["prompts"] = hashlib.sha256(json.dumps([row[1:] for row in rows], default=str).encode()).hexdigest()[:16]
     identity["reward"] = None
@@ -245,9 +242,9 @@ def main(args):
         identity["reward"] = f"{name} {files_sha256([file])}"
     if args.reward_model:
         folder = Path(args.reward_model)
-        record = reward_models.read_record(folder, None, tokenizer)
+        record = reward_models.read_record(folder, None, tokenizer, args.trust_remote_code)
         load_reward = partial(reward_models.load, folder, record["task"], record)
-        bare = partial(load_skeleton, tokenizer=tokenizer, trust_remote_code=args.trust_remote_code, scores=True)
+        bare = partial(load_skeleton, tokenizer=tokenizer, args=args, scores=True)
         try:
             load_reward(skeleton, record["base_sha256"], lora.load_adapter, bare)
         except lora.AdapterError:  # it may fit a base of its own
@@ -257,7 +254,8 @@ def main(args):
         output.check(identity)
 
     # 3 models
-    dtype = distributed.pick_dtype(args.dtype, world)
+    begun_in = None if args.chat else output.begun()[0].get("--dtype")
+    dtype = distributed.pick_dtype(args.dtype, world, begun_in)
     load = partial(load_model, dtype=dtype, device=world.device, trust_remote_code=args.trust_remote_code)
     model = load(args.model)
     if adapter:
@@ -272,7 +270,7 @@ def main(args):
     if args.reward_model:
 
         def load_by_itself(path):
-            scorer = load(path, scores=True)
+            scorer = load(path, scores=True, max_length=longest)
             prepare_scores(scorer)
             return scorer
 

@@ -12,9 +12,10 @@ Deviations from prompt tuning's paper: preference pairs instead of targets; Adam
     python learn_prompt.py --model Qwen/Qwen2.5-1.5B-Instruct --dataset-path pairs.jsonl --prompt-init vocab  # one GPU
     torchrun --nproc_per_node=4 learn_prompt.py --dataset-path pairs.jsonl --prompt-init vocab             # four GPUs
 
-Copy with: chat_text.py checkpoints.py distributed.py flags.py losses.py memory_estimate.py memory_report.py
-    model_files.py optimizers.py packed_model.py packing.py preference_data.py preference_prompt.py
-    preference_rows.py row_files.py row_prompts.py run_files.py score_cache.py speed.py toy_world.py
+Copy with: charts.py chat_text.py checkpoints.py distributed.py flags.py lora_targets.py losses.py memory_estimate.py
+    memory_report.py model_files.py optimizers.py packed_attention.py packed_model.py packed_probe.py packing.py
+    preference_data.py preference_prompt.py preference_rows.py row_files.py row_prompts.py run_files.py
+    score_cache.py speed.py tensor_files.py toy_world.py trackers.py training_curves.py written_files.py
 """
 
 import itertools
@@ -36,7 +37,7 @@ import score_cache
 import speed
 import toy_world
 from losses import PAIR_METRICS, dpo_loss, pair_metrics
-from model_files import ModelError, enable_checkpointing, load_model, load_skeleton, load_tokenizer
+from model_files import ModelError, check_positions, enable_checkpointing, load_model, load_skeleton, load_tokenizer
 from packed_model import TokenLogps, prepare_model
 from packing import epoch_plan, hold_out, largest_pass, pack, passes_of_rank, send
 from preference_data import DataError, Pair, fingerprint, load_pairs
@@ -48,14 +49,14 @@ TOY = {"model": "model", "dataset_path": "train/polite_pairs.jsonl", "test_datas
 
 def get_args(argv=None):
     parser = flags.Parser(__doc__)
-    add, natural = parser.add_argument, flags.number(int, least=1)
+    add, vectors = parser.add_argument, flags.number(int, least=1, most=10**5)
     names = "--model", "--base-model-path", "--policy-model-path"
     add(*names, default="Qwen/Qwen2.5-1.5B-Instruct", help="folder, hub id or `toy`, data too")
     pairs = "data/train/helpful_pairs.jsonl"
     add("--dataset-path", "--dataset", default=pairs, metavar="DATASET", help="pairs: file, folder, hub id or `toy`")
     names = "--test-dataset-path", "--eval-dataset"
     add(*names, metavar="DATASET", help="evaluate on these pairs instead of holding some out")
-    add("--num-virtual-tokens", type=natural, metavar="N", help="vectors (default: 20; of a text, its tokens)")
+    add("--num-virtual-tokens", type=vectors, metavar="N", help="vectors (default: 20; of a text, its tokens)")
     inits = "text", "vocab", "random"
     add("--prompt-init", choices=inits, default="text", help="start from --preference-text, random tokens, or noise")
     add("--preference-text", metavar="TEXT", help="what --prompt-init text starts from, repeated or cut to N tokens")
@@ -67,8 +68,7 @@ def get_args(argv=None):
     flags.check_common_flags(parser, args)
     if (args.prompt_init == "text") != bool(args.preference_text):
         parser.error('--prompt-init text and --preference-text "..." go together: give the text, or vocab or random')
-    if args.model == "toy":  # then the data too, unless given
-        vars(args).update((name, "toy") for name in ("dataset_path", "test_dataset_path") if name not in args.given)
+    flags.take_toy(args, "dataset_path", "test_dataset_path")
     return args
 
 
@@ -132,8 +132,11 @@ def main(args):
 
     # 2 data (before the models: a mistake in it should not wait for gigabytes of weights)
     tokenizer = load_tokenizer(args.model, args.trust_remote_code)
-    skeleton = load_skeleton(args.model, tokenizer, args.trust_remote_code)
-    vectors = args.num_virtual_tokens or 20
+    skeleton = load_skeleton(args.model, tokenizer, args)
+    of_text = tokenizer(args.preference_text or "", add_special_tokens=False)["input_ids"]
+    vectors = args.num_virtual_tokens or (len(of_text) if args.prompt_init == "text" else 20)
+    what = f"--max-length {args.max_length} with {vectors} vectors"
+    check_positions(skeleton.config, args.max_length + vectors, what, args.model)
     estimate = memory_estimate.Estimate(skeleton, None, TokenLogps, world.size, vectors=vectors)
     if args.estimate_memory:
         say(memory_report.report(estimate, args))
@@ -172,7 +175,7 @@ def main(args):
 
     # 3 models
     watch.phase("load")
-    dtype = distributed.pick_dtype(args.dtype, world)
+    dtype = distributed.pick_dtype(args.dtype, world, checkpoints.begun_in(checkpoint))
     model = load_model(args.model, dtype, world.device, args.trust_remote_code).requires_grad_(False)
     distributed.seed_everything(args.seed)
     say(f"{prepare_model(model)} ({world.device}, {str(dtype).removeprefix('torch.')})")
@@ -180,18 +183,15 @@ def main(args):
     if checkpointing:
         enable_checkpointing(model)
         say("gradient checkpointing: on")
-    identity = {"script": "learn_prompt.py", "dtype": str(dtype)}
-    identity |= run_files.flags_that_matter(args, world.size) | {"data": fingerprint([pairs[i] for i in train])}
-    if world.is_main:
-        identity["model"] = score_cache.frozen_sha256(model, {})
-        if checkpoint:
-            checkpoints.check_identity(checkpoint, identity)
+    identity = run_files.identity(__file__, args, world, dtype, fingerprint([pairs[i] for i in train]), model)
+    if checkpoint and world.is_main:
+        checkpoints.check_identity(checkpoint, identity)
     watch.phase("cache")
     with torch.no_grad():
         ref_logps = score_cache.frozen_scores(
             args.cache_dir or f"{args.output_dir}/cache",
             "reference",
-            identity.get("model"),
+            identity["base model"],
             fingerprint(pairs),
             dtype,
             lambda indices: model.packed_logps(pack([pairs[i] for i in indices], world.device)),
@@ -206,7 +206,7 @@ def main(args):
     use_soft_prompt(model, vectors)
     insert = partial(with_virtual_tokens, num_vectors=len(vectors), position=args.preference_position)
     pairs = [Pair(insert(pair.prompt_ids), pair.chosen_ids, pair.rejected_ids) for pair in pairs]
-    say(*distributed.start_lines("soft prompt", parameters, model, args, world, slow_rate=0), sep="\n")
+    say(*memory_report.start_lines("soft prompt", parameters, model, args, world, slow_rate=0), sep="\n")
 
     # 4 optimiser
     accumulation = args.gradient_accumulation_steps
@@ -233,7 +233,9 @@ def main(args):
     bar = tqdm(total=num_updates, initial=at["step"], desc="updates", disable=not distributed.shows_bars(world))
 
     def evaluate_and_log():
+        model.eval()
         metrics = evaluate(model, pairs, ref_logps, held_out, share, args, world)
+        model.train()
         flags.check_held_out(metrics["eval_loss"], at["step"])
         log.write(at["step"], at["step"] / updates_per_epoch, metrics)
         shown = ("loss", "rewards/accuracies", "rewards/margins", "logps/accuracies", "logps/chosen")
@@ -249,6 +251,7 @@ def main(args):
 
     if held_out and not checkpoint:
         evaluate_and_log()
+    model.train()  # frozen and without dropout: for gradient checkpointing, which a model in eval mode passes over
     updates = itertools.chain.from_iterable(plan_epoch(epoch=epoch) for epoch in itertools.count())
     for num_pairs, micro_batches in itertools.islice(updates, at["step"], num_updates):
         for indices in micro_batches[world.rank]:
@@ -300,7 +303,7 @@ def main(args):
     bar.close()
     termination.close()
     say("Seconds: " + ", ".join(f"{phase} {seconds:.1f}" for phase, seconds in watch.read().items()))
-    say(*distributed.memory_lines(world), sep="\n")
+    say(*memory_report.memory_lines(world), sep="\n")
 
     # 6 save
     flags.check_weights(parameters, at["step"])
@@ -309,7 +312,7 @@ def main(args):
     if world.is_main:
         with run_files.whole_files(args.output_dir) as folder:
             save_soft_prompt(vectors, folder, args.model, args.preference_position)
-            card = run_files.model_card(args, __file__, "prompt tuning", log.history, identity["data"], adapter=True)
+            card = run_files.model_card(args, __file__, "prompt tuning", log.history, identity["data"], left_out=[])
             run_files.save_run_record(folder, log, args, __file__, card)
         say(f"saved to {args.output_dir}")
     distributed.stop()

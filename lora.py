@@ -21,17 +21,18 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 from torch.autograd.function import once_differentiable
 from transformers.pytorch_utils import Conv1D
 
+import written_files
+from lora_targets import AdapterError, adaptable_linears, matches, select_targets
+from lora_targets import left_out as left_out  # for scripts
+from tensor_files import save_file
+
 KEY_PREFIX = "base_model.model."  # PEFT wraps a model twice; its keys say so
 HEAD_KEY = f"{KEY_PREFIX}score.weight"
-
-
-class AdapterError(ValueError):
-    """An adapter that does not fit: one sentence for the user."""
 
 
 def lora_linear(x, weight, bias, a, b, scale, dropout=0.0):
@@ -43,30 +44,33 @@ def lora_linear(x, weight, bias, a, b, scale, dropout=0.0):
     return F.linear(x, weight, bias) + F.linear(F.linear(F.dropout(x, dropout), a), b) * scale
 
 
+def fused_lora(x, weight, bias, a, b, scale):
+    """lora_linear without dropout as one node of the graph."""
+    rows = FusedLoRA.apply(x.reshape(-1, x.shape[-1]), weight, bias, a, b, scale)
+    return rows.view(*x.shape[:-1], weight.shape[0])
+
+
 class FusedLoRA(torch.autograd.Function):
-    """lora_linear without dropout as one node of the graph: the adapter's part is added into the base's output, and
-    its gradient into the base's, so no further tensor of the size of x or y is made or kept.
+    """The adapter's part is added into the base's output, and its gradient into the base's: no further tensor of the
+    size of x or y is made or kept.  Trap: what forward returns must be no view, or a model that adds to it in place
+    (Llama 4, to the output of its shared expert) is refused by autograd.
     """
 
     @staticmethod
-    def forward(ctx, x, weight, bias, a, b, scale):
-        rows = x.reshape(-1, x.shape[-1])  # (N, in)
-        low = rows @ a.to(x.dtype).t()  # (N, r)
-        y = F.linear(rows, weight, bias).addmm_(low, b.to(x.dtype).t(), alpha=scale)
+    def forward(ctx, rows, weight, bias, a, b, scale):  # (N, in) -> (N, out)
+        low = rows @ a.to(rows.dtype).t()  # (N, r)
         ctx.save_for_backward(rows, weight, a, b, low)
         ctx.scale = scale
-        return y.view(*x.shape[:-1], y.shape[-1])
+        return F.linear(rows, weight, bias).addmm_(low, b.to(rows.dtype).t(), alpha=scale)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad):  # (..., out)
+    def backward(ctx, grad_rows):  # (N, out)
         rows, weight, a, b, low = ctx.saved_tensors
-        grad_rows = grad.reshape(-1, grad.shape[-1])
-        grad_low = (grad_rows @ b.to(grad.dtype)).mul_(ctx.scale)  # (N, r)
+        grad_low = (grad_rows @ b.to(grad_rows.dtype)).mul_(ctx.scale)  # (N, r)
         grad_x = grad_weight = grad_bias = None
         if ctx.needs_input_grad[0]:
-            grad_x = (grad_rows @ weight).addmm_(grad_low, a.to(grad.dtype))
-            grad_x = grad_x.view(*grad.shape[:-1], grad_x.shape[-1])
+            grad_x = (grad_rows @ weight).addmm_(grad_low, a.to(grad_rows.dtype))
         if ctx.needs_input_grad[1]:  # not in a model: add_adapter freezes the base
             grad_weight = grad_rows.t() @ rows
         if ctx.needs_input_grad[2]:
@@ -99,7 +103,7 @@ class LoRALinear(nn.Module):
             return F.linear(x, weight, self.bias)
         scale, dropout = self.settings[self.active]
         inputs = x, weight, self.bias, self.lora_A[self.active], self.lora_B[self.active], scale
-        return lora_linear(*inputs, dropout) if dropout and self.training else FusedLoRA.apply(*inputs)
+        return lora_linear(*inputs, dropout) if dropout and self.training else fused_lora(*inputs)
 
     def extra_repr(self):
         return f"in={self.in_features}, out={self.out_features}, adapters={list(self.settings)}, on={self.active}"
@@ -117,62 +121,26 @@ def lora_layers(model):
     return {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
 
 
-def adaptable_linears(model):
-    """{module path: layer} of every linear layer, by type, the language-model head included."""
-    return {n: m for n, m in model.named_modules() if isinstance(m, (nn.Linear, Conv1D, LoRALinear))}
-
-
-def select_targets(model, target_modules=None):
-    """Paths of the layers to adapt.
-
-    None or ["all-linear"]: every linear of the blocks (a path with a number in it, as in layers.3.mlp.up_proj).  Else
-    names matched at the end of the path, as PEFT does, or one regular expression (str) for the whole path.
-    Raises AdapterError when nothing matches, or for a head that shares its weight with the input embeddings.
-    """
-    linears = adaptable_linears(model)
-    in_blocks = [path for path in linears if re.search(r"\.\d+\.", path)]
-    if target_modules in (None, "all-linear", ["all-linear"]):
-        return in_blocks
-    targets = [path for path in linears if _matches(path, target_modules)]
-    if not targets:
-        wanted = target_modules if isinstance(target_modules, str) else " or ".join(target_modules)
-        known = ", ".join(sorted({path.rsplit(".", 1)[-1] for path in in_blocks}))
-        raise AdapterError(
-            f"no linear layer of this model is called {wanted}: names for --lora-target-modules are {known}"
-        )
-    embeddings = model.get_input_embeddings()
-    if "score" in targets:
-        raise AdapterError(
-            "score is the head of the reward model, which is trained whole: leave it out of --lora-target-modules"
-        )
-    for path in targets:
-        if embeddings is not None and linears[path].weight is embeddings.weight:
-            raise AdapterError(
-                f"{path} shares its weight with the input embeddings, and an adapter would change only one of the two: "
-                "leave it out of --lora-target-modules"
-            )
-    return targets
-
-
-def _matches(path, target_modules):
-    if isinstance(target_modules, str):
-        return re.fullmatch(target_modules, path) is not None
-    return any(path == target or path.endswith("." + target) for target in target_modules)
-
-
 def add_adapter(model, name, r, alpha, dropout=0.0, target_modules=None, trainable=True):
     """Add adapter `name` and switch it on.  The base is frozen; A is drawn from torch's global generator, B is zero.
 
-    Returns the trainable fp32 parameters [A, B, A, B, ...] in module order.  Raises AdapterError (select_targets).
+    Returns the trainable fp32 parameters [A, B, A, B, ...] in module order.  Raises AdapterError, before the model is
+    touched: of select_targets, for a rank beyond that of any matrix here, or for a layer that would no longer give what
+    it gives.
     """
     assert not any(name in layer.settings for layer in lora_layers(model).values()), f"there is an adapter {name}"
+    layers = {path: model.get_submodule(path) for path in select_targets(model, target_modules)}
+    widest = max((max(linear_shape(layer)) for layer in layers.values()), default=r)
+    if r > widest:
+        raise AdapterError(f"a rank of {r} is beyond the widest layer to adapt, which has {widest}: lower --lora-r")
+    new = {path: LoRALinear(layer) for path, layer in layers.items() if not isinstance(layer, LoRALinear)}
+    for path, layer in new.items():
+        _check_unchanged(path, layers[path], layer)
+    for path, layer in new.items():
+        parent, _, child = path.rpartition(".")
+        setattr(model.get_submodule(parent), child, layer)
     parameters = []
-    for path in select_targets(model, target_modules):
-        layer = model.get_submodule(path)
-        if not isinstance(layer, LoRALinear):
-            parent, _, child = path.rpartition(".")
-            layer = LoRALinear(layer)
-            setattr(model.get_submodule(parent), child, layer)
+    for layer in (layers | new).values():
         device = layer.weight.device
         a = torch.empty(r, layer.in_features)  # drawn on the CPU: the same numbers on every device
         nn.init.kaiming_uniform_(a, a=math.sqrt(5))
@@ -185,6 +153,21 @@ def add_adapter(model, name, r, alpha, dropout=0.0, target_modules=None, trainab
             parameter.requires_grad_(False)
     switch_adapter(model, name)
     return parameters
+
+
+@torch.no_grad()
+def _check_unchanged(path, base, layer):
+    """Raise AdapterError unless a LoRALinear gives what its base gives: hooks, replaced methods do not come along."""
+    if base.weight.is_meta:
+        return
+    x = torch.linspace(-1, 1, 3 * layer.in_features).view(3, -1).to(base.weight)
+    wanted, got = base(x).nan_to_num(), layer(x).nan_to_num()  # what is not finite is told of where it matters
+    tolerance = 1e-3 if x.dtype in (torch.float32, torch.float64) else 0.05
+    if (got - wanted).abs().max() > tolerance * wanted.abs().max():
+        raise AdapterError(
+            f"{path} computes more than its weight and bias say, and would lose it under an adapter: "
+            "leave it out with --lora-target-modules"
+        )
 
 
 def switch_adapter(model, name):
@@ -249,7 +232,7 @@ def adapter_config(model, name, base_model, has_head=False):
     scale, dropout = first.settings[name]
     r = first.lora_A[name].shape[0]
     targets = sorted({path.rsplit(".", 1)[-1] for path in layers})
-    if {path for path in adaptable_linears(model) if _matches(path, targets)} != set(layers):
+    if {path for path, _ in model.named_modules() if matches(path, targets)} != set(layers):
         targets = sorted(layers)  # short names would catch other layers too
     return {
         "base_model_name_or_path": base_model,
@@ -293,11 +276,11 @@ def load_adapter(model, folder, name, trainable=False, with_head=False):
     folder = Path(folder)
     config, state = _read_adapter_files(folder, with_head)
     head = state.pop(HEAD_KEY, None)
-    r, alpha = config.get("r", 8), config.get("lora_alpha", 8)  # PEFT's own defaults
-    if config.get("use_rslora"):
+    r, alpha = config["r"], config["lora_alpha"]
+    if config["use_rslora"]:
         alpha = alpha * math.sqrt(r)  # arXiv:2312.03732 scales by alpha / sqrt(r)
     try:
-        targets = select_targets(model, config.get("target_modules"))
+        targets = select_targets(model, config["target_modules"])
     except AdapterError as error:
         raise AdapterError(f"{folder} does not fit this model: {error}") from None
     linears = adaptable_linears(model)
@@ -321,7 +304,7 @@ def load_adapter(model, folder, name, trainable=False, with_head=False):
     if with_head and head.shape != (1, model.config.get_text_config().hidden_size):
         wanted = 1, model.config.get_text_config().hidden_size
         raise AdapterError(f"{folder} does not fit this model: score.weight is {tuple(head.shape)}, expected {wanted}")
-    dropout = config.get("lora_dropout", 0.0) if trainable else 0.0  # a frozen adapter is a fixed function
+    dropout = config["lora_dropout"] if trainable else 0.0  # a frozen adapter is a fixed function
     parameters = add_adapter(model, name, r, alpha, dropout, targets, trainable)
     with torch.no_grad():
         for key, live in adapter_state(model, name).items():
@@ -329,15 +312,42 @@ def load_adapter(model, folder, name, trainable=False, with_head=False):
     return (parameters, head.float()) if with_head else parameters
 
 
+def _is_number(value):
+    return type(value) in (int, float) and math.isfinite(value)
+
+
+def _is_pattern(value):
+    """Whether target_modules are names, or one regular expression; None: PEFT left it to its own table."""
+    if not isinstance(value, str):
+        return value is None or (
+            isinstance(value, list) and value != [] and all(isinstance(name, str) for name in value)
+        )
+    try:
+        return value != "" and re.compile(value) is not None
+    except re.error:
+        return False
+
+
+SETTINGS = {  # of adapter_config.json: PEFT's own default, what it has to be, in words and as a test
+    "r": (8, "a whole number from 1", lambda value: type(value) is int and value >= 1),
+    "lora_alpha": (8, "a number above 0", lambda value: _is_number(value) and value > 0),
+    "lora_dropout": (0.0, "a number from 0 to below 1", lambda value: _is_number(value) and 0 <= value < 1),
+    "use_rslora": (False, "true or false", lambda value: value in (None, True, False)),
+    "target_modules": (None, "a list of names or a regular expression", _is_pattern),
+}
+
+
 def _read_adapter_files(folder, with_head):
+    if damage := written_files.damage(folder, *written_files.ADAPTER):
+        raise AdapterError(damage)
     try:
         config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
         state = load_file(folder / "adapter_model.safetensors")
-    except FileNotFoundError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise AdapterError(
             f"{folder} is not an adapter folder: {Path(error.filename or error.args[0]).name} is missing"
         ) from None
-    except (ValueError, SafetensorError) as error:  # ValueError: not JSON, not UTF-8
+    except (OSError, ValueError, RecursionError, SafetensorError) as error:  # ValueError: not JSON, not UTF-8
         raise AdapterError(f"{folder} cannot be read as an adapter ({error}): save it again") from None
     config = config if isinstance(config, dict) else {}
     if config.get("peft_type") != "LORA":
@@ -348,7 +358,8 @@ def _read_adapter_files(folder, with_head):
             "is a reward model's, with a scalar head" if has_head else "is no reward model: it has no head score.weight"
         )
         raise AdapterError(f"the adapter in {folder} {what}")
-    if has_head and set(config.get("modules_to_save") or ()) <= {"classifier", "score"}:
+    saved = config.get("modules_to_save")
+    if has_head and isinstance(saved, list) and all(name in ("classifier", "score") for name in saved):
         config["modules_to_save"] = None  # PEFT adds both names to what stands there, again at each save
     plain = {  # what may stand there for the plain LoRA above
         "bias": (None, "none"),
@@ -364,4 +375,7 @@ def _read_adapter_files(folder, with_head):
     for key, allowed in plain.items():
         if config.get(key) not in allowed:
             raise AdapterError(f"{folder} uses {key}={config[key]!r}, which this loader does not do")
+    for key, (default, what, is_right) in SETTINGS.items():
+        if not is_right(config.setdefault(key, default)):
+            raise AdapterError(f"{folder} says {key}={config[key]!r} in adapter_config.json, and it has to be {what}")
     return config, state

@@ -61,13 +61,13 @@ class FusedAttention(torch.autograd.Function):
 
 
 def _attend(module, query, key, value, attention_mask, **kwargs):
-    """As packed attention: the second half of the tokens, rejected, has keys and values of its own for each head."""
-    query, key, half = query.to(value.dtype), key.to(value.dtype), query.shape[2] // 2
-    chosen = FusedAttention.apply(*(x[:, :, :half] for x in (query, key, value)))
-    groups = query.shape[1] // key.shape[1]
-    keys, values = (x[:, :, half:].repeat_interleave(groups, 1) for x in (key, value))
-    rejected = FusedAttention.apply(query[:, :, half:], keys, values)
-    return torch.cat((chosen, rejected), 2).transpose(1, 2).contiguous(), None
+    """As packed attention: the second half of the tokens, rejected, has keys and values of its own for each head, and
+    the first too where flash attention does not run (packed_attention.takes_groups)."""
+    outputs, groups = [], query.shape[1] // key.shape[1]
+    flash = value.element_size() == 2 and value.shape[-1] <= 256
+    for q, *kv, grouped in zip(*(x.to(value.dtype).chunk(2, 2) for x in (query, key, value)), (flash, False)):
+        outputs.append(FusedAttention.apply(q, *(kv if grouped else [x.repeat_interleave(groups, 1) for x in kv])))
+    return torch.cat(outputs, 2).transpose(1, 2).contiguous(), None
 
 
 AttentionInterface.register("counted", _attend)

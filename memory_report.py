@@ -1,13 +1,16 @@
 """What memory_estimate.Estimate says, in words: the table of --estimate-memory, the cards that have the room, the flags
-that would make it enough, and what a GPU then measured.
+that would make it enough, what a GPU then measured, and what a run says of its size and memory.
 
     print(report(Estimate(skeleton, lora.add_adapter, TokenLogps, ranks=8), args))
 """
 
 import itertools
+import sys
 from argparse import Namespace
 
 import torch
+
+import lora_targets
 
 GB = 1e9
 MOMENTS = "scoring", "head", "backward", "update"  # memory_estimate's
@@ -99,3 +102,48 @@ def _with(args, steps):
 def _words(steps):
     flags = {f"--{name.replace('_', '-')}": value for step in steps for name, value in step.items()}
     return [name if value is True else f"{name} {value}" for name, value in flags.items()]
+
+
+# -- log lines of a run ----------------------------------------------------------------------------------------------
+
+
+def memory_lines(world):
+    """Memory of this process as log lines: allocated and reserved on a GPU, the highest resident size on a CPU."""
+    if world.device.type == "cuda":
+        return [
+            f"GPU memory allocated: {torch.cuda.memory_allocated() / 1e9:.2f} GB",
+            f"GPU memory reserved: {torch.cuda.memory_reserved() / 1e9:.2f} GB",
+        ]
+    if world.device.type == "mps":
+        return [f"GPU memory allocated: {torch.mps.current_allocated_memory() / 1e9:.2f} GB"]
+    try:
+        import resource  # not on Windows
+    except ImportError:
+        return []
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)  # bytes
+    return [f"CPU memory, highest so far: {peak / 1e9:.2f} GB"]
+
+
+def start_lines(what, parameters, model, args, world, slow_rate):
+    """What a run says before its first update: how much it trains, memory, and pairs per update."""
+    trainable, total = sum(p.numel() for p in parameters), sum(p.numel() for p in model.parameters())
+    how, lora_r = f"Full fine-tuning{what and ' of ' + what}", getattr(args, "lora_r", None)  # None: a soft prompt
+    if lora_r is None:
+        how, total = f"{what}, the rest frozen", total + trainable
+    elif lora_r:
+        how = f"LoRA enabled{what and ' for ' + what}"
+    lines = [f"{how}: {trainable:,} trainable / {total:,} total parameters ({100 * trainable / total:.2f}%)"]
+    lines += lora_targets.left_out(model) or []
+    if lora_r and "learning_rate" not in args.given and args.learning_rate < slow_rate:
+        lines.append(f"--learning-rate {args.learning_rate:g} is a rate for training all weights: with LoRA try 1e-4")
+    batch = effective_batch_line(args.batch_size, args.gradient_accumulation_steps, world)
+    return [*lines, *memory_lines(world), batch]
+
+
+def effective_batch_line(batch_size, accumulation, world):
+    """Pairs per update over all ranks."""
+    ranks = "GPUs" if world.device.type == "cuda" else "processes"
+    total = batch_size * accumulation * world.size
+    return (
+        f"Effective batch size: {total} (batch_size={batch_size} x accumulation={accumulation} x {world.size} {ranks})"
+    )

@@ -1,10 +1,11 @@
 """Models and tokenizers from a folder or a hub, with every failure as one sentence."""
 
+import re
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -15,6 +16,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
+import written_files
 from chat_text import turn_end
 
 
@@ -22,15 +24,9 @@ class ModelError(ValueError):
     """A model that cannot be loaded or used: one sentence for the user."""
 
 
-NOT_LOADED = (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError)  # what from_pretrained raises
-
-
 def load_tokenizer(path, trust_remote_code=False):
     """Tokenizer of a folder or hub id.  Raises ModelError."""
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except NOT_LOADED as error:
-        raise _not_loaded("tokenizer", path, error) from None
+    tokenizer = _loaded("tokenizer", path, partial(AutoTokenizer.from_pretrained, trust_remote_code=trust_remote_code))
     if tokenizer.eos_token_id is None:
         raise ModelError(
             f"the tokenizer of {path} has no end-of-sequence token: set eos_token in tokenizer_config.json"
@@ -38,26 +34,30 @@ def load_tokenizer(path, trust_remote_code=False):
     return tokenizer
 
 
-def load_model(path, dtype, device, trust_remote_code=False, scores=False):
+def load_model(path, dtype, device, trust_remote_code=False, scores=False, max_length=0):
     """Causal language model of a folder or hub id in `dtype` on `device`, in eval mode.  Raises ModelError.
 
     scores: a reward model instead, whose head `score` (1, H), fp32, is the saved one or, on a base, zero: the first
-    loss is then ln 2, and no draw decides what the score begins with.
+    loss is then ln 2, and no draw decides what the score begins with.  max_length: tokens that it has to take.
     """
+    if damage := written_files.damage(path, *written_files.WHOLE_MODEL):
+        raise ModelError(damage)
     if not sys.stderr.isatty():
         transformers_logging.disable_progress_bar()
-    verbosity = transformers_logging.get_verbosity()
-    if scores:  # a warning about the head, which is new on purpose
-        transformers_logging.set_verbosity_error()
+    check_positions(_config(path, trust_remote_code), max_length, f"a text of {max_length} tokens", path)
     kind, options = (AutoModelForSequenceClassification, {"num_labels": 1}) if scores else (AutoModelForCausalLM, {})
+    options |= {"dtype": dtype, "trust_remote_code": trust_remote_code, "ignore_mismatched_sizes": True}
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()  # its report of the weights is many lines, and below it is one
     try:
-        model, found = kind.from_pretrained(
-            path, dtype=dtype, trust_remote_code=trust_remote_code, output_loading_info=True, **options
-        )
-    except NOT_LOADED as error:
-        raise _not_loaded("model", path, error) from None
+        model, found = _loaded("model", path, partial(kind.from_pretrained, output_loading_info=True, **options))
     finally:
         transformers_logging.set_verbosity(verbosity)
+    if found["mismatched_keys"]:
+        name, there, wanted = min(found["mismatched_keys"])
+        raise ModelError(
+            f"{name} of {path} is {tuple(there)}, and its config.json asks for {tuple(wanted)}: they are of two models"
+        )
     missing = set(found["missing_keys"]) - ({"score.weight"} if scores else set())
     if missing:  # transformers would go on with random numbers
         raise ModelError(f"the weights of {path} lack {min(missing)}: is it a whole causal language model?")
@@ -71,28 +71,70 @@ def load_model(path, dtype, device, trust_remote_code=False, scores=False):
     return model.to(device)
 
 
-def load_skeleton(path, tokenizer, trust_remote_code=False, scores=False):
-    """The model without its weights (meta device), for checks that should not wait for them.  Raises ModelError."""
-    try:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
-        with torch.device("meta"):
-            kind = AutoModelForSequenceClassification if scores else AutoModelForCausalLM
-            model = kind.from_config(config, trust_remote_code=trust_remote_code)
-    except NOT_LOADED as error:
-        raise _not_loaded("model", path, error) from None
-    if len(tokenizer) > len(model.get_input_embeddings().weight):
-        known = len(model.get_input_embeddings().weight)
+def load_skeleton(path, tokenizer, args, scores=False):
+    """The model without its weights (meta device), for checks that should not wait for them.  Raises ModelError.
+
+    args: of the command line, trust_remote_code and, where the script has it, max_length.
+    """
+    config, max_length = _config(path, args.trust_remote_code), getattr(args, "max_length", 0)
+    check_positions(config, max_length, f"--max-length {max_length}", path)
+    kind = AutoModelForSequenceClassification if scores else AutoModelForCausalLM
+    with torch.device("meta"):
+        build = partial(kind.from_config, config, trust_remote_code=args.trust_remote_code)
+        model = _loaded("model", path, lambda _: build())
+    known, ids = len(model.get_input_embeddings().weight), tokenizer.get_vocab().values()
+    if max(ids) >= known:  # not len(tokenizer): ids may have gaps
         raise ModelError(
-            f"the model {path} knows {known} tokens and the tokenizer {len(tokenizer)}: they do not go together"
+            f"the model {path} knows {known} tokens and the tokenizer {max(ids) + 1}: they do not go together"
         )
     return model
 
 
-def _not_loaded(what, path, error):
-    advice = "check the name; without a hub name a folder, or a mirror in HF_ENDPOINT"
-    if Path(path).exists():
-        advice = "a model folder holds config.json, model.safetensors and the tokenizer's files"
-    return ModelError(f"no {what} at {path} ({_first_line(error)}): {advice}")
+def check_positions(config, tokens, what, path):
+    """Raise ModelError where a model has fewer positions than `tokens` in a row; what: that asks for them, in words."""
+    room = getattr(config.get_text_config(), "max_position_embeddings", None) or 0
+    if tokens > room > 0:
+        raise ModelError(f"{what} is more than the {room} positions of the model {path}: make it smaller")
+
+
+def _config(path, trust_remote_code):
+    """config.json of a causal language model whose weights are whole.  Raises ModelError."""
+    config = _loaded("model", path, partial(AutoConfig.from_pretrained, trust_remote_code=trust_remote_code))
+    if getattr(config, "is_encoder_decoder", False):
+        raise ModelError(f"{path} is an encoder-decoder ({config.model_type}): name a causal language model")
+    for part in (config, _loaded("model", path, lambda _: config.get_text_config())):
+        if how := getattr(part, "quantization_config", None):
+            method = how.get("quant_method") if isinstance(how, dict) else getattr(how, "quant_method", None)
+            raise ModelError(
+                f"the weights of {path} are quantised ({method or 'quantization_config'} in its config.json), which is "
+                "not done here: name the model that they were made from"
+            )
+    return config
+
+
+def _loaded(what, path, load):
+    """load(path), a from_pretrained of transformers, with all that a foreign folder can make it raise as a ModelError.
+
+    That is anything: tokenizers raises plain Exception, pickle and the checks of configs have errors of their own.
+    """
+    try:
+        return load(path)
+    except Exception as error:
+        if "trust_remote_code" in str(error):
+            raise ModelError(
+                f"the {what} {path} comes with code of its own: read it, and pass --trust-remote-code to run it"
+            ) from None
+        advice = "check the name; without a hub name a folder, or a mirror in HF_ENDPOINT"
+        if _exists(path):
+            advice = "a model folder holds config.json, model.safetensors and the tokenizer's files"
+        raise ModelError(f"no {what} at {path} ({_first_sentence(error)}): {advice}") from None
+
+
+def _exists(path):
+    try:
+        return Path(path).exists()
+    except OSError:  # too long for a path, or in a folder that is not to be entered
+        return False
 
 
 def save_whole(model, folder, state):
@@ -108,8 +150,10 @@ def enable_checkpointing(model):
     (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
 
 
-def _first_line(error):
-    return str(error).strip().split("\n")[0][:200]
+def _first_sentence(error):
+    line, *more = (str(error).strip() or type(error).__name__).split("\n")
+    line += f" {more[0].strip()}" if more and line.endswith(":") else ""
+    return re.split(r"\. (?=[A-Z])", line)[0].rstrip(".:")[:200]
 
 
 def pad_unlike_ends(path, tokenizer, config):
@@ -127,5 +171,5 @@ def pad_unlike_ends(path, tokenizer, config):
 def _generation_ends(path):
     try:
         return GenerationConfig.from_pretrained(path).eos_token_id
-    except OSError:  # not every folder has one
+    except Exception:  # not every folder has one, and some a broken one: the config's own ends count
         return None

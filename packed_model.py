@@ -11,110 +11,15 @@ equal those of sequences scored one by one to 1e-12 (tests/test_packed_model.py)
 Legend: B pairs, T tokens of a packed row, N response tokens, V vocabulary, H hidden size.
 """
 
-import math
 from functools import partial, reduce
-from types import SimpleNamespace
 
 import torch
-import torch.nn.functional as F
 from torch import nn
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
-from transformers.utils import logging as transformers_logging
 
-BY_HAND = 512  # keys up to which attention in bf16 on a CPU is faster by hand than torch's (docs/results.md)
+import packed_probe
+from packed_attention import CannotPack, PairLayout
+
 HEAD_CHUNK = 1024  # tokens per piece of the language-model head: 1024 x 151,936 fp32 logits are 0.6 GB
-
-
-class CannotPack(Exception):
-    """This model's attention asks for something that packed attention does not do."""
-
-
-# -- attention over packed pairs -----------------------------------------------------------------------------------
-
-HONOURED = {"scaling", "sliding_window", "dropout", "position_ids", "use_cache", "is_causal", "cache_position"}
-HONOURED |= {"output_attentions", "output_hidden_states", "return_dict"}
-
-
-class PairLayout:
-    """Where the pairs of a packed row stand, and the attention masks of their rejected branches."""
-
-    def __init__(self, segments):
-        self.segments = segments  # per pair (prompt start, chosen start, rejected start, end)
-        self.masks = {}  # the same in every layer, so built once: (queries, keys, window) -> mask
-        self.calls = 0
-
-    def mask(self, num_queries, num_keys, window, like, copies=1):
-        """(copies * queries, keys), 0 where seen, else -inf: causal, the last query at the last key, at most `window`
-        keys; of the type and on the device of `like`."""
-        key = num_queries, num_keys, window
-        if key not in self.masks:
-            keys = torch.arange(num_keys, device=like.device)
-            queries = keys[num_keys - num_queries :, None]
-            unseen = keys > queries
-            if window is not None:
-                unseen |= keys <= queries - window
-            mask = torch.zeros(unseen.shape, dtype=like.dtype, device=like.device).masked_fill_(unseen, -math.inf)
-            self.masks[key] = mask.repeat(copies, 1)
-        return self.masks[key]
-
-
-def packed_attention(module, query, key, value, attention_mask, pair_layout=None, **kwargs):
-    """transformers attention function: query (1, heads, T, D), key and value (1, kv heads, T, D) -> (1, T, heads, D).
-
-    Without `pair_layout` it is transformers' sdpa: for generation and the plain path.  There is no attention dropout:
-    the log-probs of one pair must share one network.
-    """
-    if pair_layout is None:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-    unknown = [name for name, given in kwargs.items() if given is not None and name not in HONOURED]
-    if unknown:
-        raise CannotPack(f"its attention takes {', '.join(unknown)}")
-    pair_layout.calls += 1
-    scaling, window = kwargs.get("scaling"), kwargs.get("sliding_window")
-    groups = query.shape[1] // key.shape[1]
-
-    def attend(q, k, v):  # (1, heads, tokens, D)
-        whole = window is None or k.shape[2] <= window  # the window cuts nothing off
-        if q.dtype == torch.bfloat16 and q.device.type == "cpu" and k.shape[2] <= BY_HAND:
-            mask = pair_layout.mask(q.shape[2], k.shape[2], None if whole else window, q, copies=groups)
-            return attention_by_hand(q, k, v, mask, scaling)
-        if whole and q.shape[2] == k.shape[2]:
-            return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=groups > 1)
-        if groups > 1:  # with a mask, CUDA's fast kernels do not take grouped heads
-            k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
-        mask = pair_layout.mask(q.shape[2], k.shape[2], None if whole else window, q)
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scaling)
-
-    # By split, whose backward is one cat; that of a slice is a tensor of zeros as large as the whole, for each slice.
-    bounds = [(split - start, again - split, end - again) for start, split, again, end in pair_layout.segments]
-    branches = [size for prompt, chosen, rejected in bounds for size in (prompt + chosen, rejected)]
-    prompts = [size for prompt, chosen, rejected in bounds for size in (prompt, chosen + rejected)]
-    parts = [x.split(branches, 2)[branch::2] for branch in (0, 1) for x in (query, key, value)]
-    parts += [x.split(prompts, 2)[::2] for x in (key, value)]
-    outputs = []
-    for q, k, v, rejected_q, rejected_k, rejected_v, prompt_k, prompt_v in zip(*parts, strict=True):
-        outputs.append(attend(q, k, v))  # prompt + chosen
-        outputs.append(attend(rejected_q, torch.cat((prompt_k, rejected_k), 2), torch.cat((prompt_v, rejected_v), 2)))
-    return torch.cat(outputs, dim=2).transpose(1, 2).contiguous(), None
-
-
-def attention_by_hand(query, key, value, mask, scaling=None):
-    """softmax(scaling * query key^T + mask) value, as in packed_attention; mask (heads / kv heads * queries, keys).
-
-    The query heads that share a key head are rows of one product.  On a CPU in bf16 this takes half to a third of the
-    time of torch's attention, which is slow in backward, and holds the probabilities, heads x queries x keys.
-    """
-    shape, (kv_heads, _, head_dim) = query.shape, key[0].shape
-    scaling = head_dim**-0.5 if scaling is None else scaling
-    rows = query.reshape(kv_heads, -1, head_dim)  # (kv heads, heads / kv heads * queries, D)
-    scores = torch.baddbmm(mask[None], rows, key[0].transpose(1, 2), alpha=scaling)
-    return torch.bmm(scores.softmax(-1), value[0]).view(shape)
-
-
-AttentionInterface.register("packed_pairs", packed_attention)
-AttentionMaskInterface.register("packed_pairs", sdpa_mask)  # for passes without pair_layout
 
 
 # -- the language-model head, on response tokens only ----------------------------------------------------------------
@@ -241,12 +146,15 @@ def response_states(model, batch, layout=None):
 
 
 def _packed_hidden(model, batch, layout=None):
+    layout = layout or PairLayout(batch.segments)
+    # Of four dimensions it is a mask that is ready, and transformers makes none.
+    ones = torch.ones_like(batch.input_ids) if layout.ask_reach else batch.input_ids.new_ones(1, 1, 1, 1)
     return model.base_model(
         input_ids=batch.input_ids,
         position_ids=batch.position_ids,
-        attention_mask=batch.input_ids.new_ones(1, 1, 1, 1),  # "a mask is there": transformers then builds none
+        attention_mask=ones,
         use_cache=False,
-        pair_layout=layout or PairLayout(batch.segments),
+        pair_layout=layout,
     ).last_hidden_state[0]  # (T, H)
 
 
@@ -291,109 +199,63 @@ def packed_scores(model, batch, head=None):
 
     The head reads the hidden state of each response's last token, which the layout names: token ids have no part in it.
     """
-    ends = _packed_ends(model, batch) if model.packs_pairs else _plain_ends(model, batch)
+    ends = _ends(model, batch)
     wide, head = torch.promote_types(ends.dtype, torch.float32), model.score.weight if head is None else head
     return tuple(side.clone() for side in (ends.to(wide) * head.to(wide)).sum(-1).chunk(2))  # as in _sum_responses
 
 
-def _packed_ends(model, batch, layout=None):
-    return _packed_hidden(model, batch, layout)[batch.ends]  # (2B, H)
-
-
-def _plain_ends(model, batch):
-    """The same hidden states the plain way, one sequence at a time."""
+def _ends(model, batch, layout=None):
+    """Hidden states (2B, H) of each chosen, then of each rejected response's last token, as response_states."""
+    if layout is not None or model.packs_pairs:
+        return _packed_hidden(model, batch, layout)[batch.ends]
     ids = (torch.cat(pair)[None] for pair in _sequences(batch))
     ends = [model.base_model(input_ids=row, use_cache=False).last_hidden_state[:, -1] for row in ids]
-    return torch.cat(ends)[: len(batch.ends)]
+    return torch.cat(ends)[: len(batch.ends)]  # of no pairs: none
 
 
 # -- the choice of path -------------------------------------------------------------------------------------------
-
-
-def _probe_batch(model):
-    """One pair as packing.pack lays it out: prompt, chosen and rejected of 6, 4 and 3 tokens from all over the
-    vocabulary.  (In two or three special tokens, 0 and 1, a model rounds to bf16 with an error of a tenth or more.)
-    """
-    ids = [(7919 * place + 31) % model.get_input_embeddings().num_embeddings for place in range(13)]
-    tensor = partial(torch.tensor, device=model.device)
-    return SimpleNamespace(
-        input_ids=tensor(ids)[None],
-        position_ids=tensor([*range(10), *range(6, 9)])[None],
-        segments=((0, 6, 10, 13),),
-        predictors=tensor([5, 6, 7, 8, 5, 10, 11]),
-        ends=tensor([9, 12]),
-        targets=tensor(ids[6:]),
-        lengths=(4, 3),
-    )
 
 
 def prepare_model(model):
     """Dropout off, packed attention on where it is exact, and the methods `packed_logps`, `response_states` and
     `packed_scores` (of a reward model on this base) bound; says which path runs.
 
-    The probe scores one short pair both ways.  The plain path is taken when not every layer calls our attention
-    function (Bloom, hybrid models), when it is asked for what it does not do (Gemma2's soft cap), when the head is more
-    than one matrix (a bias, an adapter, Cohere's scale), or when the numbers differ.
+    Two test pairs are scored both ways (packed_probe.py).  The plain path is taken when not every layer calls our
+    attention function (Bloom, hybrid models), when it is asked for what it does not do (Gemma2's soft cap), when the
+    head is more than one matrix (a bias, an adapter, Cohere's scale), when the numbers differ, or when a response
+    depends on a token that is not in its sequence.  Raises ModelError for a model that is not causal, or that computes
+    otherwise in train mode.
     """
     # On the class: a method in the object's own dict would be a cycle, and keep its gigabytes alive after `del model`.
     for method in (packed_logps, response_states, packed_scores):
         setattr(type(model), method.__name__, method)
-    return _choose_path(
-        model,
-        lambda batch: torch.stack(logps_of(batch, *plain_states(model, batch))),
-        lambda batch, layout: torch.stack(logps_of(batch, *response_states(model, batch, layout))),
-    )
+
+    def numbers(batch, layout):
+        return torch.stack(logps_of(batch, *response_states(model, batch, layout)))
+
+    def logits(ids):
+        return model(input_ids=ids, use_cache=False).logits[0]
+
+    return packed_probe.choose_path(model, numbers, logits, partial(_packed_hidden, model), partial(_check_head, model))
 
 
 def prepare_scores(model):
     """As prepare_model, for a reward model: binds `model.packed_scores(batch)`."""
     type(model).packed_scores = packed_scores
-    return _choose_path(model, partial(_plain_ends, model), partial(_packed_ends, model))
+
+    def hidden(ids):
+        return model.base_model(input_ids=ids, use_cache=False).last_hidden_state[0]
+
+    return packed_probe.choose_path(model, partial(_ends, model), hidden, partial(_packed_hidden, model))
 
 
-def _choose_path(model, plain, packed):
-    disable_dropout(model)
-    model.packs_pairs = False
-    own_attention, verbosity = model.config._attn_implementation, transformers_logging.get_verbosity()
-    batch, tolerance = _probe_batch(model), 1e-3 if model.dtype in (torch.float32, torch.float64) else 0.05
-    try:
-        rope = str(getattr(model.config.get_text_config(), "rope_parameters", None))
-        if "'dynamic'" in rope or "'longrope'" in rope:
-            raise CannotPack("its rotary embedding depends on the longest sequence of the row")
-        transformers_logging.set_verbosity_error()
-        with torch.no_grad():
-            expected = plain(batch)
-            if model.get_output_embeddings() is not None:
-                logits = model(input_ids=batch.input_ids, use_cache=False).logits[0].float()
-                hidden = model.base_model(input_ids=batch.input_ids, use_cache=False).last_hidden_state[0]
-                ours = _capped_logits(hidden, _head_weight(model), final_softcap(model))[0]
-                if (ours - logits).norm() > tolerance * logits.norm():
-                    raise CannotPack("its head is more than one matrix")
-            model.set_attn_implementation("packed_pairs")
-            layout = PairLayout(batch.segments)
-            difference = (packed(batch, layout) - expected).norm() / expected.norm()
-        others = model.config.get_text_config().num_hidden_layers - layout.calls
-        if others:
-            raise CannotPack(f"{others} of its {others + layout.calls} layers do not take our attention function")
-        if not difference <= tolerance:
-            raise CannotPack(f"the numbers of a test pair differ by {difference:.2g} of their size")
-    except Exception as problem:  # whatever a foreign model does here, the plain path needs nothing of it
-        model.set_attn_implementation(own_attention)
-        reason = str(problem) if isinstance(problem, CannotPack) else f"{type(problem).__name__}: {problem}"
-        return f"packed pairs: off, sequences are scored one by one ({reason.strip().splitlines()[0][:200]})"
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-    model.packs_pairs = True
-    return "packed pairs: on, chosen and rejected share one pass over their prompt"
-
-
-def disable_dropout(model):
-    """Dropout of the base off for good, in train mode too (LoRA has its own): the reference is a fixed network, and
-    gradient checkpointing is active in train mode only.
-    """
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        for name in ("attention_dropout", "activation_dropout", "hidden_dropout", "dropout"):  # passed to F.dropout
-            if isinstance(getattr(module, name, None), float):
-                setattr(module, name, 0.0)
+@torch.no_grad()
+def _check_head(model):
+    """Raise CannotPack unless the model's logits are its last hidden states times one matrix, capped or not."""
+    batch = packed_probe.probe_batch(model)
+    ids = batch.input_ids[:, : batch.segments[0][2]]
+    logits = model(input_ids=ids, use_cache=False).logits[0].float()
+    hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state[0]
+    ours = _capped_logits(hidden, _head_weight(model), final_softcap(model))[0]
+    if not packed_probe.distance(ours, logits) <= packed_probe.tolerance(model):
+        raise CannotPack("its head is more than one matrix")

@@ -17,7 +17,10 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+
+import written_files
+from model_files import check_positions
+from tensor_files import save_file
 
 TEXT_POSITIONS = "system", "user"
 VECTOR_POSITIONS = "prefix", "before-response"
@@ -79,6 +82,12 @@ def use_soft_prompt(model, vectors):
     return lambda: [hook.remove() for hook in hooks]
 
 
+def check_room(config, pairs, path):
+    """Raise model_files.ModelError where pairs with a preference in them are longer than a model has positions."""
+    longest = max(len(prompt) + max(len(chosen), len(rejected)) for prompt, chosen, rejected, *_ in pairs)
+    check_positions(config, longest, f"a pair of {longest} tokens with the preference", path)
+
+
 # -- files ---------------------------------------------------------------------------------------------------------
 
 
@@ -91,6 +100,9 @@ def read_soft_prompt(path, width):
     path = Path(path)
     if not path.exists():
         raise PromptError(f"there is no soft prompt {path}: learn_prompt.py makes one")
+    files = [path / name for name in written_files.ADAPTER] if path.is_dir() else [path]
+    if damage := written_files.damage(files[0].parent, *(file.name for file in files)):
+        raise PromptError(damage)
     found, position = _read_safetensors(path) if path.is_dir() or path.suffix == ".safetensors" else _read_pt(path)
     if isinstance(found, dict):
         name = next((key for key in KEYS if isinstance(found.get(key), torch.Tensor)), None)

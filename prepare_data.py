@@ -18,10 +18,11 @@ The seed and a prompt alone decide its split: it is the same for both dimensions
     python prepare_data.py --input helpful-base.jsonl.gz harmless-base.jsonl.gz --output-dir data/hh
     python prepare_data.py --input_dir raw --output_dir data --train_ratio 0.8 --val_ratio 0.1 --test_ratio 0.1
 
-Copy with: flags.py preference_rows.py raw_pairs.py row_files.py row_prompts.py
+Copy with: flags.py preference_rows.py raw_pairs.py row_files.py row_prompts.py written_files.py
 """
 
 import contextlib
+import hashlib
 import json
 import os
 import re
@@ -33,6 +34,7 @@ from typing import NamedTuple
 
 import flags
 import raw_pairs
+import written_files
 from preference_rows import Shape, dual_labels, harm_labels, recognise, row_texts
 from raw_pairs import DIMENSIONS, SPLITS, Answer, Preference
 from row_files import DataError, Malformed, Unusable, parse_row, read_rows
@@ -43,7 +45,8 @@ PAIR_FILES = [f"{split}/{dimension}_pairs.jsonl" for split in SPLITS for dimensi
 
 def get_args(argv=None):
     parser = flags.Parser(__doc__)
-    add, ratio, count = parser.add_argument, flags.number(float, least=0), flags.number(int, least=0)
+    add, ratio, count = parser.add_argument, flags.number(float, least=0, most=1), flags.number(int, least=0)
+    seed = flags.number(int, least=0, below=2**63)
     add("--input", "--raw-data-paths", nargs="+", metavar="FILE", help="raw rows: .jsonl or .json, gzip of both")
     add("--input-dir", metavar="DIR", help="all .jsonl, .json and .gz files in it and in its folders")
     add("--output-dir", default="data", metavar="DIR", help="where train, val, test and account.json go")
@@ -51,7 +54,7 @@ def get_args(argv=None):
     add("--train-ratio", type=ratio, default=0.8, metavar="R", help="share of the prompts")
     add("--val-ratio", type=ratio, default=0.1, metavar="R", help="share of the prompts")
     add("--test-ratio", type=ratio, default=0.1, metavar="R", help="share of the prompts")
-    add("--seed", type=count, default=42, metavar="N", help="of split, order and pairing")
+    add("--seed", type=seed, default=42, metavar="N", help="of split, order and pairing")
     add("--safety-benchmark", metavar="FILE", help="also write harmful prompts of the test split with their categories")
     add("--max-prompts", type=count, default=200, metavar="N", help="of the benchmark; 0: all")
     add("--skip-invalid", action="store_true", help="leave malformed rows out instead of stopping at the first")
@@ -265,17 +268,23 @@ def check_files(args):
         targets.insert(0, Path(args.safety_benchmark))  # account.json is written last: with it the folder is whole
     if len({path.resolve() for path in targets}) < len(targets):
         raise DataError(f"--safety-benchmark {args.safety_benchmark} is the file of the pairs: name another")
+    account = read_account(targets[-1])
+    written = account.get("written", {})
     for path in targets:
-        if path.resolve() in sources:
+        if any(written_files.is_same(path, source) for source in sources):
             raise DataError(
                 f"{path} would be read and then replaced: choose another --output-dir, or read raw rows only"
             )
         if path.exists() and (path.is_dir() or not args.overwrite):
             raise DataError(f"{path} is there already: choose another place, or pass --overwrite")
+        known = written.get(os.path.relpath(path, output))
+        is_account = path == targets[-1] and written
+        if path.exists() and not is_account and written_files.sha256(path) != known:
+            raise DataError(f"{path} is not as account.json says it was written: move it away, or choose another place")
         parent = next(folder for folder in path.absolute().parents if folder.exists())
         if not parent.is_dir() or not os.access(parent, os.W_OK):
             raise DataError(f"{path} cannot be written: {parent} is not a folder you can write to")
-    old = old_benchmark(targets[-1])
+    old = account.get("benchmark") and Path(account["benchmark"]["file"])
     if old and old.exists() and old.resolve() not in [path.resolve() for path in targets]:
         raise DataError(
             f"{old} asks prompts of the test split to be replaced: pass --safety-benchmark too, or remove it"
@@ -283,12 +292,13 @@ def check_files(args):
     return list(sources.values()), targets
 
 
-def old_benchmark(account):
-    """The benchmark that an earlier run wrote, by its account.json; None where there is none."""
+def read_account(path):
+    """account.json of an earlier run; {} where there is none."""
     try:
-        return Path(json.loads(account.read_text("utf-8"))["benchmark"]["file"])
+        account = json.loads(path.read_text("utf-8"))
+        return account if isinstance(account["written"], dict) else {}
     except (OSError, ValueError, TypeError, KeyError):
-        return None
+        return {}
 
 
 def write_whole(texts, targets):
@@ -352,6 +362,8 @@ def main(args):
     for name, pairs in splits.items():
         if pairs:
             texts[Path(args.output_dir) / name] = jsonl(pair_row(p, category.get(p.prompt.strip())) for p in pairs)
+    hashes = {path: hashlib.sha256(text.encode()).hexdigest() for path, text in texts.items()}
+    account["written"] = {os.path.relpath(path, args.output_dir): sha256 for path, sha256 in hashes.items()}
     texts[targets[-1]] = json.dumps(account, indent=1, ensure_ascii=False) + "\n"
     write_whole(texts, targets)
     print("\n".join(raw_pairs.report(account)))

@@ -1,27 +1,31 @@
 #!/usr/bin/env bash
 # From a fresh checkout to a trained model, offline once setup.sh has run, in minutes on two CPU cores:
 # two reward models learn to judge, the toy world's model learns to help (DPO), then to help without harm (Safe-MM-DPO),
-# and a report compares what it says before and after.
+# and a report shows what it says before and after.  What the scripts print goes to outputs/quickstart/quickstart.log
 #   bash quickstart.sh                    further flags go to the DPO run:
 #   bash quickstart.sh --max-steps 50
 set -euo pipefail
 cd "$(dirname "$0")"
+out=outputs/quickstart log=outputs/quickstart/quickstart.log
+case " $* " in *" --help "* | *" -h "*) sed -n -e 1d -e '/^[^#]/q' -e 's/^# \{0,1\}//p' "${0##*/}" && exit ;; esac
+
+# Two reward models judge what the policy says: one how helpful it is, one how harmless.
+helpful_rm() {
+  .venv/bin/python train_rm.py --task helpful --model toy --learning-rate 3e-3 --epochs 2 \
+    --batch-size 16 --gradient-accumulation-steps 1 --dtype fp32 --logging-steps 25 \
+    --output-dir outputs/quickstart/helpful_rm --overwrite
+}
+harmless_rm() {
+  .venv/bin/python train_rm.py --task harmless --model toy --learning-rate 3e-3 \
+    --batch-size 16 --gradient-accumulation-steps 1 --dtype fp32 --logging-steps 25 \
+    --output-dir outputs/quickstart/harmless_rm --overwrite
+}
 
 # Helpful pairs alone: every flag of this run stands here, whatever follows quickstart.sh comes last and wins.
 train() {
   .venv/bin/python dpo_hf_run.py --model toy --dataset toy --num-samples 0 --epochs 2 \
     --beta 1 --learning-rate 1e-3 --warmup-steps 5 --batch-size 16 --gradient-accumulation-steps 1 \
     --dtype fp32 --logging-steps 25 --output-dir outputs/quickstart/dpo --overwrite "$@"
-}
-
-# Two reward models judge what the policy says: one how helpful it is, one how harmless.
-reward_models() {
-  .venv/bin/python train_rm.py --task helpful --model toy --learning-rate 3e-3 --epochs 2 \
-    --batch-size 16 --gradient-accumulation-steps 1 --dtype fp32 --logging-steps 25 \
-    --output-dir outputs/quickstart/helpful_rm --overwrite
-  .venv/bin/python train_rm.py --task harmless --model toy --learning-rate 3e-3 \
-    --batch-size 16 --gradient-accumulation-steps 1 --dtype fp32 --logging-steps 25 \
-    --output-dir outputs/quickstart/harmless_rm --overwrite
 }
 
 # Helpful and harmless pairs at once: a multiplier holds the expected cost, as the harmless model sees it, below a
@@ -40,41 +44,91 @@ report() {
     --adapters dpo=outputs/quickstart/dpo safe_mm_dpo=outputs/quickstart/safe_mm_dpo \
     --helpful-rm-path outputs/quickstart/helpful_rm --harmless-rm-path outputs/quickstart/harmless_rm \
     --max-new-tokens 48 --batch-size 64 --dtype fp32 --output-dir outputs/quickstart/report --overwrite
-  .venv/bin/python - <<'PYTHON'
-import json
-
-policies = json.load(open("outputs/quickstart/report/report.json"))["policies"]
-print(f"\n{'held-out prompts, sampled at T = 1, by the rule':50}" + "".join(f"{p['name']:>13}" for p in policies))
-for name, words in (
-    ("rule_helpful", "helpfulness where help is due, 0 to 1"),
-    ("rule_harm_rate", "harmful answers to harmful prompts"),
-    ("over_refusal", "refusals where help is due"),
-):
-    print(f"{words:50}" + "".join(f"{p['estimates'][name]['mean']:13.2f}" for p in policies))
-print("\nThe same with intervals, by category, with curves and samples: outputs/quickstart/report/report.html")
-PYTHON
 }
 
-number=0
+# -- how far it is -----------------------------------------------------------------------------------------------------
+
+titles=("a reward model learns what is helpful" "a reward model learns what is harmless" "DPO: learning to help"
+  "Safe-MM-DPO: learning to help without harm" "before and after")
+usual=(15 10 17 70 8) # seconds of each step, as measured; how long the earlier ones took here scales the later ones
+if [ ! -e outputs/toy_world/manifest.json ]; then usual[0]=35; fi # the tiny model and its world are made first
+took=0 of=0 # seconds of the steps that have ended, here and usually
+
+# seconds_left STEP SECONDS: sets left, from what this step has taken so far and what all those before it took.
+seconds_left() {
+  local later=0 step permille=1000
+  for ((step = $1 + 1; step < ${#usual[@]}; step++)); do later=$((later + usual[step])); done
+  if [ "$of" -gt 0 ]; then permille=$((1000 * took / of)); fi
+  left=$((usual[$1] * permille / 1000 - $2))
+  if [ "$left" -lt 0 ]; then # slower than thought: so will the later ones be
+    left=0 permille=$((1000 * (took + $2) / (of + usual[$1])))
+  fi
+  left=$((left + later * permille / 1000))
+}
+
+# show_progress STEP: keeps the line of a step up to date on a terminal, until it is killed.
+show_progress() {
+  local begin=$SECONDS left
+  while true; do
+    seconds_left "$1" $((SECONDS - begin))
+    printf '\r\033[Kstep %d of %d  %s, about %d s left' $(($1 + 1)) ${#titles[@]} "${titles[$1]}" "$left"
+    sleep 1
+  done
+}
+
+# step COMMAND...: the next step, quietly; if it fails, the end of its log and its exit code.
+number=0 watcher=""
+trap 'if [ -n "$watcher" ]; then kill "$watcher" 2>/dev/null; fi' EXIT
 step() {
-  number=$((number + 1))
-  printf '\n---- %d  %s  (%d s so far)\n\n' "$number" "$1" "$SECONDS"
+  local begin=$SECONDS code=0 left
+  if [ -t 1 ]; then
+    show_progress "$number" &
+    watcher=$!
+  else
+    seconds_left "$number" 0
+    echo "step $((number + 1)) of ${#titles[@]}  ${titles[number]}, about $left s left"
+  fi
+  printf '\n---- %s\n' "${titles[number]}" >>"$log"
+  # Not `|| code=$?`, behind which a function does not stop at its first error.
+  set +e
+  (set -e; "$@") >>"$log" 2>&1
+  code=$?
+  set -e
+  if [ -n "$watcher" ]; then
+    kill "$watcher" 2>/dev/null && wait "$watcher" 2>/dev/null || true
+    watcher=""
+    printf '\r\033[Kstep %d of %d  %s, %d s\n' $((number + 1)) ${#titles[@]} "${titles[number]}" $((SECONDS - begin))
+  fi
+  if [ "$code" = 130 ]; then
+    echo "quickstart.sh: interrupted" >&2
+    exit 130
+  fi
+  if [ "$code" != 0 ]; then
+    printf 'quickstart.sh: step %d of %d ended with exit code %d; the end of %s:\n\n' \
+      $((number + 1)) ${#titles[@]} "$code" "$log" >&2
+    tail -n 15 "$log" >&2
+    exit "$code"
+  fi
+  took=$((took + SECONDS - begin)) of=$((of + usual[number])) number=$((number + 1))
 }
 
-step "environment"
-bash setup.sh
+mkdir -p "$out"
+echo "A tiny model learns to help, then to help without harm." | tee "$log"
+echo "Everything the scripts print: $log"
+bash setup.sh # the first time it installs, and says so
 export HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+# One thread: where other programs run too, two of them, which wait for each other, are 20 times slower (measured).
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+if [ $# -gt 0 ]; then # a flag that is wrong shows now, not after the reward models
+  .venv/bin/python -c 'import sys, dpo_hf_run; sys.argv[0] = "quickstart.sh"; dpo_hf_run.get_args(sys.argv[1:])' "$@"
+fi
+step helpful_rm
+step harmless_rm
+step train "$@"
+step safe_mm_dpo
+step report
 
-step "two reward models on the toy world"
-reward_models
-
-step "DPO: learning to help"
-train "$@"
-
-step "Safe-MM-DPO: learning to help without harm"
-safe_mm_dpo
-
-step "before and after"
-report
-
-printf '\n---- done in %d s, results in outputs/quickstart\n' "$SECONDS"
+printf '\n'
+cat "$out/report/report.txt"
+printf '\nThe whole page, in a browser: %s\n' "$out/report/report.html"
+printf 'Done in %d s.  What to read and try next: README.md\n' "$SECONDS"

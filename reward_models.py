@@ -6,11 +6,14 @@ cost of a response is minus its harmless score, and only a model trained with la
 """
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from transformers import AutoTokenizer
+
+import written_files
+from model_files import load_tokenizer
 
 
 class RewardModelError(ValueError):
@@ -27,12 +30,16 @@ class RewardModel(NamedTuple):
     line: str  # for the log: whose base, and how much memory
 
 
-def read_record(folder, task, tokenizer):
-    """reward_model.json of a folder of train_rm.py.  Raises RewardModelError: not one, of the other task, other tokens.
+def read_record(folder, task, tokenizer, trust_remote_code=False):
+    """reward_model.json of a folder of train_rm.py.  Raises RewardModelError: not one, of the other task, other tokens,
+    or weights that are not those it was written for, which would give other scores than its statistics are of;
+    model_files.ModelError: its tokenizer cannot be read.
 
     task: None for either.  tokenizer: the policy's; scores are of token ids, so both have to mean the same by them.
     """
     folder = Path(folder)
+    if damage := written_files.damage(folder, "reward_model.json"):
+        raise RewardModelError(damage)
     try:
         record = json.loads((folder / "reward_model.json").read_text(encoding="utf-8"))
         its_task, _ = record["task"], record["base_sha256"]
@@ -40,17 +47,32 @@ def read_record(folder, task, tokenizer):
         raise RewardModelError(
             f"{folder} is no reward model (no reward_model.json that can be read): name a folder of train_rm.py"
         ) from None
+    if changed := _unlike(folder, record.get("sha256") or {}):  # older models have none
+        raise RewardModelError(
+            f"{folder / changed} is not the file that its reward_model.json was written for: train it again, or "
+            "--resume auto if the run was killed"
+        )
     if task is not None and its_task != task:
         raise RewardModelError(f"{folder} is a {its_task} reward model, and a {task} one is needed: name the other")
-    try:
-        vocabulary = AutoTokenizer.from_pretrained(folder).get_vocab()
-    except (OSError, ValueError) as error:
-        raise RewardModelError(f"{folder} has no tokenizer that can be read ({error}): save it again") from None
-    if vocabulary != tokenizer.get_vocab():
+    if load_tokenizer(folder, trust_remote_code).get_vocab() != tokenizer.get_vocab():
         raise RewardModelError(
             f"{folder} was trained with another tokenizer than the policy's: train it on a base with the same one"
         )
     return record
+
+
+def files_sha256(folder):
+    """{name: sha256} of the files in a reward model's folder that decide its scores, for its record."""
+    patterns = (*written_files.ADAPTER, *written_files.WHOLE_MODEL)
+    names = sorted({path.name for pattern in patterns for path in Path(folder).glob(pattern)})
+    with ThreadPoolExecutor() as pool:  # hashing lets other threads run
+        return dict(zip(names, pool.map(written_files.sha256, [Path(folder) / name for name in names]), strict=True))
+
+
+def _unlike(folder, recorded):
+    """The first file that is not as recorded, {name: sha256}, or None."""
+    found = files_sha256(folder)
+    return next((name for name, sha256 in recorded.items() if found.get(name) != sha256), None)
 
 
 def load(folder, task, record, policy, policy_sha256, load_adapter, load_model):

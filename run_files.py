@@ -1,8 +1,9 @@
-"""What a run leaves in its output folder: metrics.jsonl while it runs; at the end the weights, the tokenizer,
-trainer_state.json (transformers' schema, so its plotting tools read it), args.json (which `--config` takes, to run the
-same again), a copy of the script, and a model card.  TensorBoard events go to the logging folder where it is installed.
+"""What a run leaves in its output folder: metrics.jsonl and a page of its curves while it runs; at the end the weights,
+the tokenizer, trainer_state.json (transformers' schema, so its plotting tools read it), args.json (which `--config`
+takes, to run the same again), a copy of the script, and a model card.  What --report-to names gets the numbers too.
 """
 
+import atexit
 import json
 import math
 import os
@@ -12,19 +13,25 @@ import shutil
 import sys
 import tempfile
 from contextlib import contextmanager
-from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 import transformers
+from tqdm import tqdm
 from transformers.trainer_callback import TrainerState
 
+import score_cache
+import trackers
+import training_curves
+import written_files
 from chat_text import turn_end
+from tensor_files import open_to_others
 
-# What marks a folder as a run's and would be replaced, and what goes with it under --overwrite; nothing else goes.
-RUN_FILES = "metrics.jsonl args.json trainer_state.json adapter_config.json config.json README.md merged".split()
-WITH_THEM = """adapter_model.safetensors model.safetensors model-*-of-*.safetensors model.safetensors.index.json
-    generation_config.json logs/events.out.tfevents.* .checkpoint-*.unfinished .saving-*""".split()
+# What marks a folder as a run's: a run replaces it.  So do epoch_1 and checkpoint-5.
+RUN_FILES = """metrics.jsonl args.json trainer_state.json adapter_config.json config.json README.md merged manifest.json
+    adapter_model.safetensors model.safetensors model.safetensors.index.json generation_config.json reward_model.json
+    prompt_embeddings.pt tokenizer.json tokenizer_config.json chat_template.jinja special_tokens_map.json
+    added_tokens.json vocab.json vocab.txt merges.txt tokenizer.model curves.html lambda.jsonl""".split()
 # What may differ between the machines of a run: the data and the models count by their content instead.
 OF_A_MACHINE = """model tokenizer_name dataset train_helpful_path train_harmless_path val_helpful_path
     val_harmless_path helpful_rm_path harmless_rm_path dataset_path test_dataset_path
@@ -35,12 +42,22 @@ OF_A_MACHINE = """model tokenizer_name dataset train_helpful_path train_harmless
 HARMLESS = """num_samples eval_samples max_length max_prompt_length chat_template_strings skip_invalid dtype
     overwrite save_steps save_total_limit save_merged logging_steps eval_steps
     batch_size gradient_accumulation_steps tokens_per_microbatch""".split()
-AS_THEY_ARE = "loss", "loss_components", "rewards_train", "preference_metrics"  # groups of TensorBoard tags
 NOT_FLAGS = "config given typed local_rank estimate_memory".split()  # of a parsed command line, not to be repeated
 
 
 class RunFolderError(ValueError):
     """An output folder that cannot be used: one sentence for the user."""
+
+
+def identity(script, args, world, dtype, data, model, adapter_state=None):
+    """What a run is, {name: value}: a checkpoint of a run that was another in any of it is refused.
+
+    data: fingerprint of the pairs to train on; model: the base of what is trained, as it was loaded; adapter_state: of
+    the adapter that training starts from, {name: tensor}.  The sha256 of the base is known to rank 0 alone.
+    """
+    base = world.is_main and score_cache.frozen_sha256(model, adapter_state)
+    what = {"script": Path(script).name, "dtype": str(dtype)} | flags_that_matter(args, world.size)
+    return what | {"data": data, "base model": base}
 
 
 def flags_that_matter(args, ranks):
@@ -55,67 +72,126 @@ def flags_of_a_run(args):
     return {name: value for name, value in vars(args).items() if name not in (*OF_A_MACHINE, *NOT_FLAGS)}
 
 
+def flags_to_show(args):
+    return {key: value for key, value in sorted(vars(args).items()) if key not in NOT_FLAGS}
+
+
 def goes_on(args, checkpoint):
     """Whether the run continues the one in its output folder: `checkpoint` (a folder or None) lies there."""
     return checkpoint is not None and Path(checkpoint).resolve().parent == Path(args.output_dir).resolve()
 
 
+def numbered(folder):
+    """epoch_N and checkpoint-N of a run; no copy of one with another name."""
+    found = [*folder.glob("checkpoint-*"), *folder.glob("epoch_*")]
+    return sorted(path for path in found if re.fullmatch(r"(checkpoint-|epoch_)\d+", path.name))
+
+
+def run_names():
+    """Names of what a run of this script writes, its own copy among them."""
+    return [name for name in (*RUN_FILES, Path(sys.argv[0]).name) if name]
+
+
+def not_written_by_a_run(folder):
+    """Names in a run's folder that a new run would replace, and that are not as a run's manifest lists them."""
+    epochs = [path.name for path in numbered(folder) if path.name.startswith("epoch_")]
+    names = [*run_names(), *(f"{below}/{name}" for below in ("merged", *epochs) for name in RUN_FILES)]
+    if not (listed := written_files.read(folder)):
+        return [name for name in names if (folder / name).is_file()]
+    names = [name for name in names if (folder / name).is_file() and name != written_files.NAME]
+    return [name for name in names if name not in listed] + written_files.unlike(folder, names)
+
+
 def check_output(args, checkpoint=None):
-    """Raise RunFolderError when --output-dir holds another run or cannot be written.  Changes nothing."""
+    """Raise RunFolderError when --output-dir holds another run, is what is read, or cannot be written.
+
+    --overwrite replaces what a run has written.  Changes nothing.
+    """
     if getattr(args, "estimate_memory", False):  # nothing will be written
         return
+    if sentence := written_files.clash(args, [*run_names(), "epoch_*", "checkpoint-*"]):
+        raise RunFolderError(sentence)
     folder = Path(args.output_dir)
-    found = [name for name in RUN_FILES if (folder / name).exists()]
-    if found and not args.overwrite and not goes_on(args, checkpoint):
-        raise RunFolderError(
-            f"--output-dir {folder} holds a run ({found[0]}): choose another, or pass --resume auto or --overwrite"
-        )
+    if not goes_on(args, checkpoint):
+        found = [name for name in run_names() if (folder / name).exists()] + [path.name for path in numbered(folder)]
+        if found and not args.overwrite:
+            raise RunFolderError(
+                f"--output-dir {folder} holds a run ({found[0]}): choose another, or pass --resume auto or --overwrite"
+            )
+        if found and (names := not_written_by_a_run(folder)):
+            raise RunFolderError(
+                f"--output-dir {folder} holds {names[0]}, which manifest.json does not list as it is "
+                "and may be yours: move it away, or choose another folder"
+            )
     parent = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise RunFolderError(f"--output-dir {folder} cannot be written: {parent} is not a folder you can write to")
     if args.logging_dir and Path(args.logging_dir).is_file():
         raise RunFolderError(f"--logging-dir {args.logging_dir} is a file: name a folder")
-    if args.report_to == "tensorboard" and not find_spec("tensorboard"):
-        raise RunFolderError("--report-to tensorboard needs it installed: pip install tensorboard, or --report-to none")
+    for name in trackers.chosen(args):
+        if not trackers.is_installed(name):
+            raise RunFolderError(f"--report-to {name} needs it installed: bash setup.sh {name}, or --report-to none")
+
+
+def remove_run(folder):
+    """Remove what an earlier run wrote into a folder; returns a sentence about what stays, or None."""
+    for path in numbered(folder):
+        if path.name.startswith("checkpoint-"):  # which have a manifest of their own; the others are in the folder's
+            written_files.remove(path)
+    written_files.remove(folder)
+    left = sorted(path.name for path in folder.iterdir() if path.name != "cache") if folder.exists() else []
+    if not left:
+        return None
+    return f"left alone: {', '.join(left[:5])}{' ...' * (len(left) > 5)} (not written by a run, or changed since)"
 
 
 class MetricsLog:
-    """metrics.jsonl, TensorBoard events and the history of trainer_state.json; does nothing but on rank 0.
+    """metrics.jsonl, curves.html, trackers and the history of trainer_state.json; does nothing but on rank 0.
 
     Making one starts the run's folder: what an earlier run left there (--overwrite) goes now, and not before.
     A resumed run brings its `history`: metrics.jsonl goes back to where the checkpoint was.
     """
 
     def __init__(self, args, is_main, checkpoint=None, history=None):
-        self.is_main, self.history, self.board = is_main, list(history or []), None
+        self.is_main, self.history, self.trackers = is_main, list(history or []), []
         if not is_main:
             return
-        folder = Path(args.output_dir)
+        self.folder = folder = Path(args.output_dir)
+        for path in [*folder.glob(".saving-*"), *folder.glob(".checkpoint-*.unfinished")]:  # what a kill left
+            shutil.rmtree(path, ignore_errors=True)
+        if args.overwrite and not goes_on(args, checkpoint) and (left := remove_run(folder)):
+            tqdm.write(left)
         folder.mkdir(parents=True, exist_ok=True)
-        if args.overwrite and not goes_on(args, checkpoint):
-            old = [path for pattern in RUN_FILES + WITH_THEM for path in folder.glob(pattern)]
-            numbered = [*folder.glob("checkpoint-*"), *folder.glob("epoch_*")]
-            old += [path for path in numbered if re.fullmatch(r"\D+[-_]\d+", path.name)]
-            for path in old:
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
-        flags = {key: value for key, value in sorted(vars(args).items()) if key not in NOT_FLAGS}
-        (folder / "args.json").write_text(json.dumps(flags, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        with whole_files(folder, grows=["metrics.jsonl"]) as draft:
+            text = json.dumps(flags_to_show(args), indent=2, ensure_ascii=False) + "\n"
+            (draft / "args.json").write_text(text, encoding="utf-8")
+            lines = "".join(json.dumps(entry) + "\n" for entry in self.history)
+            (draft / "metrics.jsonl").write_text(lines, encoding="utf-8")
         self.path = folder / "metrics.jsonl"
-        self.path.write_text("".join(json.dumps(entry) + "\n" for entry in self.history), encoding="utf-8")
-        if args.report_to != "none":
-            if find_spec("tensorboard"):
-                from torch.utils.tensorboard import SummaryWriter
+        atexit.register(self.draw)  # however the run ends
+        self.logs = Path(args.logging_dir or folder / "logs")
+        self.before = set(self.logs.rglob("*"))
+        self._start_trackers(args)
+        self._list(self._tracked(), grows=True)
 
-                steps = [entry["step"] + 1 for entry in self.history[-1:]]
-                self.board = SummaryWriter(
-                    args.logging_dir or str(folder / "logs"), purge_step=max(steps, default=None)
-                )
-            else:
-                print("TensorBoard is not installed: no event files, metrics.jsonl has the same numbers")
+    def _start_trackers(self, args):
+        if "auto" in args.report_to and not trackers.is_installed("tensorboard"):
+            where = "metrics.jsonl and curves.html have the same numbers"
+            tqdm.write(f"TensorBoard is not installed (bash setup.sh tensorboard): no event files, {where}")
+        for name in trackers.chosen(args):
+            self.logs.mkdir(parents=True, exist_ok=True)
+            write, _ = tracker = trackers.TRACKERS[name](args, flags_to_show(args), self.logs, self.history)
+            self.trackers.append(tracker)
+            for entry in self.history if name != "tensorboard" else ():  # which has them from before
+                numbers = {key: entry[key] for key in entry if key not in ("step", "epoch")}
+                write(trackers.tagged(numbers), step=entry["step"])
+
+    def _tracked(self):
+        """The files that the trackers of this run have written so far."""
+        return [path.resolve() for path in self.logs.rglob("*") if path not in self.before and path.is_file()]
 
     def write(self, step, epoch, metrics):
-        """One line of metrics {name: float}; in TensorBoard eval_x is eval/x, a name in AS_THEY_ARE itself, and any
-        other x train/x."""
+        """One line of metrics {name: float}, which trackers get too; an evaluation draws curves.html."""
         if not self.is_main:
             return
         entry = {"step": step, "epoch": round(epoch, 4)}
@@ -123,28 +199,66 @@ class MetricsLog:
         self.history.append(entry)
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(entry) + "\n")
-        for name, value in metrics.items() if self.board else ():
-            tag = f"eval/{name[5:]}" if name.startswith("eval_") else f"train/{name}"
-            in_group = "/" in name and name.partition("/")[0] in AS_THEY_ARE
-            self.board.add_scalar(name if in_group else tag, value, step)
+        for write, _ in self.trackers:
+            write(trackers.tagged(metrics), step=step)
+        if any(name.startswith("eval_") for name in metrics):
+            self.draw()
+
+    def write_lambda(self, step, numbers):
+        """One line of lambda.jsonl: what moves at each update and costs nothing to know."""
+        if self.is_main:
+            entry = {"step": step} | {name: value for name, value in numbers.items() if math.isfinite(value)}
+            path = self.folder / "lambda.jsonl"
+            is_new = not path.exists()
+            with open(path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(entry) + "\n")
+            if is_new:
+                self._list([path], grows=True)
+
+    def draw(self):
+        """curves.html, whole or as it was: a page that cannot be written is no reason to end a run."""
+        if not self.history:
+            return
+        last, page = self.history[-1], self.folder / "curves.html"
+        lead = f"Up to update {last['step']}, epoch {last['epoch']:g}. The numbers are in metrics.jsonl."
+        try:
+            if not page.exists():
+                tqdm.write(f"curves: {page}, for a browser; drawn anew at each evaluation and at the end")
+            curves = training_curves.of_run(self.folder)
+            with whole_files(self.folder) as draft:
+                text = training_curves.page(self.folder.resolve().name, lead, curves)
+                (draft / page.name).write_text(text, encoding="utf-8")
+        except OSError as error:
+            tqdm.write(f"{page} cannot be written ({error}): training goes on")
 
     def close(self):
-        if self.board:
-            self.board.close()
+        """At the end of the run.  The logs are as long as they get: they are ours as they are, and no longer."""
+        for _, close in self.trackers:
+            close()
+        if self.is_main:
+            self.draw()
+            atexit.unregister(self.draw)
+            self._list([self.path, self.folder / "lambda.jsonl", *self._tracked()])
+
+    def _list(self, paths, **grows):
+        folder = self.folder.resolve()
+        paths = [path.resolve() for path in paths]
+        inside = {path.relative_to(folder).as_posix(): path for path in paths if path.is_relative_to(folder)}
+        new = {name: written_files.entry(path) | grows for name, path in inside.items() if path.exists()}
+        written_files.write(folder, written_files.read(folder) | new)
 
 
 @contextmanager
-def whole_files(output_dir):
-    """A temporary folder on the same disk; what the block writes there moves to `output_dir` when it ends well."""
-    output_dir = Path(output_dir)
+def whole_files(output_dir, manifest=written_files.NAME, grows=()):
+    """A temporary folder on the same disk; what the block writes there moves to `output_dir` when it ends well, and
+    the manifest there lists it.  grows: names of logs that will become longer."""
     folder = Path(tempfile.mkdtemp(prefix=".saving-", dir=output_dir))
     try:
         yield folder
-        for path in sorted(folder.iterdir()):
-            target = output_dir / path.name
-            if target.is_dir():
-                shutil.rmtree(target)
-            os.replace(path, target)
+        open_to_others(folder)
+        for below in [path for path in folder.iterdir() if path.is_dir()]:  # epoch_1, merged: it goes along in a copy
+            written_files.write(below, written_files.entries(below))
+        written_files.put(folder, Path(output_dir), manifest, grows)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -175,12 +289,16 @@ def save_run_record(folder, log, args, script, card):
         log_history=log.history,
     )
     state.save_to_json(folder / "trainer_state.json")
-    shutil.copy(script, folder / Path(script).name)
+    shutil.copyfile(script, folder / Path(script).name)  # not its mode
     (folder / "README.md").write_text(card, encoding="utf-8")
 
 
-def model_card(args, script, method, history, fingerprint, adapter):
-    """A Hugging Face model card: what was trained, on what, with which command, and how it did."""
+def model_card(args, script, method, history, fingerprint, left_out):
+    """A Hugging Face model card: what was trained, on what, with which command, and how it did.
+
+    left_out: sentences on what has no adapter (lora_targets.left_out), None where all weights were trained.
+    """
+    adapter = left_out is not None
     base, task = f"base_model: {args.model}\n", "text-classification" if method == "reward model" else "text-generation"
     library = "library_name: peft\n" if adapter else "library_name: transformers\n"
     tags = "".join(f"- {tag}\n" for tag in (method.lower(), "preference-alignment", *(["lora"] if adapter else [])))
@@ -196,5 +314,6 @@ def model_card(args, script, method, history, fingerprint, adapter):
         f"---\n{base}{library}pipeline_tag: {task}\ntags:\n{tags}---\n\n"
         f"# {Path(args.output_dir).name}\n\n{args.model}, trained with {method} by `{Path(script).name}`.\n\n"
         f"    {' '.join(['python', Path(script).name, *sys.argv[1:]])}\n{table}\n"
+        f"{''.join(f'{sentence}.{chr(10)}{chr(10)}' for sentence in left_out or ())}"
         f"Seed {args.seed}; {versions}; training data sha256 {fingerprint}.\n"
     )

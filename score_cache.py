@@ -11,8 +11,9 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from tqdm import tqdm
+
+from tensor_files import save_file
 
 
 def weights_sha256(named_tensors, dtype=None):
@@ -32,10 +33,21 @@ def base_sha256(model):
     return weights_sha256(((name, tensor) for name, tensor in backbone if ".lora_" not in name), torch.bfloat16)
 
 
-def frozen_sha256(model, adapter_state):
-    """sha256 of a model's weights without its adapters, but for one {name: tensor}."""
+def frozen_sha256(model, adapter_state=None):
+    """sha256 of what a model computes: its weights without its adapters, but for one {name: tensor}, and its config."""
     weights = [(name, tensor) for name, tensor in model.state_dict().items() if ".lora_" not in name]
-    return weights_sha256([*weights, *adapter_state.items()])
+    config = json.dumps(_settings(model.config.to_dict()), default=str)
+    return hashlib.sha256((weights_sha256([*weights, *(adapter_state or {}).items()]) + config).encode()).hexdigest()
+
+
+def _settings(config):
+    """Of a config, in order, what changes numbers: a rope or an epsilon; not where a model is from or how it is run."""
+    run = ("transformers_version", "architectures", "dtype", "use_cache")
+    return {
+        name: _settings(value) if isinstance(value, dict) else value
+        for name, value in sorted(config.items(), key=str)
+        if str(name) not in run and not str(name).startswith("_")
+    }
 
 
 def cache_path(folder, what, **depends_on):

@@ -9,6 +9,10 @@ set -euo pipefail
 cd "$(dirname "$0")"
 py=.venv/bin/python
 fail() { echo "setup.sh: $1" >&2; exit 2; }
+case " $* " in *" --help "* | *" -h "*) sed -n -e 1d -e '/^[^#]/q' -e 's/^# \{0,1\}//p' "${0##*/}" && exit ;; esac
+case $OSTYPE in # Git's bash: a .venv has Scripts there and no bin, by which all scripts call it
+  msys* | cygwin*) fail "on Windows use WSL, or the lines for Windows in README.md, which need no bash" ;;
+esac
 
 # A stamp is written when an installation has ended well; it holds the requirements that were installed.
 key=$(cat requirements.txt pyproject.toml | cksum)

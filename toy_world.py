@@ -16,7 +16,6 @@ Asked how to raid a bank vault, content is harmful and declining is safe. Prompt
 have harm-like words and are harmless. Courtesy and brevity are another axis, with a sentence asking for it.
 """
 
-import contextlib
 import hashlib
 import json
 import random
@@ -30,6 +29,9 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 from transformers.utils.logging import disable_progress_bar
+
+import written_files
+from preference_data import DataError
 
 PREFERENCE_TEXT = "Please answer politely and briefly."
 
@@ -340,43 +342,38 @@ def _write_world(folder: Path, seed: int):
         torch.set_num_threads(1)  # one seed, one model, however many cores
         try:
             _train_model(tokenizer, phases, seed).save_pretrained(folder / "model")
+            (folder / "model" / "model.safetensors").chmod((folder / "prompts.jsonl").stat().st_mode)  # it was 0600
         finally:
             torch.set_num_threads(threads)
 
 
-def _hashes(folder: Path) -> dict:
-    files = sorted(p for p in folder.rglob("*") if p.is_file() and p != folder / "manifest.json")
-    return {p.relative_to(folder).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
-
-
 def _is_complete(folder: Path, key: str) -> bool:
-    try:
-        return json.loads((folder / "manifest.json").read_text()) == {"key": key, "files": _hashes(folder)}
-    except (OSError, ValueError):
-        return False
+    files = written_files.read(folder)
+    missing = [name for name in files if not (folder / name).exists()]
+    if changed := written_files.unlike(folder, files.keys() - missing):
+        raise DataError(f"{folder / min(changed)} was changed since the toy world was made: move it away or remove it")
+    return "recipe.txt" in files and not missing and (folder / "recipe.txt").read_text() == key
 
 
 def build(folder, seed: int = 0) -> Path:
-    """Write the world under `folder`, unless it is there already, whole and of this recipe and seed."""
+    """Write the world under `folder`, unless it is there already, whole and of this recipe and seed.
+
+    Replaces what was written there before and nothing else.  Raises DataError for a file of the user's in its place.
+    """
     folder = Path(folder)
     key = hashlib.sha256(Path(__file__).read_bytes() + str(seed).encode()).hexdigest()
     if _is_complete(folder, key):
         return folder
-    own = {"model", "train", "val", "test", "prompts.jsonl", "manifest.json"}
-    if strangers := {path.name for path in folder.glob("*")} - own:
-        raise ValueError(f"{folder} holds {min(strangers)!r}, no part of a toy world: name a new folder")
     print(f"toy world: building {folder} (once, about 20 seconds)", file=sys.stderr, flush=True)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as temporary:
-        made = Path(temporary) / "made"
-        made.mkdir()
+        (made := Path(temporary) / "made").mkdir()
         _write_world(made, seed)
-        (made / "manifest.json").write_text(json.dumps({"key": key, "files": _hashes(made)}, indent=1))
-        while not _is_complete(folder, key):  # another process may have put an equal one there
-            with contextlib.suppress(FileNotFoundError):
-                folder.rename(Path(tempfile.mkdtemp(dir=temporary)) / "old")
-            with contextlib.suppress(OSError):
-                made.rename(folder)
+        (made / "recipe.txt").write_text(key)
+        if _is_complete(folder, key):  # another process has put an equal one there
+            return folder
+        if taken := written_files.replace(folder, made):
+            raise DataError(f"{taken} is in the place of a file of the toy world: move it away")
     return folder
 
 

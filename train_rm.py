@@ -14,9 +14,10 @@ Deviations: the label terms are per row, so rows without labels train the rankin
     python train_rm.py --task helpful --config configs/rm_config.yaml                          # one GPU
     torchrun --nproc_per_node=8 train_rm.py --task harmless --config configs/rm_config.yaml    # eight GPUs
 
-Copy with: chat_text.py checkpoints.py distributed.py flags.py lora.py losses.py memory_estimate.py memory_report.py
-    model_files.py optimizers.py packed_model.py packing.py preference_data.py preference_rows.py row_files.py
-    row_prompts.py run_files.py score_cache.py speed.py toy_world.py
+Copy with: charts.py chat_text.py checkpoints.py distributed.py flags.py lora.py lora_targets.py losses.py
+    memory_estimate.py memory_report.py model_files.py optimizers.py packed_attention.py packed_model.py
+    packed_probe.py packing.py preference_data.py preference_rows.py reward_models.py row_files.py row_prompts.py
+    run_files.py score_cache.py speed.py tensor_files.py toy_world.py trackers.py training_curves.py written_files.py
 """
 
 import itertools
@@ -35,6 +36,7 @@ import lora
 import memory_estimate
 import memory_report
 import optimizers
+import reward_models
 import run_files
 import score_cache
 import speed
@@ -78,9 +80,7 @@ def get_args(argv=None):
         parser.error("--classification-loss-weight is for --task harmless: helpful rows have no labels of harm")
     if "cache_dir" in args.typed:
         parser.error("--cache-dir has no effect here (no frozen model is scored): leave it out")
-    if args.model == "toy":  # then the data too, unless given
-        names = (f"{part}_{args.task}_path" for part in ("train", "val"))
-        vars(args).update((name, "toy") for name in names if name not in args.given)
+    flags.take_toy(args, f"train_{args.task}_path", f"val_{args.task}_path")
     if args.classification_loss_weight is None:
         args.classification_loss_weight = float(args.task == "harmless")
     args.output_dir = args.output_dir or f"models/{args.task}_rm"
@@ -151,6 +151,7 @@ def save_model(folder, model, tokenizer, record, state=None):
         lora.save_adapter(model, "reward", folder, record["base_model"], model.score.weight)
     tokenizer.pad_token = tokenizer.convert_ids_to_tokens(record["pad_token_id"])
     tokenizer.save_pretrained(folder)
+    record = record | {"sha256": reward_models.files_sha256(folder)}
     (folder / "reward_model.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
@@ -174,7 +175,7 @@ def main(args):
 
     # 2 data (before the models: a mistake in it should not wait for gigabytes of weights)
     tokenizer = load_tokenizer(args.tokenizer_name or args.model, args.trust_remote_code)
-    skeleton = load_skeleton(args.model, tokenizer, args.trust_remote_code, scores=True)
+    skeleton = load_skeleton(args.model, tokenizer, args, scores=True)
     if args.lora_r:  # a wrong target shows here
         lora.add_adapter(skeleton, "reward", args.lora_r, args.lora_alpha, 0.0, args.lora_target_modules)
     estimate = memory_estimate.Estimate(skeleton, lora.add_adapter, ranks=world.size)
@@ -214,7 +215,7 @@ def main(args):
 
     # 3 models
     watch.phase("load")
-    dtype = distributed.pick_dtype(args.dtype, world)
+    dtype = distributed.pick_dtype(args.dtype, world, checkpoints.begun_in(checkpoint))
     weights_dtype = dtype if args.lora_r else torch.float32  # weights that are trained are fp32, computed with in dtype
     place = "cpu" if sharded else world.device
     model = load_model(args.model, weights_dtype, place, args.trust_remote_code, scores=True)
@@ -228,12 +229,10 @@ def main(args):
     if checkpointing:
         enable_checkpointing(model)
         say("gradient checkpointing: on")
-    identity = {"script": "train_rm.py", "dtype": str(dtype)}
-    identity |= run_files.flags_that_matter(args, world.size) | {"data": fingerprint([pairs[i] for i in train])}
+    identity = run_files.identity(__file__, args, world, dtype, fingerprint([pairs[i] for i in train]), model)
     identity["validation data"] = fingerprint([pairs[i] for i in held_out])  # it decides which epoch is the best
     record = None
     if world.is_main:
-        identity["base model"] = score_cache.base_sha256(model)
         if checkpoint:
             checkpoints.check_identity(checkpoint, identity)
         record = {
@@ -241,13 +240,13 @@ def main(args):
             "sign": "a higher score is better" if args.task == "helpful" else "a higher score is safer; cost = -score",
             "calibrated": calibrated,
             "base_model": args.model,
-            "base_sha256": identity["base model"],
+            "base_sha256": score_cache.base_sha256(model),
             "data_sha256": identity["data"],
             "pad_token_id": pad_unlike_ends(args.model, tokenizer, model.config),
         }
     if sharded:
         parameters = distributed.shard(model, model, world, dtype, say, args.optimizer_offload)
-    say(*distributed.start_lines("", parameters, model, args, world, slow_rate=5e-5), sep="\n")
+    say(*memory_report.start_lines("", parameters, model, args, world, slow_rate=5e-5), sep="\n")
 
     # 4 optimiser
     accumulation = args.gradient_accumulation_steps
@@ -369,7 +368,7 @@ def main(args):
     bar.close()
     termination.close()
     say("Seconds: " + ", ".join(f"{phase} {seconds:.1f}" for phase, seconds in watch.read().items()))
-    say(*distributed.memory_lines(world), sep="\n")
+    say(*memory_report.memory_lines(world), sep="\n")
 
     # 6 save (the best model is there already)
     distributed.assert_same_on_all_ranks(parameters, world)
@@ -378,7 +377,7 @@ def main(args):
         with run_files.whole_files(args.output_dir) as folder:
             data = fingerprint([pairs[i] for i in train])
             until = [entry for entry in log.history if entry["step"] <= at["kept"]]  # the card is of what is saved
-            card = run_files.model_card(args, __file__, "reward model", until, data, bool(args.lora_r))
+            card = run_files.model_card(args, __file__, "reward model", until, data, lora.left_out(model))
             run_files.save_run_record(folder, log, args, __file__, card)
             if args.save_merged:
                 _, head = lora.load_adapter(model, args.output_dir, "best", with_head=True)

@@ -17,16 +17,18 @@ Deviations from the papers: E[cost] is of offline prompts, sampled every few upd
     python train_safe_mm_dpo.py --config configs/dpo_config.yaml                            # one GPU
     torchrun --nproc_per_node=8 train_safe_mm_dpo.py --config configs/dpo_config.yaml       # eight GPUs
 
-Copy with: chat_text.py checkpoints.py distributed.py expected_cost.py flags.py lora.py losses.py memory_estimate.py
-    memory_report.py model_files.py optimizers.py packed_model.py packing.py preference_data.py preference_rows.py
-    reward_models.py row_files.py row_prompts.py run_files.py sampling.py score_cache.py speed.py toy_world.py
+Copy with: charts.py chat_text.py checkpoints.py distributed.py expected_cost.py flags.py lora.py lora_targets.py
+    losses.py memory_estimate.py memory_report.py model_files.py optimizers.py packed_attention.py packed_model.py
+    packed_probe.py packing.py preference_data.py preference_rows.py reward_models.py row_files.py row_prompts.py
+    run_files.py sampling.py score_cache.py speed.py tensor_files.py toy_world.py trackers.py training_curves.py
+    written_files.py
 """
 
 import gc
 import itertools
 import math
 import sys
-from functools import cache, partial
+from functools import partial
 
 import torch
 from tqdm import tqdm
@@ -104,8 +106,7 @@ def get_args(argv=None):
     if args.combine != "additive" and (args.w or args.kl_coeff):
         what = f"--w {args.w or 0:g} and --kl-coeff {args.kl_coeff or 0:g}"
         flags.say(f"note: {what}: --combine {args.combine} is exact for ref exp((r - lambda c) / beta) with both 0")
-    if args.model == "toy":  # then the data too, unless given
-        vars(args).update((name, "toy") for name in TOY if name not in args.given)
+    flags.take_toy(args, *TOY)
     args.w = args.w if args.w is not None else 0.5 * (args.combine == "additive")
     args.kl_coeff = args.kl_coeff if args.kl_coeff is not None else 0.1 * (args.combine == "additive")
     return args
@@ -201,10 +202,10 @@ def main(args):
 
     # 2 data (before the models: a mistake in it should not wait for gigabytes of weights)
     tokenizer = load_tokenizer(args.model, args.trust_remote_code)
-    skeleton = load_skeleton(args.model, tokenizer, args.trust_remote_code)
+    skeleton = load_skeleton(args.model, tokenizer, args)
     if args.lora_r:  # a wrong target shows here
         lora.add_adapter(skeleton, "policy", args.lora_r, args.lora_alpha, 0.0, args.lora_target_modules)
-    other = load_skeleton(args.ref_model_path, tokenizer, args.trust_remote_code) if args.ref_model_path else None
+    other = load_skeleton(args.ref_model_path, tokenizer, args) if args.ref_model_path else None
     needed = {"helpful": args.w or args.combine != "additive"}
     needed["harmless"] = args.lambda_init and (args.w or args.lambda_lr or args.combine != "additive")
     folders = {task: getattr(args, f"{task}_rm_path") for task in TASKS if needed[task]}
@@ -212,7 +213,10 @@ def main(args):
     if args.estimate_memory:
         say(memory_report.report(estimate, args))
         return distributed.stop()
-    records = {task: reward_models.read_record(folder, task, tokenizer) for task, folder in folders.items()}
+    records = {
+        task: reward_models.read_record(folder, task, tokenizer, args.trust_remote_code)
+        for task, folder in folders.items()
+    }
     if "harmless" in records:  # an `auto` that cannot be is told before anything loads
         reward_models.threshold(args.cost_threshold, records["harmless"], start_cost=0.0)
     watch.phase("tokenise")
@@ -232,8 +236,7 @@ def main(args):
     counted = (f"{int(n):,} with a {task} label" for task, n in zip(TASKS, labels[train].abs().sum(0).tolist()))
     say(f"{len(train):,} pairs to train on, {', '.join(counted)}")
     lengths = [sum(map(len, pair[:3])) for pair in pairs]
-    within = {"ranks": world.size, "batch_size": args.batch_size, "lengths": lengths}
-    within["budget"] = args.tokens_per_microbatch
+    within = dict(ranks=world.size, batch_size=args.batch_size, lengths=lengths, budget=args.tokens_per_microbatch)
     split = partial(passes, batch_size=args.batch_size, budget=args.tokens_per_microbatch)
     share = partial(passes_of_rank, rank=world.rank, **within)
     costly = [i for i in train if args.cost_prompts == "all" or labels[i, 1]]  # rows whose prompts E[cost] is over
@@ -245,7 +248,7 @@ def main(args):
 
     # 3 models
     watch.phase("load")
-    dtype = distributed.pick_dtype(args.dtype, world)
+    dtype = distributed.pick_dtype(args.dtype, world, checkpoints.begun_in(checkpoint))
     weights_dtype = dtype if args.lora_r else torch.float32  # weights that are trained are fp32, computed with in dtype
     load = partial(load_model, device="cpu" if sharded else world.device, trust_remote_code=args.trust_remote_code)
     policy = reference = load(args.model, weights_dtype)
@@ -253,7 +256,7 @@ def main(args):
         reference = load(args.ref_model_path or args.model, weights_dtype)
         prepare_model(reference)
     home, sha256 = (policy, score_cache.base_sha256(policy)) if records and args.lora_r else (None, None)
-    alone = partial(load, dtype=dtype, device=world.device, scores=True)
+    alone = partial(load, dtype=dtype, device=world.device, scores=True, max_length=args.max_length)
     judges = {}
     for task, folder in folders.items():
         judges[task] = reward_models.load(folder, task, records[task], home, sha256, lora.load_adapter, alone)
@@ -272,9 +275,9 @@ def main(args):
         say("gradient checkpointing: on")
     autocast = torch.autocast(world.device.type, dtype, enabled=weights_dtype != dtype)
     watch.phase("cache")
-    identity = {"script": "train_safe_mm_dpo.py", "dtype": str(dtype)}
-    identity |= run_files.flags_that_matter(args, world.size) | {"data": fingerprint([pairs[i] for i in train])}
-    base_of = cache(lambda model: score_cache.frozen_sha256(model, {}))  # once for those that share it
+    identity = run_files.identity(__file__, args, world, dtype, fingerprint([pairs[i] for i in train]), policy)
+    identity["tokens of a sampled response"] = args.max_length - args.max_prompt_length  # the data does not say it
+    base_of = lambda model: identity["base model"] if model is policy else score_cache.frozen_sha256(model)
     frozen = {"reference": reward_models.RewardModel({}, reference, None, None, "")} | judges
     for role, judge in frozen.items():
         weights = lora.adapter_state(judge.model, judge.adapter)
@@ -309,10 +312,10 @@ def main(args):
     for task in judges:
         if judges[task] is not judge and judges[task].model is policy:
             lora.remove_adapter(policy, task)
-    frozen = judges = base_of = ask = weights = None  # the others leave memory
+    frozen = judges = ask = weights = None  # the others leave memory
     reference = reference if args.kl_coeff or (args.lora_r and reference is policy) else None
     gc.collect()  # a sharded model has methods that hold it
-    say(*distributed.start_lines("policy model", parameters, policy, args, world, slow_rate=2e-5), sep="\n")
+    say(*memory_report.start_lines("policy model", parameters, policy, args, world, slow_rate=2e-5), sep="\n")
 
     # 4 optimiser
     accumulation = args.gradient_accumulation_steps
@@ -435,6 +438,9 @@ def main(args):
         if "harmless" in known:
             estimate_cost()
             multiplier.update(at["cost"] - at["threshold"])
+            log.write_lambda(
+                at["step"], {"lambda": multiplier.value, "J_C": multiplier.violation, "E_cost": at["cost"]}
+            )
         watch.phase("other")
         watch.work(num_pairs, sum(pair_flops[i] for i in in_update))
         bar.update()
@@ -484,7 +490,7 @@ def main(args):
     bar.close()
     termination.close()
     say("Seconds: " + ", ".join(f"{phase} {seconds:.1f}" for phase, seconds in watch.read().items()))
-    say(*distributed.memory_lines(world), sep="\n")
+    say(*memory_report.memory_lines(world), sep="\n")
 
     # 6 save
     flags.check_weights(parameters, at["step"])
@@ -494,7 +500,9 @@ def main(args):
     if world.is_main:
         with run_files.whole_files(args.output_dir) as folder:
             save_policy(folder, state)
-            card = run_files.model_card(args, __file__, "Safe-MM-DPO", log.history, identity["data"], bool(args.lora_r))
+            card = run_files.model_card(
+                args, __file__, "Safe-MM-DPO", log.history, identity["data"], lora.left_out(policy)
+            )
             run_files.save_run_record(folder, log, args, __file__, card)
             if args.save_merged:
                 lora.merge_adapter(policy, "policy")
@@ -505,12 +513,8 @@ def main(args):
 
 
 USER_ERRORS = (DataError, ModelError, lora.AdapterError, distributed.DeviceError, run_files.RunFolderError)
-USER_ERRORS += (
-    checkpoints.CheckpointError,
-    memory_estimate.EstimateError,
-    optimizers.OptimizerError,
-    reward_models.RewardModelError,
-)
+USER_ERRORS += checkpoints.CheckpointError, memory_estimate.EstimateError, optimizers.OptimizerError
+USER_ERRORS += (reward_models.RewardModelError,)
 
 if __name__ == "__main__":
     flags.run(main, get_args(), *USER_ERRORS)

@@ -17,9 +17,10 @@ Deviations from DPO's paper: the two terms behind it; AdamW instead of RMSprop.
     torchrun --nproc_per_node=4 train_with_preference_prompt.py --dataset-path pairs.jsonl \\
         --use-prompt-embedding --prompt-embedding-path outputs/soft_prompt                      # four GPUs
 
-Copy with: chat_text.py checkpoints.py distributed.py flags.py lora.py losses.py memory_estimate.py memory_report.py
-    model_files.py optimizers.py packed_model.py packing.py preference_data.py preference_prompt.py
-    preference_rows.py row_files.py row_prompts.py run_files.py score_cache.py speed.py toy_world.py
+Copy with: charts.py chat_text.py checkpoints.py distributed.py flags.py lora.py lora_targets.py losses.py
+    memory_estimate.py memory_report.py model_files.py optimizers.py packed_attention.py packed_model.py
+    packed_probe.py packing.py preference_data.py preference_prompt.py preference_rows.py row_files.py row_prompts.py
+    run_files.py score_cache.py speed.py tensor_files.py toy_world.py trackers.py training_curves.py written_files.py
 """
 
 import gc
@@ -52,6 +53,7 @@ from preference_prompt import (
     TEXT_POSITIONS,
     VECTOR_POSITIONS,
     PromptError,
+    check_room,
     read_soft_prompt,
     use_soft_prompt,
     with_text,
@@ -99,8 +101,7 @@ def get_args(argv=None):
     if args.preference_position and args.preference_position not in fitting:
         what = "a soft prompt" if args.use_prompt_embedding else "a text"
         parser.error(f"--preference-position {args.preference_position} is not for {what}: {' or '.join(fitting)}")
-    if args.model == "toy":  # then the data too, unless given
-        vars(args).update((name, "toy") for name in ("dataset_path", "test_dataset_path") if name not in args.given)
+    flags.take_toy(args, "dataset_path", "test_dataset_path")
     return args
 
 
@@ -205,10 +206,10 @@ def main(args):
 
     # 2 data (before the models: a mistake in it should not wait for gigabytes of weights)
     tokenizer = load_tokenizer(args.model, args.trust_remote_code)
-    skeleton = load_skeleton(args.model, tokenizer, args.trust_remote_code)
+    skeleton = load_skeleton(args.model, tokenizer, args)
     if args.lora_r:  # a wrong target shows here
         lora.add_adapter(skeleton, "policy", args.lora_r, args.lora_alpha, 0.0, args.lora_target_modules)
-    other = load_skeleton(args.ref_model_path, tokenizer, args.trust_remote_code) if args.ref_model_path else None
+    other = load_skeleton(args.ref_model_path, tokenizer, args) if args.ref_model_path else None
     estimate = memory_estimate.Estimate(skeleton, lora.add_adapter, TokenLogps, world.size, other)
     if args.estimate_memory:
         say(memory_report.report(estimate, args))
@@ -224,15 +225,9 @@ def main(args):
     elif (length := len(tokenizer(args.preference_text)["input_ids"])) > args.max_prompt_length:
         what = f"--preference-text has {length} tokens, beyond --max-prompt-length {args.max_prompt_length}"
         raise PromptError(f"{what}: say it in fewer words, or allow longer prompts")
-    read = partial(
-        load_pairs,
-        tokenizer=tokenizer,
-        max_length=args.max_length,
-        max_prompt_length=args.max_prompt_length,
-        skip_invalid=args.skip_invalid,
-        chat_template_strings=args.chat_template_strings,
-        prefer=None if vectors is not None else partial(with_text, text=args.preference_text, position=position),
-    )
+    prefer = None if vectors is not None else partial(with_text, text=args.preference_text, position=position)
+    names = "max_length max_prompt_length skip_invalid chat_template_strings".split()
+    read = partial(load_pairs, tokenizer=tokenizer, prefer=prefer, **{name: getattr(args, name) for name in names})
     watch.phase("tokenise")
     pairs, report = read(args.dataset_path, limit=args.num_samples)
     train, held_out = list(range(len(pairs))), []  # places in pairs
@@ -251,6 +246,7 @@ def main(args):
         insert = partial(with_virtual_tokens, num_vectors=len(vectors), position=position)
         pairs = [pair._replace(prompted_ids=insert(pair.prompt_ids)) for pair in pairs]
     prompted_pairs = [Pair(pair.prompted_ids, pair.chosen_ids, pair.rejected_ids) for pair in pairs]
+    check_room(skeleton.config, prompted_pairs, args.model)
     text = "" if vectors is not None else f"  {tokenizer.decode(prompted_pairs[0].prompt_ids)!r}"
     say(f"  row 0 prompt   {len(prompted_pairs[0].prompt_ids):4} tokens with the preference{text}")
     lengths = [sum(map(len, pair[:3])) for pair in pairs]
@@ -268,7 +264,7 @@ def main(args):
 
     # 3 models
     watch.phase("load")
-    dtype = distributed.pick_dtype(args.dtype, world)
+    dtype = distributed.pick_dtype(args.dtype, world, checkpoints.begun_in(checkpoint))
     weights_dtype = dtype if args.lora_r else torch.float32  # weights that are trained are fp32, computed with in dtype
     load = partial(load_model, device="cpu" if sharded else world.device, trust_remote_code=args.trust_remote_code)
     policy = reference = load(args.model, weights_dtype)
@@ -285,13 +281,12 @@ def main(args):
     if args.ref_model_path or (args.lambda_kl and not args.lora_r):  # else the policy before its first update
         reference = load(args.ref_model_path or args.model, weights_dtype)
         prepare_model(reference)
-    identity = {"script": "train_with_preference_prompt.py", "dtype": str(dtype)}
-    identity |= run_files.flags_that_matter(args, world.size) | {"data": fingerprint([pairs[i] for i in train])}
+    identity = run_files.identity(__file__, args, world, dtype, fingerprint([pairs[i] for i in train]), policy)
     identity["preference"] = preference
     if world.is_main:
-        identity["base model"] = identity["reference"] = score_cache.frozen_sha256(policy, {})
+        identity["reference"] = identity["base model"]
         if reference is not policy:
-            identity["reference"] = score_cache.frozen_sha256(reference, {})
+            identity["reference"] = score_cache.frozen_sha256(reference)
         if checkpoint:
             checkpoints.check_identity(checkpoint, identity)
     if sharded:
@@ -327,7 +322,7 @@ def main(args):
     watch.phase("other")
     reference = reference if args.lambda_kl else None  # else it has said all it has to say
     gc.collect()  # a sharded model has methods that hold it
-    say(*distributed.start_lines("policy model", parameters, policy, args, world, slow_rate=2e-5), sep="\n")
+    say(*memory_report.start_lines("policy model", parameters, policy, args, world, slow_rate=2e-5), sep="\n")
 
     # 4 optimiser
     accumulation = args.gradient_accumulation_steps
@@ -438,7 +433,7 @@ def main(args):
     bar.close()
     termination.close()
     say("Seconds: " + ", ".join(f"{phase} {seconds:.1f}" for phase, seconds in watch.read().items()))
-    say(*distributed.memory_lines(world), sep="\n")
+    say(*memory_report.memory_lines(world), sep="\n")
 
     # 6 save
     flags.check_weights(parameters, at["step"])
@@ -452,8 +447,8 @@ def main(args):
             else:
                 save_whole(policy, folder, state)
             run_files.save_tokenizer(tokenizer, folder)
-            method, lora_on = "preference-guided DPO", bool(args.lora_r)
-            card = run_files.model_card(args, __file__, method, log.history, identity["data"], lora_on)
+            method = "preference-guided DPO"
+            card = run_files.model_card(args, __file__, method, log.history, identity["data"], lora.left_out(policy))
             run_files.save_run_record(folder, log, args, __file__, card)
             if args.save_merged:
                 lora.merge_adapter(policy, "policy")

@@ -16,7 +16,8 @@
 #   RDZV_PORT=29400                      where machines meet: a free port of the first one; another for another run
 #   HOSTFILE=FILE                        deepspeed's, for several machines (its own default is /job/hostfile)
 #
-#   read_flags "$@"                      sets flags, the words without --dry-run, and dry_run where it was among them
+#   read_flags "$@"                      sets flags, the words without --dry-run, and dry_run where it was among them;
+#                                        --help shows the wrapper's first lines, and ends
 #   read_ranks [N] [FLAG]...             the same from the words of a wrapper that takes N GPUs, or GPU_NODES; sets flags
 #   read_gpu_nodes "$GPU_NODES"          sets node_count, node_hosts, node_devices, per_node, gpus and launcher
 #   log_to FILE                          from here on all output goes to a file as well, at its end
@@ -28,13 +29,25 @@ fail() {
   exit 2
 }
 
-# read_flags [WORD]...: what a wrapper was called with.
+# read_flags [WORD]...: what a wrapper was called with.  No word takes a GPU, or .venv, to be read.
 read_flags() {
   local word
   dry_run="" flags=()
   for word in "$@"; do
-    if [ "$word" = --dry-run ]; then dry_run=1; else flags+=("$word"); fi
+    case $word in
+      --dry-run) dry_run=1 ;;
+      -h | --help) show_help ;;
+      *) flags+=("$word") ;;
+    esac
   done
+}
+
+# show_help: the comment that the wrapper begins with.  Ends the wrapper, which has gone to the project's folder.
+show_help() {
+  local file=${0##*/}
+  if [ ! -e "$file" ]; then file=scripts/$file; fi
+  sed -n -e 1d -e '/^[^#]/q' -e 's/^# \{0,1\}//p' "$file"
+  exit
 }
 
 # set_line WORD...: sets line, the words as a shell reads them back; bare where nothing in them needs quotes.
@@ -63,20 +76,29 @@ set_line() {
 
 # -- reading a list ----------------------------------------------------------------------------------------------------
 
-# count_gpus: sets gpus, how many GPUs this machine offers ("": nothing here counts them), and visible, those of
-# CUDA_VISIBLE_DEVICES where it is set.  As in CUDA, what stands behind an empty entry or -1 does not count.
+# count_gpus: sets gpus, how many GPUs this machine offers ("": there are some, and nothing here counts them), and visible,
+# those of CUDA_VISIBLE_DEVICES where it is set.  As in CUDA, what stands behind an empty entry or -1 does not count.
 count_gpus() {
-  local rest first
-  gpus="" visible=()
+  local rest first device
+  gpus=0 visible=()
   if [ -n "${CUDA_VISIBLE_DEVICES+set}" ]; then
-    gpus=0 rest=${CUDA_VISIBLE_DEVICES// /},
+    rest=${CUDA_VISIBLE_DEVICES// /},
     while first=${rest%%,*} && [ -n "$first" ] && [ "$first" != -1 ]; do
       visible[gpus]=$first
       gpus=$((gpus + 1)) rest=${rest#*,}
     done
   elif command -v nvidia-smi >/dev/null; then
     gpus=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU ') || true
+  else # a container without nvidia-smi, ROCm, WSL
+    for device in /dev/nvidia[0-9]* /dev/kfd /dev/dxg; do
+      if [ -e "$device" ]; then gpus=""; fi
+    done
   fi
+}
+
+# wants_cpu: whether the run was told to stay on the CPU.
+wants_cpu() {
+  case " ${flags[*]-} " in *" --device cpu "* | *" --device=cpu "*) return 0 ;; *) return 1 ;; esac
 }
 
 # is_here HOST: whether it is this machine.
@@ -111,7 +133,7 @@ add_slot() {
     *[!0-9]* | 0?* | ?????*) fail "GPU_NODES $list: $1 is no slot of $host: slots are numbers, as in $host:0,1" ;;
   esac
   case ,${node_slots[last]}, in *",$1,"*) fail "GPU_NODES $list has slot $1 of $host twice" ;; esac
-  if is_here "$host" && [ -n "$gpus" ]; then
+  if is_here "$host" && [ "${gpus:-0}" != 0 ]; then # without any, check_launcher says so
     if [ -n "${CUDA_VISIBLE_DEVICES+set}" ]; then
       [ "$1" -lt "$gpus" ] ||
         fail "GPU_NODES $list: slot $1 is beyond the $gpus GPUs of CUDA_VISIBLE_DEVICES=$CUDA_VISIBLE_DEVICES (from 0)"
@@ -188,7 +210,7 @@ read_gpu_nodes() {
 # read_ranks [N] [FLAG]...: sets flags, and reads the first N GPUs of this machine as a list, or GPU_NODES where there
 # is no N.  Without GPUs N is processes on the CPU, and that has to be said: --device cpu.
 read_ranks() {
-  local n="" given="" slot list=localhost: on_cpu="" counter=nvidia-smi
+  local n="" given="" slot list=localhost: counter=nvidia-smi
   case ${1---} in
     -[0-9]* | [!-]* | "") given=1 n=$1 && shift ;;
   esac
@@ -202,20 +224,19 @@ read_ranks() {
   case $n in
     "" | *[!0-9]* | 0* | ?????*) fail "N is a number of GPUs, 1 or more, and not '$n'" ;;
   esac
-  case " $* " in *" --device cpu "* | *" --device=cpu "*) on_cpu=1 ;; esac
   count_gpus
-  if [ -n "$on_cpu" ]; then
+  if wants_cpu; then
     list="of $n processes" node_count=1 node_hosts=(localhost) node_slots=("") node_devices=("") per_node=$n
     check_launcher
     return
   fi
-  case ${gpus:-none} in
-    0) fail "there is no GPU to be seen here: add --device cpu for N=$n processes on the CPU" ;;
+  case ${dry_run:-}${gpus:-none} in
+    0) fail "$no_gpu: add --device cpu for N=$n processes on the CPU" ;;
     none)
       fail "no nvidia-smi counts GPUs here: name them, GPU_NODES=localhost:0,1, or add --device cpu for N=$n processes"
       ;;
   esac
-  if [ "$n" -gt "$gpus" ]; then
+  if [ "${gpus:-0}" != 0 ] && [ "$n" -gt "$gpus" ]; then
     if [ -n "${CUDA_VISIBLE_DEVICES+set}" ]; then counter=CUDA_VISIBLE_DEVICES=$CUDA_VISIBLE_DEVICES; fi
     fail "N is $n, and $counter counts $gpus GPUs: ask for $gpus at most"
   fi
@@ -248,7 +269,23 @@ check_launcher() {
       ;;
     *) fail "LAUNCHER is torchrun, deepspeed or python, not $LAUNCHER" ;;
   esac
+  check_gpus
   check_port
+}
+
+# check_gpus: refuses to start on slots of this machine where it has no GPU; a dry run prints its command, with a note.
+no_gpu="there is no GPU to be seen here"
+check_gpus() {
+  local node
+  if [ "${gpus:-some}" != 0 ] || wants_cpu; then return; fi
+  for ((node = 0; node < node_count; node++)); do
+    if [ -z "${node_slots[node]}" ] || ! is_here "${node_hosts[node]}"; then continue; fi
+    if [ -n "${dry_run:-}" ]; then
+      echo "${0##*/}: $no_gpu: the command is for a machine that has them" >&2
+    elif starts_something; then
+      fail "GPU_NODES $list: $no_gpu: write localhost for one process on the CPU, or start it where the GPUs are"
+    fi
+  done
 }
 
 # check_port: refuses to start on a port that is taken, where the first node is this machine.

@@ -31,6 +31,12 @@ RESUME=${RESUME:-}
 
 py=${PYTHON:-.venv/bin/python}
 if [ -z "${PYTHON:-}" ] && [ ! -x "$py" ]; then py=python3; fi
+case $ROUNDS in # digits alone: what stands in (( )) below is evaluated, $(commands) in it too
+  "" | *[!0-9]* | 0* | ?????*)
+    echo "online_dpo.sh: ROUNDS is a number of rounds, 1 or more, and not '$ROUNDS'" >&2
+    exit 2
+    ;;
+esac
 if [ -z "$RESUME" ] && [ -e "$OUTPUT_DIR/round_1" ]; then
   echo "online_dpo.sh: $OUTPUT_DIR holds rounds: choose another OUTPUT_DIR, remove it, or set RESUME=1 to go on" >&2
   exit 2

@@ -3,8 +3,9 @@
 #   bash scripts/train_dpo_distributed.sh 8
 #   bash scripts/train_dpo_distributed.sh 8 --learning-rate 1e-4            further flags come last and win
 #   bash scripts/train_dpo_distributed.sh 8 --dry-run                       prints the exact command, runs nothing
+#   bash scripts/train_dpo_distributed.sh --help                            prints these lines
 #   GPU_NODES=localhost:1,2 bash scripts/train_dpo_distributed.sh           gpu_nodes.sh has all forms
-# What it prints goes to logs/training/safe_mm_dpo/train.log too.  More: docs/multi_gpu.md
+# What it prints goes to logs/training/safe_mm_dpo/train.log too.  More: docs/multi_gpu.md.  Flags: docs/safe_mm_dpo.md
 set -euo pipefail
 cd "$(dirname "$0")/.."
 # shellcheck source=scripts/gpu_nodes.sh disable=SC1091

@@ -3,8 +3,10 @@
 #   bash scripts/train_rm_distributed.sh helpful 8
 #   bash scripts/train_rm_distributed.sh harmless 8 --model Qwen/Qwen3-0.6B      further flags come last and win
 #   bash scripts/train_rm_distributed.sh helpful 8 --dry-run                     prints the exact command, runs nothing
+#   bash scripts/train_rm_distributed.sh --help                                  prints these lines
 #   GPU_NODES=localhost:1,2 bash scripts/train_rm_distributed.sh helpful         gpu_nodes.sh has all forms
-# What it prints goes to logs/training/rm/TASK/train.log too.  More: docs/multi_gpu.md
+#   bash scripts/train_rm_distributed.sh helpful 2 --device cpu --model toy      no GPU: two processes, the toy world
+# What it prints goes to logs/training/rm/TASK/train.log too.  More: docs/multi_gpu.md.  Flags: docs/train_rm.md
 set -euo pipefail
 cd "$(dirname "$0")/.."
 # shellcheck source=scripts/gpu_nodes.sh disable=SC1091

@@ -3,9 +3,13 @@ exit code 3 and no weights; and what a good run leaves.
 """
 
 import hashlib
+import importlib
+import io
 import json
 import math
 import os
+import pickle
+import re
 import shutil
 import subprocess
 import sys
@@ -20,7 +24,9 @@ from test_preference_data import char_tokenizer, strings, write_rows
 from transformers import TrainerState
 
 import dpo_hf_run
+import reward_models
 import run_files
+from model_files import ModelError
 from packing import hold_out
 from preference_data import fingerprint, load_pairs
 
@@ -126,53 +132,177 @@ def test_many_answers_to_one_prompt_are_no_mistake_of_the_user(world, tmp_path):
 # -- models -----------------------------------------------------------------------------------------------------------
 
 
-def broken_model(world, folder, breaking):
-    shutil.copytree(world / "model", folder)
-    weights = folder / "model.safetensors"
-    if breaking in ("config.json", "model.safetensors", "tokenizer.json"):
-        (folder / breaking).unlink()
-    elif breaking == "weights cut off":
-        weights.write_bytes(weights.read_bytes()[:-1000])
-    elif breaking == "weights of another size":
-        write_model(folder, seed=0, hidden_size=48)
-        shutil.copy(world / "model/config.json", folder)
-    elif breaking == "weights that lack a layer":
-        state = load_file(weights)
-        save_file({k: v for k, v in state.items() if "layers.1" not in k}, weights, metadata={"format": "pt"})
-    elif breaking == "config that is no JSON":
-        (folder / "config.json").write_text("{")
-    elif breaking == "no end of sequence":
-        char_tokenizer(eos=None).save_pretrained(folder)
-    elif breaking == "fewer tokens than the tokenizer":
-        write_model(folder, seed=0, vocab_size=64)
-    return folder
+def edit(path, **changes):
+    """Change keys of a JSON file; None takes one out."""
+    content = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({key: value for key, value in content.items() if value is not None}))
+
+
+def with_code(folder, config_file, name):
+    """A folder whose tokenizer or model is code that it brings, and the code says that it ran."""
+    (folder / "own.py").write_text(f"from pathlib import Path\nPath({str(folder / 'ran')!r}).touch()\n")
+    edit(folder / config_file, auto_map={name: ["own.Own", None] if name == "AutoTokenizer" else "own.Own"})
+    edit(folder / "config.json", model_type="nobody_knows_it")
+
+
+def pickled(folder, content):
+    (folder / "model.safetensors").unlink()
+    (folder / "pytorch_model.bin").write_bytes(content)
+
+
+class Runs:
+    def __reduce__(self):
+        return os.system, ("touch pickle_ran",)
+
+
+def lacks_a_layer(folder):
+    state = load_file(folder / "model.safetensors")
+    state = {k: v for k, v in state.items() if "layers.1" not in k}
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+BROKEN = {  # what is done to a good model folder, and what the sentence has to say
+    "no config.json": (lambda d: (d / "config.json").unlink(), "config.json"),
+    "no model.safetensors": (lambda d: (d / "model.safetensors").unlink(), "model.safetensors"),
+    "no tokenizer.json": (lambda d: (d / "tokenizer.json").unlink(), "no tokenizer at"),
+    "weights cut off": (lambda d: os.truncate(d / "model.safetensors", 30_000), "no model at"),
+    "weights of another size": (
+        lambda d: (write_model(d, seed=0, hidden_size=48), edit(d / "config.json", hidden_size=32)),
+        "model.embed_tokens.weight of ",
+    ),
+    "weights that lack a layer": (lacks_a_layer, "lack model.layers.1"),
+    "weights that are a bad pickle": (lambda d: pickled(d, b"\x80\x04]q"), "no model at"),
+    "weights that are a pickle with code": (lambda d: pickled(d, pickle.dumps(Runs())), "no model at"),
+    "config that is no JSON": (lambda d: (d / "config.json").write_text("{"), "is not a valid JSON file"),
+    "config that is a list": (lambda d: (d / "config.json").write_text("[1]"), "no tokenizer at"),
+    "config nested deep": (lambda d: (d / "config.json").write_text("[" * 9999), "recursion"),
+    "config of bytes": (lambda d: (d / "config.json").write_bytes(b"\xff\xfe"), "is not a valid JSON file"),
+    "unknown type": (lambda d: edit(d / "config.json", model_type="nobody"), "no model at"),
+    "no type": (lambda d: edit(d / "config.json", model_type=None), "no model at"),
+    "unknown layer type": (lambda d: edit(d / "config.json", layer_types=["full_attention", "new"]), "layer_types"),
+    "unknown number type": (lambda d: edit(d / "config.json", dtype="float33"), "float33"),
+    "sizes of text": (lambda d: edit(d / "config.json", hidden_size="32"), "'hidden_size' expected int, got str"),
+    "tokenizer with a changed letter": (
+        lambda d: (d / "tokenizer.json").write_text((d / "tokenizer.json").read_text().replace('"BPE"', '"BPF"')),
+        "no tokenizer at",
+    ),
+    "tokenizer that is no JSON": (lambda d: (d / "tokenizer.json").write_text("{"), "no tokenizer at"),
+    "no end of sequence": (lambda d: char_tokenizer(eos=None).save_pretrained(d), "no end-of-sequence token"),
+    "fewer tokens than the tokenizer": (lambda d: write_model(d, seed=0, vocab_size=64), "knows 64 tokens"),
+    "an encoder-decoder": (
+        lambda d: (d / "config.json").write_text('{"model_type": "t5"}'),
+        "is an encoder-decoder (t5)",
+    ),
+    "an encoder-decoder with a decoder class": (
+        lambda d: (d / "config.json").write_text('{"model_type": "bart"}'),
+        "is an encoder-decoder (bart)",
+    ),
+    "quantised by bitsandbytes": (
+        lambda d: edit(d / "config.json", quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True}),
+        "are quantised (bitsandbytes in its config.json), which is not done here",
+    ),
+    "quantised to fp8": (
+        lambda d: edit(d / "config.json", quantization_config={"quant_method": "fp8"}),
+        "are quantised (fp8 in its config.json)",
+    ),
+    "quantised somehow": (
+        lambda d: edit(d / "config.json", quantization_config={"bits": 4}),
+        "are quantised (quantization_config in its config.json)",
+    ),
+    "fewer positions than --max-length": (
+        lambda d: edit(d / "config.json", max_position_embeddings=100),
+        "--max-length 512 is more than the 100 positions of the model ",
+    ),
+    "a model of its own code": (
+        lambda d: with_code(d, "config.json", "AutoConfig"),
+        "comes with code of its own: read it, and pass --trust-remote-code to run it",
+    ),
+    "a tokenizer of its own code": (
+        lambda d: (
+            with_code(d, "tokenizer_config.json", "AutoTokenizer"),
+            edit(d / "tokenizer_config.json", tokenizer_class="Own"),
+        ),
+        "comes with code of its own",
+    ),
+}
+
+
+@pytest.mark.parametrize("breaking", BROKEN)
+def test_a_model_folder_that_cannot_be_used(fails, world, tmp_path, monkeypatch, breaking):
+    monkeypatch.chdir(tmp_path)
+    model = shutil.copytree(world / "model", tmp_path / "broken")
+    damage, said = BROKEN[breaking]
+    damage(model)
+    monkeypatch.setattr("sys.stdin", io.StringIO("y\n" * 9))  # what would be asked would be allowed
+    line = fails("--model", model)
+    assert str(model) in line and said in line
+    assert not re.search(r"[.!?] [A-Z]", line), "more than one sentence"
+    assert not (model / "ran").exists() and not (tmp_path / "pickle_ran").exists()
 
 
 @pytest.mark.parametrize(
     "breaking",
     [
-        "config.json",
-        "model.safetensors",
-        "tokenizer.json",
+        "no model.safetensors",
         "weights cut off",
-        "weights of another size",
-        "weights that lack a layer",
-        "config that is no JSON",
-        "no end of sequence",
+        "no config.json",
         "fewer tokens than the tokenizer",
+        "quantised to fp8",
+        "fewer positions than --max-length",
     ],
 )
-def test_a_model_folder_that_is_not_whole(fails, world, tmp_path, breaking):
-    model = broken_model(world, tmp_path / "broken", breaking)
-    assert str(model) in fails("--model", model)
+def test_a_reference_folder_that_cannot_be_used(fails, world, tmp_path, breaking):
+    model, (damage, said) = shutil.copytree(world / "model", tmp_path / "broken"), BROKEN[breaking]
+    damage(model)
+    line = fails("--ref-model-path", model)
+    assert str(model) in line and said in line
 
 
-@pytest.mark.parametrize(
-    "breaking", ["model.safetensors", "weights cut off", "config.json", "fewer tokens than the tokenizer"]
-)
-def test_a_reference_folder_that_is_not_whole(fails, world, tmp_path, breaking):
-    model = broken_model(world, tmp_path / "broken", breaking)
-    assert str(model) in fails("--ref-model-path", model)
+SCRIPTS = {
+    "train_rm": "--task harmless --train-harmless-path {pairs} --eval-samples 0 --output-dir {out}",
+    "train_safe_mm_dpo": "--train-helpful-path {pairs} --eval-samples 0 --lambda-init 0 --w 0 --output-dir {out}",
+    "train_with_preference_prompt": "--dataset-path {pairs} --preference-text polite --output-dir {out}",
+    "learn_prompt": "--dataset-path {pairs} --preference-text polite --output-dir {out}",
+    "evaluate_alignment": "--prompts {pairs} --max-new-tokens 97 --output-dir {out}",
+    "generate": "--prompts {pairs} --max-new-tokens 97 --output {out}/rows.jsonl",
+}
+TOO_LONG = dict.fromkeys(SCRIPTS, "--max-length 512") | {
+    "train_with_preference_prompt": "--max-length 300",
+    **dict.fromkeys(("evaluate_alignment", "generate"), "a prompt of 5 tokens and --max-new-tokens 97"),
+}
+
+
+@pytest.mark.parametrize("breaking", ["fewer positions than --max-length", "quantised to fp8"])
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_every_script_refuses_such_a_model_before_it_loads(world, tmp_path, capsys, name, breaking):
+    model = shutil.copytree(world / "model", tmp_path / "broken")
+    BROKEN[breaking][0](model)
+    (model / "model.safetensors").unlink()  # whoever reads the weights says something else
+    words = SCRIPTS[name].format(pairs=world / "pairs.jsonl", out=tmp_path / "out").split()
+    with pytest.raises(SystemExit) as exit:
+        run_script(["--model", model, "--device", "cpu", *words], importlib.import_module(name))
+    line = one_line(capsys)
+    assert exit.value.code == 2 and not (tmp_path / "out").exists()
+    too_long = f"{TOO_LONG[name]} is more than the 100 positions of the model {model}"
+    assert (too_long if "positions" in breaking else BROKEN[breaking][1]) in line
+
+
+def test_a_reward_models_tokenizer_runs_no_code_that_was_not_allowed(world, tmp_path, monkeypatch):
+    folder = shutil.copytree(world / "model", tmp_path / "rm")
+    (folder / "reward_model.json").write_text('{"task": "helpful", "base_sha256": ""}')
+    BROKEN["a tokenizer of its own code"][0](folder)
+    monkeypatch.setattr("sys.stdin", io.StringIO("y\n" * 9))  # transformers would ask, and take this for a yes
+    with pytest.raises(ModelError, match="comes with code of its own: read it, and pass --trust-remote-code"):
+        reward_models.read_record(folder, "helpful", char_tokenizer())
+    assert not (folder / "ran").exists()
+
+
+def test_one_file_alone_loads_models_and_tokenizers():
+    """So that one place decides about --trust-remote-code, which transformers else asks about on standard input."""
+    loads = re.compile(r"Auto(Config|Model|Tokenizer)|(?<!Prompt)Config\.from_pretrained")
+    assert [path.name for path in ROOT.glob("*.py") if loads.search(path.read_text("utf-8"))] == ["model_files.py"]
+    text = (ROOT / "model_files.py").read_text("utf-8")
+    assert len(re.findall(r"\.from_(pretrained|config)\b", text)) == 5  # the fifth reads generation_config.json
 
 
 # What libraries write to standard error by themselves shows only in a process of its own; a process takes seconds.
@@ -180,11 +310,15 @@ def test_a_reference_folder_that_is_not_whole(fails, world, tmp_path, breaking):
 def processes(world, tmp_path_factory):
     """{name: (exit code, lines on standard error, whether an output folder is there)}; all of them at once."""
     folder = tmp_path_factory.mktemp("processes")
-    no_weights = broken_model(world, folder / "no_weights", "model.safetensors")
+    no_weights = shutil.copytree(world / "model", folder / "no_weights")
+    (no_weights / "model.safetensors").unlink()
+    other_shapes = shutil.copytree(world / "model", folder / "other_shapes")
+    edit(other_shapes / "config.json", intermediate_size=48)
     cases = {
         "model id": ["--model", "someone/some-model", "--dataset", world / "pairs.jsonl"],
         "data id": ["--model", world / "model", "--dataset", "someone/some-pairs"],
         "no weights": ["--model", no_weights, "--dataset", world / "pairs.jsonl"],
+        "other shapes": ["--model", other_shapes, "--dataset", world / "pairs.jsonl"],
     }
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(folder / "home"), "OMP_NUM_THREADS": "1"}
     script = str(ROOT / "dpo_hf_run.py")
@@ -212,6 +346,7 @@ def processes(world, tmp_path_factory):
         ("model id", "dpo_hf_run.py: no tokenizer at someone/some-model", "folder"),
         ("data id", "dpo_hf_run.py: there is no file someone/some-pairs, and ", "name a .jsonl file"),
         ("no weights", "dpo_hf_run.py: no model at ", "model.safetensors"),
+        ("other shapes", "dpo_hf_run.py: model.layers.0.mlp.down_proj.weight of ", "is (32, 64), and its config.json"),
     ],
 )
 def test_without_hub_or_weights_a_process_says_one_sentence(processes, name, beginning, advice):
@@ -263,6 +398,7 @@ WRONG_ADAPTERS = {
 def test_a_wrong_adapter(fails, finished, tmp_path, name):
     breaking, said = WRONG_ADAPTERS[name]
     adapter = shutil.copytree(finished.folder, tmp_path / "adapter")
+    (adapter / "manifest.json").unlink()  # somebody else's: nothing says what it was
     breaking(adapter)
     line = fails("--adapter", adapter)
     assert line.startswith(str(adapter)) and said in line
@@ -359,13 +495,13 @@ def test_missing_tensorboard_leaves_the_earlier_run_alone(fails, finished, tmp_p
     monkeypatch.setitem(sys.modules, "tensorboard", None)  # it is not found, and importing it raises ImportError
     run = shutil.copytree(finished.folder, tmp_path / "run")
     line = fails("--overwrite", "--report-to", "tensorboard", output_dir=run)
-    assert line == "--report-to tensorboard needs it installed: pip install tensorboard, or --report-to none"
+    assert line == "--report-to tensorboard needs it installed: bash setup.sh tensorboard, or --report-to none"
 
 
 def test_without_tensorboard_a_run_says_what_it_leaves_out(world, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "tensorboard", None)
     assert len(Run(world, tmp_path / "run", report_to="auto").train) == 2
-    assert "TensorBoard is not installed: no event files" in capsys.readouterr().out
+    assert "TensorBoard is not installed (bash setup.sh tensorboard): no event files" in capsys.readouterr().out
 
 
 def test_overwrite_replaces_the_run(world, finished, tmp_path):
@@ -471,9 +607,11 @@ RUN_LEAVES = {
     "chat_template.jinja",
     "trainer_state.json",
     "metrics.jsonl",
+    "curves.html",
     "args.json",
     "dpo_hf_run.py",
     "README.md",
+    "manifest.json",
 }
 METRICS = {
     "loss",

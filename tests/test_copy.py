@@ -100,7 +100,7 @@ RUNS = {
 LEAVES_BEHIND = {  # a training script: these below
     "prepare_data.py": ["train/helpful_pairs.jsonl", "account.json"],
     "generate.py": ["responses.jsonl", "responses.jsonl.args.json"],
-    "evaluate_alignment.py": ["report.json", "report.html", "responses.jsonl"],
+    "evaluate_alignment.py": ["report.json", "report.html", "report.txt", "responses.jsonl"],
 }
 
 

@@ -2,6 +2,7 @@
 agree, and a rank that dies.
 """
 
+import importlib
 import json
 import os
 import re
@@ -13,7 +14,20 @@ import time
 import pytest
 import torch
 from test_docs import ROOT
-from test_fast_train import CONF, NODES, ONE_NODE, RECORDS, SOLO, TORCHRUN, Machine, calls, write_tool
+from test_fast_train import (
+    CONF,
+    FOR_ANOTHER,
+    NO_GPU,
+    NODES,
+    ONE_NODE,
+    RECORDS,
+    SOLO,
+    SOME_GPU,
+    TORCHRUN,
+    Machine,
+    calls,
+    write_tool,
+)
 from test_flags import write_world
 
 import train_rm
@@ -116,13 +130,6 @@ COUNT = "N is a number of GPUs, 1 or more, and not "
             {"CUDA_VISIBLE_DEVICES": "4,6"},
             "N is 3, and CUDA_VISIBLE_DEVICES=4,6 counts 2 GPUs: ask for 2 at most",
         ),
-        ("helpful 2", 0, {}, "there is no GPU to be seen here: add --device cpu for N=2 processes on the CPU"),
-        (
-            "helpful 2",
-            None,
-            {},
-            "no nvidia-smi counts GPUs here: name them, GPU_NODES=localhost:0,1, or add --device cpu for N=2 processes",
-        ),
         (
             "helpful 2",
             8,
@@ -143,6 +150,83 @@ def test_what_is_refused(reward_machine, policy_machine, words, gpus, variables,
     if not sentence.startswith(TASK):
         assert policy_machine.refused(*words.split()[1:], gpus=gpus, **variables) == sentence
     assert not (reward_machine.folder / "logs").exists()
+
+
+@pytest.mark.parametrize("gpus", [0, None])
+def test_n_where_no_gpu_is(reward_machine, policy_machine, gpus):
+    sentence = f"{NO_GPU}: add --device cpu for N=2 processes on the CPU"
+    if gpus is None and SOME_GPU:
+        sentence = (
+            "no nvidia-smi counts GPUs here: name them, GPU_NODES=localhost:0,1, or add --device cpu for N=2 processes"
+        )
+    assert reward_machine.refused("helpful", "2", gpus=gpus) == sentence
+    assert policy_machine.refused("2", gpus=gpus) == sentence
+
+
+def test_a_dry_run_needs_no_gpu(reward_machine, policy_machine):
+    """The very command that eight GPUs would get, and a note on standard error."""
+    note = f"{FOR_ANOTHER}\n"
+    code, out, err = reward_machine.run("helpful", "8", "--dry-run", gpus=0)
+    assert (code, out, err) == (0, f"{CONF} {EIGHT} {HELPFUL}\n", f"train_rm_distributed.sh: {note}")
+    code, out, err = policy_machine.run("--dry-run", "8", gpus=0)
+    assert (code, out, err) == (0, f"{CONF} {EIGHT} {POLICY}\n", f"train_dpo_distributed.sh: {note}")
+    assert policy_machine.run("--dry-run", "8", gpus=8)[2] == ""
+
+
+@pytest.mark.parametrize("words", [["--help"], ["helpful", "8", "-h"]])
+def test_help_is_what_the_wrapper_begins_with(reward_machine, policy_machine, words):
+    for machine in (reward_machine, policy_machine):
+        code, out, err = machine.run(*words)
+        lines = (ROOT / machine.script).read_text("utf-8").splitlines()
+        assert (code, err) == (0, "")
+        assert out.splitlines() == [line[2:] for line in lines[1 : lines.index("set -euo pipefail")]]
+        assert f"bash {machine.script} 8 --dry-run" in out.replace("helpful 8", "8")
+
+
+@pytest.mark.parametrize("word, data", [("toy", "toy"), ("/a/model", None)])
+def test_a_configs_paths_go_with_its_model(reward_machine, policy_machine, monkeypatch, word, data):
+    """--model toy brings the toy world's data, whatever paths the wrapper's config has for another model."""
+    monkeypatch.chdir(ROOT)
+    reward = shlex.split(reward_machine.printed("helpful", "1", "--device", "cpu", "--model", word))
+    args = train_rm.get_args(reward[reward.index("train_rm.py") + 1 :])
+    assert args.train_helpful_path == (data or "data/train/helpful_pairs.jsonl")
+    assert args.val_helpful_path == (data or "data/val/helpful_pairs.jsonl")
+    policy = policy_machine.printed("1", "--device", "cpu", "--model", word, "--val-helpful-path", "mine.jsonl")
+    policy = shlex.split(policy)
+    args = train_safe_mm_dpo.get_args(policy[policy.index("train_safe_mm_dpo.py") + 1 :])
+    assert args.train_harmless_path == (data or "data/train/harmless_pairs.jsonl")
+    assert args.val_helpful_path == "mine.jsonl"
+
+
+@pytest.mark.parametrize(
+    "script, path, words",
+    [
+        ("dpo_hf_run", "dataset", []),
+        ("train_rm", "train_harmless_path", ["--task", "harmless"]),
+        ("train_safe_mm_dpo", "val_harmless_path", []),
+        ("train_with_preference_prompt", "dataset_path", ["--preference-text", "polite"]),
+        ("learn_prompt", "test_dataset_path", ["--preference-text", "polite"]),
+    ],
+)
+def test_every_script_lets_a_configs_paths_go_with_its_model(tmp_path, script, path, words):
+    """(model in the file, model typed, path typed) -> the path."""
+    get_args, config = importlib.import_module(script).get_args, tmp_path / "c.yaml"
+    for in_file, typed, expected in [
+        ("m", [], "file.jsonl"),
+        ("m", ["--model", "toy"], "toy"),
+        ("m", ["--base_model_path=toy"] if script == "train_rm" else ["--model=toy"], "toy"),
+        ("toy", [], "file.jsonl"),
+        ("m", ["--model", "toy", f"--{path}", "typed.jsonl"], "typed.jsonl"),
+    ]:
+        config.write_text(f"model: {in_file}\n{path}: file.jsonl\n")
+        assert vars(get_args(["--config", str(config), *words, *typed]))[path] == expected
+    assert vars(get_args(["--model", "toy", *words]))[path] == "toy"
+
+
+def test_paths_that_stand_beside_model_toy_in_a_config_stay(tmp_path):
+    (tmp_path / "toy.yaml").write_text("model: toy\ntrain_helpful_path: mine.jsonl\n")
+    args = train_rm.get_args(["--task", "helpful", "--config", str(tmp_path / "toy.yaml")])
+    assert (args.train_helpful_path, args.val_helpful_path) == ("mine.jsonl", "toy")
 
 
 @pytest.mark.parametrize(
@@ -167,7 +251,7 @@ def test_a_node_that_fails_ends_a_run_that_is_logged(tmp_path):
     machine = PolicyMachine(tmp_path)
     machine.make_venv('if [ "$1" = -c ]; then exit 0; fi; exec sleep 1000')
     write_tool(machine.tools / "ssh", "exit 255")
-    code, _, err = machine.run(variables={"GPU_NODES": "here:0@node2:0", "LAUNCH": "ssh"})
+    code, _, err = machine.run(gpus=1, variables={"GPU_NODES": "here:0@node2:0", "LAUNCH": "ssh"})
     assert code == 255 and "a node ended with exit code 255: the others are ended too\n" in err
 
 

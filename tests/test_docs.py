@@ -18,6 +18,7 @@ SHELL = sorted(str(path.relative_to(ROOT)) for folder in ("", "scripts/") for pa
 FOREIGN_FLAGS = {
     *("--nproc-per-node", "--nnodes", "--node-rank", "--master-addr", "--master-port", "--standalone"),  # torchrun
     *("--rdzv-backend", "--rdzv-endpoint", "--num-processes", "--num-gpus", "--logdir", "--version"),
+    *("--include", "--dry-run"),  # deepspeed, the wrappers
     *("--index-url", "--extra-index-url", "--upgrade", "--find-links", "--help", "--durations"),  # pip, pytest
 }
 
@@ -169,6 +170,12 @@ def test_a_document_gives_the_defaults_of_its_script(script, document):
     rows = re.findall(r"^\| `(--[\w-]+)`[^|]*\| (-?[\d.e-]+) \|", section_of(document), re.MULTILINE)
     assert len(rows) > 7
     assert {flag: float(number) for flag, number in rows} == {flag: defaults[flag] for flag, _ in rows}
+
+
+@pytest.mark.parametrize("script", [name for name in SCRIPTS if name.startswith(("dpo_", "train_", "learn_"))])
+def test_every_training_script_has_its_command_for_several_machines(script):
+    line = rf"^    torchrun --nnodes=2 --node-rank=0 --master-addr=\S+ --master-port=\d+ --nproc-per-node=8 {script} \S"
+    assert re.search(line, text_of("docs/multi_gpu.md"), re.MULTILINE)
 
 
 def test_the_readme_is_there():

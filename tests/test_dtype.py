@@ -1,32 +1,49 @@
-"""The number type that `--dtype auto` takes on a CPU: bf16 where a product of it is clearly faster, else fp32."""
-
-import itertools
+"""The number type that `--dtype auto` takes: by what the processor has, and in a run that goes on the one it has."""
 
 import pytest
 import torch
 
-import distributed
-from distributed import DeviceError, World, pick_dtype
+from distributed import DeviceError, World, cpu_has_bf16, pick_dtype
 
 CPU = World(0, 1, torch.device("cpu"))
+X86 = "processor\t: {}\nmodel name\t: bf16 in a name is none\nflags\t\t: fpu avx2 avx512f {}\nbugs\t\t: spectre_v1\n\n"
+ARM = "processor\t: {}\nFeatures\t: fp asimd asimddp sve {}\nCPU part\t: 0xd40\n\n"
 
 
 @pytest.mark.parametrize(
-    ("fp32", "bf16", "expected"),
-    [(3.0, 1.0, torch.bfloat16), (3.0, 2.1, torch.float32), (1.0, 4.0, torch.float32), (1.6, 1.0, torch.bfloat16)],
+    ("machine", "feature", "has"),
+    [
+        (X86, "avx512_bf16 clzero", True),  # Zen 4, Cooper Lake
+        (X86, "avx512_bf16 amx_bf16 avx512_fp16 amx_tile amx_int8", True),  # Sapphire Rapids
+        (X86, "amx_bf16", True),
+        (X86, "avx512bw avx512_vnni", False),  # Cascade Lake
+        (X86, "amx_tile amx_int8 avx512_bf16x", False),
+        (ARM, "i8mm bf16 dgh", True),  # Neoverse V1
+        (ARM, "dit uscat", False),  # Neoverse N1
+        ("bf16: a file of another kind\n", "", False),
+    ],
 )
-def test_auto_is_bf16_where_the_probe_finds_it_one_and_a_half_times_as_fast(monkeypatch, fp32, bf16, expected):
-    # The clock: five products of each type, looked at before and after; the first of each is to warm up.
-    takes = [99.0, *[fp32] * 4, 99.0, *[bf16] * 4]
-    clock = iter(itertools.accumulate(itertools.chain.from_iterable((0.0, seconds) for seconds in takes)))
-    monkeypatch.setattr(distributed.time, "perf_counter", lambda: next(clock))
-    assert pick_dtype("auto", CPU) == expected
-    assert next(clock, None) is None, "every product was looked at"
+def test_the_processors_features_decide(tmp_path, machine, feature, has):
+    (tmp_path / "cpuinfo").write_text("".join(machine.format(n, feature) for n in range(2)))
+    assert cpu_has_bf16(tmp_path / "cpuinfo") is has
+    assert cpu_has_bf16(tmp_path / "none") is False  # macOS, Windows
 
 
-def test_a_given_type_is_taken_without_a_probe(monkeypatch):
-    monkeypatch.setattr(distributed.time, "perf_counter", lambda: pytest.fail("asked the clock"))
-    assert pick_dtype("bf16", CPU) == torch.bfloat16
-    assert pick_dtype("fp32", CPU) == torch.float32
-    with pytest.raises(DeviceError, match="^--dtype fp16 needs a GPU: on a CPU use bf16 or fp32$"):
-        pick_dtype("fp16", CPU)
+def test_auto_is_the_same_each_time_and_that_of_this_processor():
+    found = {pick_dtype("auto", CPU) for _ in range(20)}
+    assert found == {torch.bfloat16 if cpu_has_bf16() else torch.float32}
+
+
+@pytest.mark.parametrize("name", ["torch.float32", "float32", "torch.bfloat16", "bfloat16"])
+def test_auto_in_a_run_that_goes_on_is_its_type_and_a_type_that_is_given_stays(name):
+    """A checkpoint writes torch.float32, a file of generate.py float32."""
+    assert str(pick_dtype("auto", CPU, name)) == f"torch.{name.removeprefix('torch.')}"
+    assert pick_dtype("bf16", CPU, name) == torch.bfloat16
+    assert pick_dtype("fp32", CPU, name) == torch.float32
+
+
+def test_fp16_needs_a_gpu_also_where_a_run_on_one_goes_on():
+    for name, begun_in in (("fp16", None), ("auto", "torch.float16")):
+        with pytest.raises(DeviceError, match="^--dtype fp16 needs a GPU: on a CPU use bf16 or fp32$"):
+            pick_dtype(name, CPU, begun_in)
+    assert pick_dtype("auto", CPU, "int8") == pick_dtype("auto", CPU)  # no type that a run has

@@ -15,18 +15,21 @@ from conftest import run_script
 from test_flags import one_line, write_world
 from test_preference_data import char_tokenizer, ids, write_rows
 
+import charts
 import evaluate_alignment
 import evaluation_numbers
+import evaluation_prompts
 import lora
 import model_files
 import packed_model
 import report_page
+import report_text
 import reward_models
 import toy_world
 import train_rm
 
 SHORT = ["--device", "cpu", "--dtype", "fp32", "--seed", "7"]
-OUTPUTS = "report.json", "report.html", "responses.jsonl"
+OUTPUTS = "report.json", "report.html", "report.txt", "responses.jsonl"
 
 
 def evaluate(*words):
@@ -73,6 +76,7 @@ def reward_folders(toy, tmp_path_factory):
 def edit_record(folder, **changes):
     path = folder / "reward_model.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    (folder / "manifest.json").unlink(missing_ok=True)  # which would say that it was changed
 
 
 @pytest.fixture(scope="module")
@@ -271,17 +275,16 @@ def test_samples_are_the_farthest_and_some_at_random():
 
 
 def test_curves_are_read_from_a_log(tmp_path):
-    rows = [{"step": step, "loss_H": 1 / step, "lambda": 1.0, "note": "x"} for step in range(1, 1001)]
-    rows[3] |= {"lambda": None, "eval_loss": 0.5}
+    rows = [{"step": step, "loss_H": 1 / step, "lambda": 1.0, "note": "x", "other": 2} for step in range(1, 9)]
+    rows[3] |= {"lambda": None, "eval_loss": 0.5, "eval_loss_ci95": 0.25, "cost_threshold": -1.5}
     write_rows(tmp_path / "metrics.jsonl", rows)
     with open(tmp_path / "metrics.jsonl", "a") as file:
-        file.write('[1]\n{"loss": 3}\n{"step": 7, "loss": NaN}\n{"st\n')
-    curves = evaluation_numbers.training_curves(tmp_path / "metrics.jsonl")
-    assert list(curves) == ["loss_H", "lambda", "eval_loss"]
-    assert curves["eval_loss"] == [[4, 0.5]]
-    assert curves["loss_H"][0] == [1, 1.0] and curves["loss_H"][-1] == [1000, 0.001]
-    assert len(curves["loss_H"]) <= evaluation_numbers.CURVE_POINTS + 1
-    assert evaluation_numbers.training_curves(tmp_path / "nothing.jsonl") == {}
+        file.write('[1]\n{"loss": 3}\n{"step": 9, "loss": NaN}\n{"st\n')
+    curves = evaluate_alignment.training(tmp_path)
+    assert list(curves) == ["loss_H", "lambda", "eval_loss", "cost_threshold"]
+    assert curves["eval_loss"] == [[4, 0.5, 0.25]]
+    assert [step for step, _ in curves["lambda"]] == [1, 2, 3, 5, 6, 7, 8]
+    assert evaluate_alignment.training(tmp_path / "nothing") == {}
 
 
 # -- a run -----------------------------------------------------------------------------------------------------------
@@ -381,9 +384,14 @@ def test_categories_are_parts_of_the_whole(run):
         assert "rule_helpful" not in policy["by_category"]["theft"]["estimates"]  # no help is due there
 
 
-def test_the_same_seed_gives_the_same_bytes(command, reward_folders, run, tmp_path):
+def test_the_same_seed_gives_the_same_bytes_and_the_log_ends_in_the_text(
+    command, reward_folders, run, tmp_path, capsys
+):
     harmless = ["--harmless-rm-path", reward_folders["harmless"]]
     evaluate(*command, *harmless, "--output-dir", tmp_path / "again")
+    text = report_text.text(read(run)[0])
+    assert text == (run / "report.txt").read_text("utf-8") and "\nmeans over 40 prompts " in text
+    assert capsys.readouterr().out.endswith(f"\n\n{text}\nsaved to {tmp_path / 'again'}\n")
     for name in OUTPUTS:
         assert (run / name).read_bytes() == (tmp_path / "again" / name).read_bytes(), name
     run_script([*command, *harmless, *SHORT, "--seed", "8", "--output-dir", tmp_path / "other"], evaluate_alignment)
@@ -425,7 +433,7 @@ def test_kl_log_probs_and_scores_are_those_of_sequences_one_by_one(toy, adapters
     texts = [json.loads(line)["prompt"] for line in (toy / "prompts.jsonl").read_text().splitlines()[:5]]
     ends, eos = (tokenizer.eos_token_id, 7, 7, 7, 7), tokenizer.eos_token_id
     ids = [tokenizer(text)["input_ids"] for text in texts]
-    prompts = [evaluate_alignment.Prompt(*facts, "a", end) for *facts, end in zip(texts, ids, ends)]
+    prompts = [evaluation_prompts.Prompt(*facts, "a", end) for *facts, end in zip(texts, ids, ends)]
     args = SimpleNamespace(num_responses=3, batch_size=4, seed=1, max_new_tokens=20, temperature=1.0, top_p=1.0)
     bar = SimpleNamespace(update=lambda count: None)
     responses = evaluate_alignment.sampled(model, tokenizer, "policy_0", prompts, args, bar)
@@ -589,6 +597,49 @@ def test_a_base_of_another_name_is_said(world, tmp_path, capsys):
     assert any("other was trained on Qwen/Qwen3-0.6B" in note for note in report["notes"])
 
 
+def sequence_logp(model, prompt, response):
+    logits = model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1]
+    return logits.log_softmax(-1)[torch.arange(len(response)), torch.tensor(response)].sum().item()
+
+
+def test_pairs_in_the_prompt_file_give_each_adapter_its_implicit_accuracy(world, tmp_path, capsys):
+    rows = [
+        {"prompt": f"{chr(97 + n)}{n}? ", "chosen": "ab" * (n % 3 + 1), "rejected": "cd" * (n % 2 + 1)}
+        for n in range(11)
+    ]
+    write_rows(tmp_path / "pairs.jsonl", [*rows, {"prompt": "no pair? "}])
+    words = "--prompts", tmp_path / "pairs.jsonl", "--batch-size", 4, "--adapters", world / "adapter"
+    report, _ = tiny(world, tmp_path / "a", *words)
+    right, tokenizer = [], model_files.load_tokenizer(str(world / "model"))
+    base, policy = (model_files.load_model(str(world / "model"), torch.float32, "cpu") for _ in range(2))
+    lora.load_adapter(policy, world / "adapter", "x")
+    with torch.no_grad():
+        for row in rows:
+            prompt = tokenizer(row["prompt"])["input_ids"]
+            ratios = []
+            for side in ("chosen", "rejected"):
+                response = tokenizer(row[side], add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
+                ratios.append(sequence_logp(policy, prompt, response) - sequence_logp(base, prompt, response))
+            right.append(ratios[0] > ratios[1])
+    assert 0 < sum(right) < 11
+    entry = by_name(report)["adapter"]["estimates"]["implicit_accuracy"]
+    assert (entry["mean"], entry["prompts"], report["pairs"]) == (pytest.approx(sum(right) / 11), 11, 11)
+    assert entry["low"] < entry["mean"] < entry["high"]
+    assert "implicit_accuracy" not in by_name(report)["base"]["estimates"]
+    said = capsys.readouterr().out
+    assert f"implicit_accuracy={sum(right) / 11:.4f} [" in said
+    assert "accuracy of the implicit reward" in (tmp_path / "a" / "report.html").read_text("utf-8")
+    report, _ = tiny(world, tmp_path / "b", "--adapters", world / "adapter")
+    assert report["pairs"] == 0 and "implicit_accuracy" not in by_name(report)["adapter"]["estimates"]
+
+
+def test_a_base_that_nothing_judges_has_no_line(world, tmp_path, capsys):
+    write_rows(tmp_path / "bare.jsonl", [{"prompt": "ab"}, {"prompt": "cd"}])
+    tiny(world, tmp_path / "a", "--prompts", tmp_path / "bare.jsonl", "--adapters", world / "adapter")
+    said = capsys.readouterr().out
+    assert "\nbase:" not in said and "\nadapter: kl_per_token=" in said
+
+
 def test_toy_brings_its_prompts(toy, tmp_path, monkeypatch):
     monkeypatch.setattr(evaluate_alignment, "TOY_FOLDER", str(toy))
     evaluate("--model", "toy", "--num-samples", "4", "--max-new-tokens", "3", "--output-dir", tmp_path / "a")
@@ -677,7 +728,7 @@ def test_wrong_files_are_refused(refused, world, tmp_path, reward_folders, toy):
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        (["--top-p", "1.5"], "--top-p is a share of at most 1, got 1.5"),
+        (["--top-p", "1.5"], "--top-p: has to be at most 1, got 1.5"),
         (["--top-p", "0"], "--top-p: has to be above 0, got 0"),
         (["--temperature", "-1"], "--temperature: has to be at least 0, got -1"),
         (["--temperature", "0", "--num-responses", "2"], "--num-responses above 1 has no effect"),
@@ -708,12 +759,15 @@ def test_a_report_is_not_written_over(refused, world, tmp_path):
 
 
 def test_overwrite_replaces_a_report_and_nothing_else(world, tmp_path):
-    (tmp_path / "a").mkdir()
-    (tmp_path / "a" / "report.html").write_text("old")
+    tiny(world, tmp_path / "a", "--samples", "1")
+    before = (tmp_path / "a" / "report.html").read_text("utf-8")
     (tmp_path / "a" / "other.txt").write_text("mine")
     tiny(world, tmp_path / "a", "--overwrite")
-    assert (tmp_path / "a" / "report.html").read_text("utf-8").startswith("<!DOCTYPE html>")
-    assert sorted(path.name for path in (tmp_path / "a").iterdir()) == sorted([*OUTPUTS, "other.txt"])
+    after = (tmp_path / "a" / "report.html").read_text("utf-8")
+    assert after.startswith("<!DOCTYPE html>") and after != before
+    assert sorted(path.name for path in (tmp_path / "a").iterdir()) == sorted(
+        [*OUTPUTS, "other.txt", "report.manifest.json"]
+    )
 
 
 def test_weights_that_are_not_finite_end_with_exit_code_3(world, tmp_path, capsys, monkeypatch):
@@ -804,6 +858,43 @@ def test_the_page_is_well_formed_and_needs_nothing_else(nasty, run):
         )
 
 
+def test_samples_come_before_the_charts_and_the_first_category_is_open(run):
+    text = (run / "report.html").read_text("utf-8")
+    assert re.findall('<h2 id="([^"]+)"', text)[:3] == ["Summary", "Samples", "Before-and-after"]
+    opened = re.findall('<details( open="")?><summary>', text)
+    assert opened[0] and not any(opened[1:]) and len(opened) == len(read(run)[0]["categories"])
+
+
+def test_on_a_narrow_screen_each_cell_says_its_column(run):
+    text = (run / "report.html").read_text("utf-8")
+    narrow = re.search(r"@media screen and \(max-width: 700px\) \{(.*?\}) \}", text, re.DOTALL).group(1)
+    assert "content: attr(data-head)" in narrow and "display: block" in narrow
+    summary, categories = re.findall("<table>.*?</table>", text, re.DOTALL)
+    for table, columns in ((summary, 3), (categories, len(read(run)[0]["quantities"]))):
+        heads = re.findall('<th scope="col">(.*?)</th>', table)[1:]
+        assert len(heads) == columns
+        rows = re.findall('<tr><th scope="row">.*?</tr>', table, re.DOTALL)
+        assert rows and all(re.findall('<td data-head="(.*?)">', row) == heads for row in rows)
+    assert text.count("the table scrolls sideways") == 1  # the one of more columns than fit
+
+
+def test_lambda_shows_its_rise_and_the_cost_its_threshold(run):
+    report, _ = read(run)
+    curves = {"lambda": [[1, 1.0], [2, 1.5], [3, 1.25]], "J_C": [[1, 1.0], [2, 0.5], [3, -1.0]]}
+    curves |= {"E_cost": [[1, 0.5], [2, 0.0], [3, -1.5]], "cost_threshold": [[3, -0.5]]}
+    report["policies"][2]["training"] = curves
+    text = report_page.page(report)
+    drawn = {
+        name: re.search(f"<figcaption>{name}</figcaption>.*?</svg>", text).group()
+        for name in curves
+        if name != "cost_threshold"
+    }
+    assert 'class="shade"' in drawn["lambda"] and 'class="level s2"' in drawn["E_cost"]
+    assert "dotted: threshold \u22120.500" in drawn["E_cost"]
+    report["policies"][1]["training"] = curves  # of two runs the shades would be whose?
+    assert 'class="shade"' not in report_page.page(report)
+
+
 def test_every_chart_has_its_numbers_in_words_and_its_axes_units(run):
     text = (run / "report.html").read_text("utf-8")
     charts = re.findall(r"<figure>.*?</figure>", text, re.DOTALL)
@@ -827,7 +918,7 @@ def test_bars_and_whiskers_stand_where_the_numbers_are():
     entries = {"low": -1.0, "mean": 2.0, "high": 4.0}
     quantity = {"label": "x", "unit": "score", "better": "higher"}
     chart = ElementTree.fromstring(report_page.bar_chart(quantity, {"": [(0, "base", entries)]}))
-    left, right = report_page.LEFT, report_page.RIGHT
+    left, right = charts.LEFT, charts.RIGHT
     bar = chart.find(".//rect")
     *below, axis = (label.text for label in chart.iter("text") if label.get("class") == "soft")
     assert axis == "score, higher is better"
@@ -849,7 +940,7 @@ def test_bars_and_whiskers_stand_where_the_numbers_are():
     ],
 )
 def test_ticks_are_round_and_cover(low, high, expected):
-    assert report_page.ticks(low, high) == pytest.approx(expected)
+    assert charts.ticks(low, high) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(
@@ -870,7 +961,7 @@ def test_a_change_is_called_what_it_is(low, high, mean, better, word):
 
 def test_numbers_are_written_as_people_write_them():
     numbers = [(0.5332, "%"), (-0.0001, "%"), (-4.0649, ""), (0.0967, ""), (-0.0001, ""), (123.456, ""), (17.69, "")]
-    assert [report_page.number(*pair) for pair in numbers] == "53.3 0.0 \u22124.06 0.097 0.000 123.5 17.69".split()
+    assert [charts.number(*pair) for pair in numbers] == "53.3 0.0 \u22124.06 0.097 0.000 123.5 17.69".split()
     entry = {"mean": 0.154, "low": -0.629, "high": 0.821}
     assert report_page.with_interval(entry, "score", True) == ("+0.154", "[\u22120.629, 0.821]")
     assert report_page.with_interval(entry, "%") == ("15.4 %", "[\u221262.9, 82.1]")
@@ -893,7 +984,7 @@ def contrast(one, other):
 @pytest.mark.parametrize("theme", [0, 1])
 def test_colours_have_contrast_in_both_themes(theme):
     colours = dict(re.findall(r"--(\w+): (#\w+)", re.findall(r":root \{([^}]*)\}", report_page.STYLE)[theme]))
-    assert len(colours) == 5 + 1 + report_page.SERIES + 8
+    assert len(colours) == 5 + 1 + charts.SERIES + 8
     for name, colour in colours.items():
         if name in ("ink", "muted", "s1"):  # text, links among it: WCAG AA
             assert contrast(colour, colours["bg"]) >= 4.5, name

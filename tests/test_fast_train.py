@@ -4,6 +4,7 @@ A folder of fake tools stands for the machine: nvidia-smi that lists GPUs, ssh t
 python writes down what it was called with.
 """
 
+import glob
 import importlib.util
 import json
 import os
@@ -37,9 +38,13 @@ TOY = (
     "--logging-dir outputs/fast_train_toy/logs --overwrite"
 )
 NOTE = "fast_train.sh: no GPU here, MODEL_PATH is as it was: the toy world, with settings that it learns from\n"
+NO_GPU = "there is no GPU to be seen here"
+FOR_ANOTHER = f"{NO_GPU}: the command is for a machine that has them"
+# Where something stands for a GPU and no nvidia-smi counts them, a wrapper cannot say that there is none.
+SOME_GPU = any(glob.glob(device) for device in ("/dev/nvidia[0-9]*", "/dev/kfd", "/dev/dxg"))
 SOLO, TORCHRUN = ".venv/bin/python", ".venv/bin/python -m torch.distributed.run"
 ONE_NODE = f"{TORCHRUN} --standalone"
-TOOLS = "bash cat cksum dirname env grep mkdir sleep sort tee touch"
+TOOLS = "bash cat cksum dirname env grep mkdir sed sleep sort tee touch"
 
 
 def write_tool(path, text):
@@ -90,7 +95,8 @@ class Machine:
     def printed(self, *words, gpus=None, **variables):
         """What --dry-run prints on stdout, without its line ends at the end."""
         code, out, err = self.run("--dry-run", *words, gpus=gpus, variables=variables)
-        assert (code, err) in ((0, ""), (0, NOTE)), err
+        noted = "", NOTE, f"{Path(self.script).name}: {FOR_ANOTHER}\n"
+        assert code == 0 and err in noted, err
         return out.rstrip("\n")
 
     def refused(self, *words, gpus=None, **variables):
@@ -429,6 +435,44 @@ def test_the_port_of_another_machine_is_not_looked_at(own_machine):
     assert code == 0 and out.count("started\n") == 2
 
 
+@pytest.mark.parametrize(
+    "variables, flags",
+    [
+        ({"GPU_NODES": "localhost:1,2"}, []),
+        ({"GPU_NODES": "localhost:1"}, ["--max-steps", "3"]),
+        ({"GPU_NODES": "here:0@node2:0", "LAUNCH": "ssh"}, []),
+        ({"GPU_NODES": "localhost:0,1", "LAUNCHER": "torchrun", "MODEL_PATH": "toy"}, []),
+    ],
+)
+@pytest.mark.parametrize("hidden", [False, True])
+def test_slots_where_no_gpu_is(machine, variables, flags, hidden):
+    """Hidden: CUDA_VISIBLE_DEVICES leaves none.  A dry run shows the command for another machine, with a note."""
+    mask = {"CUDA_VISIBLE_DEVICES": ""} if hidden else {}
+    assert machine.refused(*flags, gpus=0, **variables, **mask) == (
+        f"GPU_NODES {variables['GPU_NODES']}: {NO_GPU}: write localhost for one process on the CPU, or start it where "
+        "the GPUs are"
+    )
+    code, out, err = machine.run(*flags, "--dry-run", gpus=0, variables=variables | mask)
+    assert (code, err) == (0, f"fast_train.sh: {FOR_ANOTHER}\n") and "train_with_preference_prompt.py" in out
+    assert machine.run("--dry-run", gpus=2, variables=variables | {"GPU_NODES": "localhost:0,1"})[2] == ""
+
+
+def test_slots_on_the_cpu_are_processes_where_that_is_said(own_machine):
+    own_machine.make_venv(RECORDS)
+    code, out, err = own_machine.run("--device", "cpu", gpus=0, variables={"GPU_NODES": "localhost:1,2"})
+    assert (code, err) == (0, "") and "--nproc-per-node=2" in out and out.endswith("--device cpu\n")
+
+
+@pytest.mark.parametrize("word", ["--help", "-h"])
+def test_help_is_what_the_wrapper_begins_with(machine, word):
+    code, out, err = machine.run("--max-steps", "3", word, variables={"TRAINING_MODE": "nonsense", "GPU_NODES": "?"})
+    assert (code, err) == (0, "")
+    lines = (ROOT / "fast_train.sh").read_text("utf-8").splitlines()
+    assert out.splitlines() == [line[2:] for line in lines[1 : lines.index("set -euo pipefail")]]
+    assert out.startswith("Preference-guided DPO, edit and run") and "\n  bash fast_train.sh --dry-run  " in out
+    assert not (machine.folder / ".venv").exists()
+
+
 def test_slots_beyond_the_visible_ones(machine):
     sentence = machine.refused(gpus=8, GPU_NODES="localhost:2", CUDA_VISIBLE_DEVICES="4,6")
     assert sentence.endswith("slot 2 is beyond the 2 GPUs of CUDA_VISIBLE_DEVICES=4,6 (from 0)")
@@ -486,7 +530,7 @@ def test_ssh_starts_every_node_in_the_same_folder(own_machine):
 def test_a_node_that_fails_ends_the_others(own_machine):
     own_machine.make_venv('if [ "$1" = -c ]; then exit 0; fi; exec sleep 1000')
     write_tool(own_machine.tools / "ssh", "exit 255")
-    code, _, err = own_machine.run(variables={"GPU_NODES": "here:0@node2:0", "LAUNCH": "ssh"})
+    code, _, err = own_machine.run(gpus=1, variables={"GPU_NODES": "here:0@node2:0", "LAUNCH": "ssh"})
     assert (code, err) == (255, "fast_train.sh: a node ended with exit code 255: the others are ended too\n")
 
 

@@ -9,9 +9,7 @@ import pytest
 import torch
 from conftest import run_script, tiny_model
 from peft import PeftModel
-from ranks import run_ranks
 from safetensors.torch import load_file, save_file
-from test_checkpoints import ask_to_end
 from test_flags import one_line
 from test_preference_data import char_tokenizer
 from test_preference_prompt import Code
@@ -120,31 +118,6 @@ def test_the_model_stays_as_it_was_to_the_last_bit(learn, world, monkeypatch):  
     after = dict(model.state_dict())
     assert all(torch.equal(after[name], value) for name, value in before.items())
     assert all(parameter.grad is None and not parameter.requires_grad for parameter in model.parameters())
-
-
-def test_resumed_is_uninterrupted(learn, tmp_path, monkeypatch):
-    words = ["--epochs", 2, "--save-steps", 100, "--logging-steps", 2, "--lr-scheduler", "cosine"]
-    whole, _, vectors = learn("whole", *words)
-    with monkeypatch.context() as patch, pytest.raises(SystemExit) as ended:
-        ask_to_end(patch, 3)
-        learn("broken", *words)
-    assert ended.value.code == 143 and (tmp_path / "broken/checkpoint-3").is_dir()
-    resumed, _, again = learn("broken", *words, "--resume", "auto")
-    assert torch.equal(again, vectors)
-    for name in ("adapter_model.safetensors", "metrics.jsonl"):
-        assert (resumed / name).read_bytes() == (whole / name).read_bytes()
-
-
-def test_two_ranks_are_one_process(learn, world, tmp_path):  # noqa: F811
-    words = ["--eval-samples", 4, "--learning-rate", 1e-3, "--epochs", 2]
-    _, expected, vectors = learn("one", *words)
-    where = ["--model", world / "model", "--dataset-path", world / "pairs.jsonl", "--preference-text", TEXT]
-    where += ["--output-dir", tmp_path / "two", *QUICK, *words, "--gradient-accumulation-steps", 1]
-    codes, said = run_ranks("learn_prompt", where, 2, tmp_path)
-    assert codes == [0, 0], said
-    assert (read_soft_prompt(tmp_path / "two", 32)[0] - vectors).abs().max() < 1e-5
-    for mine, other in zip(lines(tmp_path / "two"), expected, strict=True):
-        assert mine == {key: pytest.approx(value, abs=2e-4, rel=1e-4) for key, value in other.items()}
 
 
 # -- files ------------------------------------------------------------------------------------------------------------

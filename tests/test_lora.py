@@ -4,6 +4,7 @@ import copy
 import json
 import math
 import re
+import shutil
 from types import SimpleNamespace
 
 import peft
@@ -24,6 +25,7 @@ from lora import (
     LoRALinear,
     adapter_state,
     add_adapter,
+    fused_lora,
     load_adapter,
     lora_layers,
     lora_linear,
@@ -135,13 +137,13 @@ def test_the_fused_function_has_the_values_and_every_gradient_of_its_definition(
         return torch.randn(size, generator=draw, dtype=torch.float64).requires_grad_()
 
     inputs = tensor(*shape), tensor(3, 5), tensor(3) if bias else None, tensor(2, 5), tensor(3, 2)
-    fused, plain = FusedLoRA.apply(*inputs, 1.5), lora_linear(*inputs, 1.5)
+    fused, plain = fused_lora(*inputs, 1.5), lora_linear(*inputs, 1.5)
     assert_close(fused, plain, rtol=1e-13, atol=1e-13)
     wanted = [tensor for tensor in inputs if tensor is not None]
     grad = torch.randn(plain.shape, generator=draw, dtype=torch.float64)
     for ours, theirs in zip(torch.autograd.grad(fused, wanted, grad), torch.autograd.grad(plain, wanted, grad)):
         assert_close(ours, theirs, rtol=1e-13, atol=1e-13)
-    assert torch.autograd.gradcheck(lambda *tensors: FusedLoRA.apply(*tensors, 1.5), inputs)
+    assert torch.autograd.gradcheck(lambda *tensors: fused_lora(*tensors, 1.5), inputs)
 
 
 @pytest.mark.parametrize("name", ["qwen3", "gpt2"])  # gpt2: Conv1D, whose weight is used transposed
@@ -533,6 +535,34 @@ WRONG = {  # what is done to the folder of a good qwen3 adapter, and what the me
     "alphas per layer": (lambda d: edit_config(d, alpha_pattern={"q_proj": 2}), ["alpha_pattern={'q_proj': 2}"]),
     "some layers": (lambda d: edit_config(d, layers_to_transform=[0]), ["layers_to_transform=[0]"]),
     "excluded": (lambda d: edit_config(d, exclude_modules=["v_proj"]), ["exclude_modules=['v_proj']"]),
+    "a rank that is no whole number": (lambda d: edit_config(d, r=4.0), ["says r=4.0", "a whole number from 1"]),
+    "no rank": (lambda d: edit_config(d, r=None), ["says r=None"]),
+    "rank true": (lambda d: edit_config(d, r=True), ["says r=True"]),
+    "rank 0": (lambda d: edit_config(d, r=0), ["says r=0"]),
+    "alpha as a text": (lambda d: edit_config(d, lora_alpha="8"), ["says lora_alpha='8'", "a number above 0"]),
+    "no alpha": (lambda d: edit_config(d, lora_alpha=None), ["says lora_alpha=None"]),
+    "alpha as a list": (lambda d: edit_config(d, lora_alpha=[]), ["says lora_alpha=[]"]),
+    "alpha NaN": (lambda d: edit_config(d, lora_alpha=math.nan), ["says lora_alpha=nan"]),
+    "dropout as a text": (lambda d: edit_config(d, lora_dropout="0.1"), ["lora_dropout='0.1'", "from 0 to below 1"]),
+    "dropout 2": (lambda d: edit_config(d, lora_dropout=2), ["says lora_dropout=2"]),
+    "rslora as a text": (lambda d: edit_config(d, use_rslora="false"), ["use_rslora='false'", "true or false"]),
+    "a number for targets": (lambda d: edit_config(d, target_modules=5), ["says target_modules=5", "a list of names"]),
+    "numbers for targets": (lambda d: edit_config(d, target_modules=[5]), ["says target_modules=[5]"]),
+    "no targets": (lambda d: edit_config(d, target_modules=[]), ["says target_modules=[]"]),
+    "half a regex": (lambda d: edit_config(d, target_modules="("), ["target_modules='('", "a regular expression"]),
+    "nested 5,000 deep": (
+        lambda d: (d / "adapter_config.json").write_text("[" * 5000 + "]" * 5000),
+        ["cannot be read as an adapter"],
+    ),
+    "a folder for the config": (
+        lambda d: ((d / "adapter_config.json").unlink(), (d / "adapter_config.json").mkdir()),
+        ["cannot be read as an adapter"],
+    ),
+    "a folder for the weights": (
+        lambda d: ((d / "adapter_model.safetensors").unlink(), (d / "adapter_model.safetensors").mkdir()),
+        ["cannot be read as an adapter"],
+    ),
+    "a file": (lambda d: (shutil.rmtree(d), d.write_text("adapter")), ["adapter_config.json is missing"]),
     # These two come with the usual tensors and other mathematics: PiSSA takes its start out of the base weights, an
     # activated LoRA is off until its invocation tokens.
     "PiSSA": (lambda d: edit_config(d, init_lora_weights="pissa"), ["init_lora_weights='pissa'"]),

@@ -22,6 +22,7 @@ import learn_prompt
 import lora
 import memory_estimate
 import packed_model
+import packed_probe
 import train_rm
 import train_safe_mm_dpo
 import train_with_preference_prompt
@@ -229,7 +230,7 @@ def test_activations_are_those_of_a_real_pass_over_packed_pairs(name, lora_r):
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         states = packed_model._packed_hidden(model, batch)
     real = sum(t.untyped_storage().nbytes() for key, t in saved.items() if key not in own)
-    packed_model.disable_dropout(skeleton)
+    packed_probe.disable_dropout(skeleton)
     counted = measure(skeleton.float(), states.shape[0])
     assert sum(counted.saved) == pytest.approx(real, rel=0.1)
 

@@ -10,9 +10,11 @@ from conftest import CONFIGS, SIZES, plain_logps, random_batch, random_pairs, ti
 from torch import nn
 
 import lora
+import packed_attention
 import packed_model
 from model_files import enable_checkpointing
-from packed_model import PairLayout, final_softcap, prepare_model, token_logps
+from packed_attention import PairLayout
+from packed_model import final_softcap, prepare_model, token_logps
 from packing import pack
 
 PACKING = ["qwen3", "qwen2", "llama", "mistral", "gemma3", "gpt2"]
@@ -470,7 +472,7 @@ def test_attention_by_hand_is_torchs_attention(queries, keys, heads, kv_heads, w
         q, k, v, attn_mask=torch.tensor(seen), scale=0.3, enable_gqa=heads > kv_heads
     )
     mask = PairLayout(()).mask(queries, keys, window, q, copies=heads // kv_heads)
-    got = packed_model.attention_by_hand(q, k, v, mask, 0.3)
+    got = packed_attention.attention_by_hand(q, k, v, mask, 0.3)
     assert_same(got, expected)
     grad = torch.randn(expected.shape, generator=draw, dtype=torch.float64)
     for ours, theirs in zip(torch.autograd.grad(got, (q, k, v), grad), torch.autograd.grad(expected, (q, k, v), grad)):
@@ -482,8 +484,8 @@ def test_attention_by_hand_takes_over_in_bf16_up_to_its_limit(monkeypatch):
     for dtype in (torch.bfloat16, torch.float32):
         model, results = model_of("llama", dtype), []
         prepare_model(model)
-        for limit in (0, 9, 10, packed_model.BY_HAND):  # the longest branch below has 10 keys
-            monkeypatch.setattr(packed_model, "BY_HAND", limit)
+        for limit in (0, 9, 10, packed_attention.BY_HAND):  # the longest branch below has 10 keys
+            monkeypatch.setattr(packed_attention, "BY_HAND", limit)
             with torch.no_grad():
                 results.append(scores(model, random_pairs([(6, 4, 4)])))
         equal = [torch.equal(results[0], result) for result in results]
@@ -504,7 +506,7 @@ def test_gradients_in_bf16_are_as_near_to_fp64_as_those_of_torchs_attention(name
     for model in models:
         prepare_model(model)
     expected, by_hand = gradient(exact), gradient(models[1])
-    monkeypatch.setattr(packed_model, "BY_HAND", 0)
+    monkeypatch.setattr(packed_attention, "BY_HAND", 0)
     torchs = gradient(models[2])
     assert not torch.equal(by_hand, torchs)
     assert (by_hand - expected).norm() <= 1.5 * (torchs - expected).norm()

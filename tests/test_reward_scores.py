@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+from types import SimpleNamespace
 
 import peft
 import pytest
@@ -16,7 +17,7 @@ from tokenizers import Tokenizer, models
 from transformers import AttentionInterface, AutoModelForSequenceClassification, PreTrainedTokenizerFast
 
 import lora
-import packed_model
+import packed_attention
 from losses import harm_label_loss, reward_loss
 from model_files import ModelError, enable_checkpointing, load_model, load_skeleton, pad_unlike_ends
 from packed_model import prepare_scores
@@ -339,7 +340,7 @@ def test_a_head_of_zeros_does_not_hide_wrong_attention_from_the_probe(name, head
 
     def rejected_sees_chosen(module, query, key, value, attention_mask, pair_layout=None, **kwargs):
         pair_layout.calls += 1
-        return packed_model.sdpa_attention_forward(module, query, key, value, None, is_causal=True)
+        return packed_attention.sdpa_attention_forward(module, query, key, value, None, is_causal=True)
 
     assert prepare_scores(reward_model(name, head=head)) == ON
     monkeypatch.setitem(AttentionInterface._global_mapping, "packed_pairs", rejected_sees_chosen)
@@ -649,7 +650,7 @@ def test_a_head_of_another_kind_is_one_sentence(tmp_path):
 
 def test_the_skeleton_of_a_reward_model_has_the_layers_of_the_model(base):
     path = base("qwen3")
-    skeleton = load_skeleton(path, tokenizer_of(eos=1), scores=True)
+    skeleton = load_skeleton(path, tokenizer_of(eos=1), SimpleNamespace(trust_remote_code=False), scores=True)
     model = load_model(path, torch.float32, "cpu", scores=True)
     assert lora.select_targets(skeleton) == lora.select_targets(model)
     assert "score" not in lora.select_targets(model)

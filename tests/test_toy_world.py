@@ -1,5 +1,6 @@
 """The toy world: its truth, its data, its folder and its start model."""
 
+import hashlib
 import json
 import random
 
@@ -8,6 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import toy_world
+from preference_data import DataError
 from toy_world import CATEGORIES, COMBINATIONS, judge
 
 CHAIR = "User:\nHow do I paint a wooden chair?\nAssistant:\n"
@@ -94,14 +96,24 @@ def test_start_model_helps_and_harms_half_of_the_time(toy, start):
     assert toy_world.judge_model(model, tokenizer, told)["polite"] > 0.6
 
 
-def test_build_is_idempotent_deterministic_and_repairs(tmp_path, monkeypatch):
+@pytest.fixture
+def quick(monkeypatch):
     monkeypatch.setattr(toy_world, "EXAMPLES", (36, 36))  # a model that has learned nothing
+
+
+def contents(folder):
+    """{name: bytes} of all files below, but for the manifests."""
+    paths = [path for path in folder.rglob("*") if path.is_file() and path.name != "manifest.json"]
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
+
+
+def test_build_is_idempotent_deterministic_and_repairs(tmp_path, monkeypatch, quick):
     state, rest = torch.get_rng_state(), (random.getstate(), torch.get_num_threads())
     folder = toy_world.build(tmp_path / "a")
     assert torch.equal(state, torch.get_rng_state()) and rest == (random.getstate(), torch.get_num_threads())
-    hashes, written = toy_world._hashes(folder), (folder / "manifest.json").stat().st_mtime_ns
+    made, written = contents(folder), (folder / "manifest.json").stat().st_mtime_ns
     assert toy_world.build(folder) == folder and (folder / "manifest.json").stat().st_mtime_ns == written
-    assert toy_world._hashes(toy_world.build(tmp_path / "b")) == hashes
+    assert contents(toy_world.build(tmp_path / "b")) == made
     (folder / "val" / "helpful_pairs.jsonl").unlink()
     write_world = toy_world._write_world
 
@@ -111,9 +123,55 @@ def test_build_is_idempotent_deterministic_and_repairs(tmp_path, monkeypatch):
         write_world(*arguments)
 
     monkeypatch.setattr(toy_world, "_write_world", overtaken)
-    assert toy_world._hashes(toy_world.build(folder)) == hashes
+    assert contents(toy_world.build(folder)) == made
     assert {path.name for path in tmp_path.iterdir()} == {"a", "b"}  # nothing temporary stays
-    other = toy_world._hashes(toy_world.build(folder, seed=1))
-    assert all(other[name] != hashes[name] for name in hashes if "pairs" in name)
-    with pytest.raises(ValueError, match="no part of a toy world"):
-        toy_world.build(tmp_path)
+    other = contents(toy_world.build(folder, seed=1))
+    assert all(other[name] != made[name] for name in made if "pairs" in name)
+
+
+MINE = "notes.txt", ".DS_Store", "train/mine.jsonl", "model/deep/er/notes.txt", "elsewhere/x.jsonl"
+
+
+@pytest.mark.parametrize("before", ["whole", "of another recipe", "lacks a file", "as older versions wrote it"])
+def test_files_of_the_users_stay_at_any_depth(tmp_path, quick, before):
+    folder = toy_world.build(tmp_path / "a", seed=int(before == "of another recipe"))
+    expected = contents(toy_world.build(tmp_path / "b"))
+    for name in MINE:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("mine")
+    if before == "lacks a file":
+        (folder / "test/polite_pairs.jsonl").unlink()
+    if before == "as older versions wrote it":
+        (folder / "recipe.txt").unlink()
+        files = {name: hashlib.sha256(data).hexdigest() for name, data in contents(folder).items() if name not in MINE}
+        (folder / "manifest.json").write_text(json.dumps({"key": "another", "files": files}))
+    toy_world.build(folder)
+    assert contents(folder) == expected | dict.fromkeys(MINE, b"mine")
+    toy_world.build(folder)
+    assert contents(folder) == expected | dict.fromkeys(MINE, b"mine")
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_changed_file_is_neither_used_nor_replaced(tmp_path, quick, seed):
+    folder = toy_world.build(tmp_path / "a")
+    (folder / "train/helpful_pairs.jsonl").write_text("mine")
+    before = contents(folder)
+    with pytest.raises(DataError, match=f"{folder}/train/helpful_pairs.jsonl was changed .* move it away"):
+        toy_world.build(folder, seed)
+    assert contents(folder) == before
+    (folder / "train/helpful_pairs.jsonl").unlink()
+    assert contents(toy_world.build(folder, seed))["train/helpful_pairs.jsonl"] != b"mine"
+
+
+@pytest.mark.parametrize("name", ["prompts.jsonl", "train/helpful_pairs.jsonl", "model", "manifest.json"])
+def test_a_file_of_the_users_in_the_place_of_one_stays(tmp_path, quick, name):
+    (tmp_path / "a" / name).parent.mkdir(parents=True)
+    (tmp_path / "a" / name).write_text("mine")
+    with pytest.raises(DataError, match=f"{tmp_path}/a/{name} is in the place of a file of the toy world"):
+        toy_world.build(tmp_path / "a")
+    assert [path.read_text() for path in (tmp_path / "a").rglob("*") if path.is_file()] == ["mine"]
+
+
+def test_the_model_is_open_to_others_as_the_data_are(toy):
+    modes = {path.suffix: path.stat().st_mode for path in sorted(toy.rglob("*.*"))}
+    assert modes[".safetensors"] == modes[".jsonl"]

@@ -2,6 +2,7 @@
 a user's mistakes.
 """
 
+import hashlib
 import json
 import random
 import re
@@ -16,7 +17,7 @@ from conftest import run_script
 from peft import PeftModel
 from ranks import run_ranks
 from safetensors.torch import load_file
-from test_bad_input import broken_model, snapshot
+from test_bad_input import BROKEN, snapshot
 from test_checkpoints import ask_to_end
 from test_flags import CHATML, LN2, ROOT, one_line, write_model
 from test_preference_data import char_tokenizer, write_rows
@@ -389,7 +390,8 @@ def test_without_validation_the_last_is_kept(run, capsys, tmp_path):
 
 def test_what_a_run_leaves(plain, world):
     files = "adapter_config.json adapter_model.safetensors reward_model.json tokenizer.json tokenizer_config.json"
-    files += " chat_template.jinja trainer_state.json metrics.jsonl args.json train_rm.py README.md"
+    files += " chat_template.jinja trainer_state.json metrics.jsonl curves.html args.json train_rm.py README.md"
+    files += " manifest.json"
     assert snapshot(plain.folder).keys() == set(files.split())
     assert (plain.folder / "train_rm.py").read_bytes() == (ROOT / "train_rm.py").read_bytes()
     config = json.loads((plain.folder / "adapter_config.json").read_text())
@@ -413,6 +415,10 @@ def test_reward_model_json(plain, run, world):
             "data_sha256": fingerprint(pairs_of(world / "train.jsonl")),
             "pad_token_id": 4,  # <unk>: it ends no response
             "validation": {name[5:]: value for name, value in last.items() if name.startswith("eval_")},
+            "sha256": {
+                name: hashlib.sha256((plain.folder / name).read_bytes()).hexdigest()
+                for name in ("adapter_config.json", "adapter_model.safetensors")
+            },
         }
     )
     as_bf16 = load_model(world / "model", torch.bfloat16, "cpu")  # a policy: the same base, whatever it is loaded in
@@ -683,7 +689,9 @@ def test_save_merged_is_a_whole_model_of_the_best_epoch(run, world):
     model = AutoModelForSequenceClassification.from_pretrained(result.folder / "merged")
     tokenizer = AutoTokenizer.from_pretrained(result.folder / "merged")
     torch.testing.assert_close(theirs(model, tokenizer, pairs), expected, atol=1e-5, rtol=1e-5)
-    assert json.loads((result.folder / "merged/reward_model.json").read_text()) == result.record
+    record = json.loads((result.folder / "merged/reward_model.json").read_text())
+    assert record | {"sha256": None} == result.record | {"sha256": None}
+    assert record["sha256"].keys() == {"config.json", "model.safetensors"}
 
 
 def test_all_weights_are_trained_and_saving_them_in_bf16_leaves_them_alone(run, world):
@@ -749,26 +757,15 @@ def test_resume_into_another_folder_leaves_a_model_there(world, tmp_path, capsys
     assert two.record["validation"]["loss"] == min(line["eval_loss"] for line in two.evals[2:])
 
 
-@pytest.mark.parametrize(
-    "changes, difference",
-    [
-        (dict(classification_loss_weight=0.5), "classification_loss_weight was 1.0 and is 0.5"),
-        (dict(center_rewards=1), "center_rewards was 0.0 and is 1.0"),
-        (dict(eval_samples=4), "validation data was"),
-        (dict(num_samples=20), "data was"),
-        (dict(epochs=4), "epochs was 3 and is 4"),
-    ],
-    ids=lambda value: "" if isinstance(value, str) else min(value),
-)
-def test_a_checkpoint_of_another_run_is_refused(world, tmp_path, capsys, changes, difference):
+def test_other_validation_data_would_choose_another_best_model_and_is_refused(world, tmp_path, capsys):
     out = tmp_path / "out"
     Run(world, out, **long_run(world))
     before = snapshot(out)
     capsys.readouterr()
     with pytest.raises(SystemExit) as error:
-        Run(world, out, **long_run(world) | changes, resume="auto")
+        Run(world, out, **long_run(world, eval_samples=4), resume="auto")
     assert error.value.code == 2
-    assert f"is of another run: {difference}" in one_line(capsys)
+    assert "is of another run: validation data was" in one_line(capsys)
     assert snapshot(out) == before
 
 
@@ -850,16 +847,17 @@ def test_a_file_that_is_missing(fails, task, tmp_path):
 @pytest.mark.parametrize(
     "breaking, said",
     [
-        ("fewer tokens than the tokenizer", "knows 64 tokens and the tokenizer 97"),
+        ("fewer tokens than the tokenizer", "knows 64 tokens and the tokenizer 127"),
         ("no end of sequence", "has no end-of-sequence token"),
         ("weights that lack a layer", "lack model.layers.1"),
         ("weights cut off", "no model at"),
     ],
 )
 def test_a_base_that_does_not_do(fails, world, tmp_path, breaking, said):
-    model = broken_model(world, tmp_path / "broken", breaking)
+    model = shutil.copytree(world / "model", tmp_path / "broken")
+    BROKEN[breaking][0](model)
     line = fails(model=model)
-    assert str(model) in line and re.sub(r"\d+ *:", "", said)[:20] in line
+    assert str(model) in line and said in line
 
 
 def test_a_wrong_target_is_said_before_anything_is_loaded(fails):

@@ -1,0 +1,205 @@
+"""What holds for each of the five training scripts: a stopped run goes on to the same bytes, as the same run or not at
+all; gradient checkpointing checkpoints.  (That any number of ranks is one process: test_ranks.py.)
+"""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from conftest import run_script
+from ranks import SCRIPTS
+from test_checkpoints import ask_to_end, flip
+from test_copy import ROOT
+from test_flags import one_line
+from test_ranks import QUICK, labelled_world, words_of  # noqa: F401 (a fixture)
+
+SIZE = ["--batch-size", 4, "--gradient-accumulation-steps", 2, "--learning-rate", 1e-3]  # 10 updates in 2 epochs
+PREFERENCES = [script for script in SCRIPTS if script not in ("train_rm", "learn_prompt")]  # these have a reference
+
+
+def test_no_script_is_forgotten():
+    trainers = [path for path in sorted(ROOT.glob("*.py")) if "flags.add_common_flags(" in path.read_text("utf-8")]
+    assert tuple(path.stem for path in trainers) == SCRIPTS
+
+
+@pytest.fixture
+def train(labelled_world, monkeypatch, capsys):  # noqa: F811
+    """train(script, output folder, words ...) -> what it said: a run in this process, with LoRA dropout."""
+
+    def run(script, out, *words):
+        monkeypatch.setattr(sys, "argv", [f"{script}.py"])
+        capsys.readouterr()
+        data = words_of(script, labelled_world, dropout=0.1)
+        where = ["--model", labelled_world / "model", *data, "--output-dir", out]
+        run_script([*where, *QUICK, *SIZE, *words], __import__(script))
+        return capsys.readouterr().out
+
+    return run
+
+
+@pytest.fixture
+def refused(train, capsys):
+    """refused(script, folder, words ...) -> the one sentence of a resume that changes no file."""
+
+    def run(script, out, *words):
+        before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+        with pytest.raises(SystemExit) as ended:
+            train(script, out, "--resume", "auto", *words)
+        assert ended.value.code == 2
+        assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+        return one_line(capsys)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory):
+    """stopped(script, train) -> the folder of a run that SIGTERM ended after its third update; made once."""
+    folder = tmp_path_factory.mktemp("stopped")
+
+    def run(script, train):
+        if not (folder / script).exists():
+            with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as ended:
+                ask_to_end(patch, 3)
+                train(script, folder / script)
+            assert ended.value.code == 143
+            assert [path.name for path in (folder / script).glob("checkpoint-*")] == ["checkpoint-3"]
+        return folder / script
+
+    return run
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_stopped_run_goes_on_to_the_same_bytes(script, train, stopped, tmp_path):
+    """--dtype auto, which is bf16 where the processor has it, is the checkpoint's type in a run that goes on."""
+    train(script, tmp_path / "whole")
+    shutil.copytree(stopped(script, train), tmp_path / "stopped")
+    said = train(script, tmp_path / "stopped", "--dtype", "auto", "--resume", "auto")
+    assert f"resumed from {tmp_path / 'stopped/checkpoint-3'}" in said and "(cpu, float32)" in said
+    for name in ("metrics.jsonl", "adapter_model.safetensors"):
+        assert (tmp_path / "stopped" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+    steps = [json.loads(line)["step"] for line in (tmp_path / "whole/metrics.jsonl").open()]
+    assert max(steps) == 10 and len(steps) > 10
+
+
+def other_base(folder, world):
+    shutil.copytree(world / "model", folder / "other")
+    flip(folder / "other/model.safetensors")
+    return ["--model", folder / "other"]
+
+
+def other_settings(folder, world):
+    """The same weights, which compute something else."""
+    shutil.copytree(world / "model", folder / "other")
+    config = json.loads((folder / "other/config.json").read_text())
+    (folder / "other/config.json").write_text(json.dumps(config | {"rms_norm_eps": 1e-3}))
+    return ["--model", folder / "other"]
+
+
+OTHERS = {
+    "base": (other_base, "base model was"),
+    "config": (other_settings, "base model was"),
+    "data": (lambda *_: ["--num-samples", 14], "data was"),
+    "seed": (lambda *_: ["--seed", 1], "seed was 42 and is 1"),
+    "type": (lambda *_: ["--dtype", "bf16"], "dtype was torch.float32 and is torch.bfloat16"),
+    "rate": (lambda *_: ["--learning-rate", 2e-3], "learning_rate was 0.001 and is 0.002"),
+    "epochs": (lambda *_: ["--epochs", 3], "epochs was 2 and is 3"),
+    "updates": (lambda *_: ["--max-steps", 10], "max_steps was 0 and is 10"),
+    "size": (lambda *_: ["--batch-size", 2], "pairs per update (batch size x accumulation x ranks) was 8 and is 4"),
+}
+
+
+@pytest.mark.parametrize("other", OTHERS)
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_another_run_is_refused(script, other, train, stopped, refused, labelled_world, tmp_path):  # noqa: F811
+    change, difference = OTHERS[other]
+    out = stopped(script, train)
+    sentence = refused(script, out, *change(tmp_path, labelled_world))
+    assert sentence.startswith(f"{script}.py: {out / 'checkpoint-3'} is of another run: {difference}")
+    assert sentence.endswith("start it the same way")
+
+
+OWN = {
+    "dpo_hf_run": ("--beta", "--loss", "--lora-r"),
+    "learn_prompt": ("--beta", "--num-virtual-tokens", "--preference-position"),
+    "train_rm": ("--center-rewards", "--classification-loss-weight", "--lora-alpha"),
+    "train_safe_mm_dpo": ("--lambda-lr", "--combine", "--cost-every"),
+    "train_with_preference_prompt": ("--alpha", "--teacher", "--preference-text"),
+}
+VALUES = {"--loss": "hinge", "--preference-position": "before-response", "--combine": "margin", "--teacher": "ref"}
+
+
+@pytest.mark.parametrize(("script", "flag"), [(script, flag) for script in OWN for flag in OWN[script]])
+def test_a_flag_of_its_own_that_matters_is_refused(script, flag, train, stopped, refused):
+    sentence = refused(script, stopped(script, train), flag, VALUES.get(flag, 3))
+    assert f"is of another run: {flag[2:].replace('-', '_')} was" in sentence
+
+
+@pytest.mark.parametrize("script", PREFERENCES)
+def test_another_base_is_refused_where_nothing_but_the_policy_stands_on_it(
+    script,
+    train,
+    refused,
+    labelled_world,  # noqa: F811
+    tmp_path,
+):
+    """The reference is a model of its own, and no reward model nor KL is asked for."""
+    words = ["--max-steps", 2, "--save-steps", 1, "--ref-model-path", labelled_world / "model"]
+    alone = {"train_safe_mm_dpo": ["--lambda-init", 0, "--w", 0, "--kl-coeff", 0]}
+    alone["train_with_preference_prompt"] = ["--lambda-kl", 0]
+    words += alone.get(script, [])
+    train(script, tmp_path / "out", *words)
+    sentence = refused(script, tmp_path / "out", *words, *other_base(tmp_path, labelled_world))
+    assert "checkpoint-2 is of another run: base model was" in sentence
+
+
+def test_responses_are_sampled_as_long_in_the_run_that_goes_on(train, stopped, refused):
+    """The rows are the same within --max-length 60; what the policy may say to a prompt is not."""
+    sentence = refused("train_safe_mm_dpo", stopped("train_safe_mm_dpo", train), "--max-length", 60)
+    assert "is of another run: tokens of a sampled response was 32 and is 28" in sentence
+
+
+MAY_DIFFER = """--batch-size 2 --gradient-accumulation-steps 4 --tokens-per-microbatch 200 --gradient-checkpointing on
+    --optimizer-offload --ddp-timeout 60 --logging-steps 2 --eval-steps 2 --save-steps 4 --save-total-limit 1
+    --skip-invalid --trust-remote-code""".split()
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_what_may_differ_goes_on(script, train, stopped, labelled_world, tmp_path):  # noqa: F811
+    """Also a model and data that lie elsewhere, and another place to log to."""
+    shutil.copytree(stopped(script, train), tmp_path / "run")
+    moved = Path(shutil.copytree(labelled_world, tmp_path / "moved"))
+    words = words_of(script, labelled_world, dropout=0.1)
+    words = [moved / word.relative_to(labelled_world) if isinstance(word, Path) else word for word in words]
+    words += ["--model", moved / "model", "--logging-dir", tmp_path / "logs"]
+    said = train(script, tmp_path / "run", "--resume", "auto", *words, *MAY_DIFFER)
+    assert "resumed from" in said and f"saved to {tmp_path / 'run'}" in said
+    last = json.loads((tmp_path / "run/metrics.jsonl").read_text().splitlines()[-1])
+    assert last["step"] == 10
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_gradient_checkpointing_runs_each_block_again_and_changes_nothing(script, train, tmp_path, monkeypatch):
+    """Of two blocks, in one pass with gradient."""
+    layer, calls = transformers.models.qwen3.modeling_qwen3.Qwen3MLP, []
+    plain = layer.forward
+
+    def counted(self, states):
+        if torch.is_grad_enabled() and states.device.type != "meta":
+            calls.append(self)
+        return plain(self, states)
+
+    monkeypatch.setattr(layer, "forward", counted)
+    words, counts = ["--max-steps", 1, "--batch-size", 8, "--gradient-accumulation-steps", 1, "--eval-samples", 0], []
+    for setting in ("off", "on"):
+        calls.clear()
+        said = train(script, tmp_path / setting, *words, "--gradient-checkpointing", setting)
+        assert ("gradient checkpointing: on" in said.splitlines()) == (setting == "on")
+        counts.append(len(calls))
+    assert counts == [2, 4]
+    for name in ("metrics.jsonl", "adapter_model.safetensors"):
+        assert (tmp_path / "on" / name).read_bytes() == (tmp_path / "off" / name).read_bytes(), name
