@@ -13,26 +13,23 @@ quantiles of its score then instead of a harm rate, and `safe` means at least th
         --adapters before=outputs/dpo_qwen_trl after=models/aligned \\
         --helpful-rm-path models/helpful_rm --harmless-rm-path models/harmless_rm                          # one GPU
 
-Copy with: charts.py distributed.py evaluation_numbers.py flags.py implicit_rewards.py lora.py lora_targets.py
-    model_files.py packed_attention.py packed_model.py packed_probe.py packing.py preference_data.py report_page.py
-    report_text.py reward_models.py run_files.py sampling.py score_cache.py tensor_files.py toy_world.py trackers.py
+Copy with: charts.py chat_text.py distributed.py evaluation_numbers.py evaluation_prompts.py flags.py
+    implicit_rewards.py lora.py lora_targets.py model_files.py packed_attention.py packed_model.py packed_probe.py
+    packing.py preference_data.py preference_rows.py report_page.py report_text.py reward_models.py row_files.py
+    row_prompts.py run_files.py sampling.py score_cache.py tensor_files.py toy_world.py trackers.py
     training_curves.py written_files.py
 """
 
 import hashlib
-import itertools
 import json
 import os
 import re
-import sys
 from collections import Counter
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 import transformers
-from jinja2 import TemplateError
 from tqdm import tqdm
 
 import distributed
@@ -48,11 +45,12 @@ import score_cache
 import toy_world
 import training_curves
 import written_files
+from evaluation_prompts import benign_prompts, read_prompts
 from model_files import ModelError, check_positions, load_model, load_skeleton, load_tokenizer
 from packed_model import logps_of, prepare_model, prepare_scores
 from packing import pack, passes
-from preference_data import DataError, Malformed, as_messages, parse_row, read_rows
-from sampling import end_tokens, prompt_ids, response_text, sample
+from row_files import DataError
+from sampling import closed, end_tokens, response_text, sample
 
 TOY_FOLDER = "outputs/toy_world"
 REPORTS = "report.json", "report.html", "report.txt", "responses.jsonl"
@@ -125,56 +123,6 @@ def adapter_folder(folder):
     return max(epochs, key=lambda path: int(path.parent.name.removeprefix("epoch_"))).parent
 
 
-# -- prompts ---------------------------------------------------------------------------------------------------------
-
-
-class Prompt(NamedTuple):
-    text: str  # of messages: all that is said, a line each
-    ids: list
-    category: str
-
-
-def read_prompts(source, tokenizer, args):
-    """([Prompt], how many lost their beginning) of a file of rows.  Raises DataError with file:line."""
-    prompts, cut = [], 0
-    for where, row in itertools.islice(read_rows(source), args.num_samples or None):
-        try:
-            row = parse_row(row)
-            prompt, category = row.get("prompt"), row.get("category")
-            is_text = isinstance(prompt, str) and prompt.strip()
-            is_chat = isinstance(prompt, list) and prompt and all(isinstance(m, dict) for m in prompt)
-            if not is_text and not (is_chat and all({"role", "content"} <= m.keys() for m in prompt)):
-                raise Malformed("there is no `prompt` that is a text or a list of messages with role and content")
-            if not isinstance(category, str | None):
-                raise Malformed("`category` is not a str")
-            text = prompt if is_text else "\n".join(str(message["content"]) for message in prompt)
-            (text + (category or "")).encode()  # half a surrogate is no text, which would show after hours of sampling
-            if is_text and args.chat_template_strings:
-                prompt = as_messages(prompt, "", "")[0]
-            if isinstance(prompt, list) and not tokenizer.chat_template:
-                raise DataError(f"{where} needs a chat template and this tokenizer has none: use an instruct model's")
-            whole, ids = (prompt_ids(prompt, tokenizer, length) for length in (sys.maxsize, args.max_prompt_length))
-            cut += len(ids) < len(whole)
-        except (Malformed, UnicodeEncodeError, TemplateError, TypeError) as problem:
-            raise DataError(f"{where}: {problem}; mend the row") from None
-        prompts.append(Prompt(text, ids, category or "no category"))
-    if not prompts:
-        raise DataError(f'{source} has no prompts: it needs rows like {{"prompt": "...", "category": "..."}}')
-    return prompts, cut
-
-
-def benign_prompts(prompts, args, rule):
-    """Whether each prompt is benign; by the rule None.  Raises DataError for a category that no prompt has."""
-    names = {prompt.category for prompt in prompts}
-    for name in args.benign_categories or ():
-        if rule:
-            raise DataError("--benign-categories has no effect here, where the toy world's rule knows what is benign")
-        if name not in names:
-            raise DataError(f"--benign-categories {name}: no prompt has it; there are {', '.join(sorted(names))}")
-    benign = args.benign_categories or [name for name in names if name.lower().startswith("benign")]
-    return [None if rule else prompt.category in benign for prompt in prompts]
-
-
 # -- what a policy says, and what models say of it -------------------------------------------------------------------
 
 
@@ -192,12 +140,16 @@ def sampled(model, tokenizer, adapter, prompts, args, bar):
 
 
 @torch.no_grad()
-def measured(model, adapter, judges, prompts, responses, args):
+def measured(model, adapter, judges, prompts, responses, ends, args):
     """Numbers of one policy's responses {name: [one for each]}: log-probs under policy and base and the KL of the two,
     summed over its tokens (nats), and the scores of `judges` {name: RewardModel}.  Raises NonFinite.
+
+    Log-probs are of the tokens as they were sampled, scores of the response with the end that is trained.
     """
     groups = [responses[start : start + args.num_responses] for start in range(0, len(responses), args.num_responses)]
     pairs, places = reward_models.as_pairs([prompt.ids for prompt in prompts], groups)
+    as_trained = [[closed(said, ends, prompt.end) for said in group] for prompt, group in zip(prompts, groups)]
+    judged, _ = reward_models.as_pairs([prompt.ids for prompt in prompts], as_trained)
     names = ["logp", "base_logp", "kl", *judges]
     numbers = torch.zeros(len(names), 2, len(pairs), dtype=torch.float64)
     for indices in passes(range(len(pairs)), args.batch_size):
@@ -210,7 +162,7 @@ def measured(model, adapter, judges, prompts, responses, args):
             with lora.use_adapter(model, adapter):
                 *logps, chosen_kl, rejected_kl = model.packed_logps(batch, reference)
                 kl = [chosen_kl, rejected_kl]
-        found = [logps, base_logps, kl]
+        found, batch = [logps, base_logps, kl], pack([judged[i] for i in indices], model.device)
         for judge in judges.values():
             with lora.use_adapter(judge.model, judge.adapter):
                 found.append(judge.model.packed_scores(batch, judge.head))
@@ -228,7 +180,8 @@ def response_rows(name, prompts, responses, numbers, tokenizer, ends):
         prompt = prompts[place // num_responses]
         row = {"policy": name, "prompt_index": place // num_responses, "response_index": place % num_responses}
         row |= {"category": prompt.category, "prompt": prompt.text}
-        row |= {"response": response_text(prompt.ids, ids, tokenizer), "tokens": len(ids), "finished": ids[-1] in ends}
+        row |= {"response": response_text(prompt.ids, ids, ends, tokenizer), "tokens": len(ids)}
+        row["finished"] = ids[-1] in ends
         rows.append(row | {field: values[place] for field, values in numbers.items()})
     return rows
 
@@ -287,7 +240,9 @@ def main(args):
 
     # 2 prompts, and all that can be checked before the weights are read
     tokenizer = load_tokenizer(args.model, args.trust_remote_code)
-    prompts, cut = read_prompts(args.prompts, tokenizer, args)
+    prompts, cut, report = read_prompts(args.prompts, tokenizer, args)
+    if report:
+        say(*report, sep="\n")
     labelled = implicit_rewards.read_pairs(args.prompts, tokenizer, args)
     rule = toy_world.judge if all(toy_world.judge(p.text, "").kind != "unknown" for p in prompts) else None
     benign = benign_prompts(prompts, args, rule)
@@ -333,11 +288,12 @@ def main(args):
     calibrated = bool(records.get("harmless", {}).get("calibrated"))
     judged = partial(evaluation_numbers.judged, calibrated=calibrated, rule=rule)
     total, by_policy = len(policies) * len(prompts) * args.num_responses, {}
+    ends = end_tokens(model, tokenizer)
     bar = tqdm(total=total, desc="responses", disable=not distributed.shows_bars(world))
     for name, adapter in policies.items():
         responses = sampled(model, tokenizer, adapter, prompts, args, bar)
-        numbers = measured(model, adapter, judges, prompts, responses, args)
-        rows = response_rows(name, prompts, responses, numbers, tokenizer, end_tokens(model, tokenizer))
+        numbers = measured(model, adapter, judges, prompts, responses, ends, args)
+        rows = response_rows(name, prompts, responses, numbers, tokenizer, ends)
         pairs = zip(rows, by_policy.get("base") or [None] * len(rows), strict=True)
         by_policy[name] = [judged(row, base, benign[row["prompt_index"]]) for row, base in pairs]
     bar.close()

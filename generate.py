@@ -10,9 +10,10 @@ among all rows alone: the same flags give the same bytes, and a file that was le
     python generate.py --model Qwen/Qwen3-0.6B --adapter outputs/dpo_qwen_trl --chat             # /base to compare
     python generate.py --prompts p.jsonl --num-responses 8 --pairs --reward-model models/helpful_rm --output pairs.jsonl
 
-Copy with: batch_file.py distributed.py flags.py generated_rows.py lora.py lora_targets.py model_files.py
-    packed_attention.py packed_model.py packed_probe.py packing.py preference_data.py reward_function.py
-    reward_models.py sampling.py score_cache.py tensor_files.py toy_world.py written_files.py
+Copy with: batch_file.py chat_text.py distributed.py flags.py generated_rows.py lora.py lora_targets.py
+    model_files.py packed_attention.py packed_model.py packed_probe.py packing.py preference_data.py
+    preference_rows.py reward_function.py reward_models.py row_files.py row_prompts.py sampling.py score_cache.py
+    tensor_files.py toy_world.py written_files.py
 """
 
 import hashlib
@@ -27,7 +28,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from jinja2 import TemplateError
 from transformers import TextStreamer
 
 import distributed
@@ -40,11 +40,14 @@ import score_cache
 import toy_world
 import written_files
 from batch_file import BatchFile, OutputError, files_sha256
+from chat_text import as_messages, note, note_lines, prompt_ids, prompt_text, response_end
 from model_files import ModelError, check_positions, load_model, load_skeleton, load_tokenizer
 from packed_model import prepare_model, prepare_scores
 from packing import pack, passes
-from preference_data import DataError, Malformed, Unusable, as_messages, parse_row, read_rows, recognise
-from sampling import end_tokens, prompt_ids, response_text, sample
+from preference_rows import recognise
+from row_files import DataError, Malformed, Unusable, parse_row, read_rows
+from row_prompts import shortened, with_context
+from sampling import closed, end_tokens, response_text, sample
 
 TOY_FOLDER = "outputs/toy_world"
 SECONDS_PER_LINE = 30  # of the log
@@ -111,11 +114,12 @@ class Row(NamedTuple):
     prompt: str | list  # text or messages, as it goes to the output
     others: dict  # fields that go along
     ids: list
+    end: int  # the token that ends a response to it
 
 
 def read_prompts(args, tokenizer):
     """(rows of --prompts, lines to print).  Raises DataError with file:line at the first mistake."""
-    rows, cut, left_out = [], 0, Counter()
+    rows, cut, left_out, notes, talk = [], 0, Counter(), {}, None
     for where, row in itertools.islice(read_rows(args.prompts), args.num_samples or None):
         try:
             row = parse_row(row)
@@ -127,17 +131,23 @@ def read_prompts(args, tokenizer):
             prompt, others = generated_rows.prompt_of(row, shape)
             wrapped = args.chat_template_strings and isinstance(prompt, str)
             shown = as_messages(prompt, "", "")[0] if wrapped else prompt  # as in training
+            shown, template_args = with_context(row, shown)
+            shown = shortened(shown, -args.max_prompt_length)
+            talk = (shown, template_args) if isinstance(shown, list) else talk
             if isinstance(shown, list) and not tokenizer.chat_template:
                 raise DataError(f"{where} needs a chat template and this tokenizer has none: use an instruct model's")
-            whole, ids = (prompt_ids(shown, tokenizer, length) for length in (sys.maxsize, args.max_prompt_length))
-            rows.append(Row(where, prompt, others, ids))
+            whole, ids = (
+                prompt_ids(shown, tokenizer, length, **template_args)
+                for length in (sys.maxsize, args.max_prompt_length)
+            )
+            rows.append(Row(where, prompt, others, ids, response_end(shown, tokenizer)))
             cut += ids != whole
+            if isinstance(shown, list):
+                note(notes, where, shown, [], [], [prompt_text(shown, tokenizer, **template_args)], tokenizer)
         except Unusable as reason:
             left_out[str(reason)] += 1
         except (Malformed, generated_rows.PromptError, UnicodeEncodeError) as problem:
             raise DataError(f"{where}: {problem}; mend the row") from None
-        except (TemplateError, TypeError) as error:  # TypeError: content that is null
-            raise DataError(f"{where}: the chat template refuses its messages ({error}); mend the row") from None
     if not rows:
         raise DataError(f"{args.prompts} has no row with a prompt: name a file that has")
     longest, text = max(len(row.ids) for row in rows), repr(tokenizer.decode(rows[0].ids))
@@ -145,6 +155,7 @@ def read_prompts(args, tokenizer):
     report = [f"{args.prompts}: {len(rows):,} prompts of {longest} tokens at most"]
     report += [f"  left out {count:,} rows because {reason}" for reason, count in left_out.items()]
     report += [f"  cut {cut:,} prompts to --max-prompt-length {args.max_prompt_length}"] if cut else []
+    report += note_lines(notes, "prompts", talk[0], tokenizer, **talk[1]) if talk else []
     return rows, [*report, f"  row 0  {text}"]
 
 
@@ -165,14 +176,14 @@ def model_rewards(reward, prompts, responses, batch_size, device):
 def chat(model, tokenizer, args):
     """Answer what is typed, or piped in, until /quit or the end."""
     print("/base: what the base without the adapter says; /reset: forget what was said; /quit", flush=True)
-    messages, ids, turn = [], None, 0
+    messages, ids, turn, ends = [], None, 0, end_tokens(model, tokenizer)
 
     def answer(adapter):
         streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
         with lora.use_adapter(model, adapter):
             settings = args.max_new_tokens, args.seed + turn, args.temperature, args.top_p
             (response,) = sample(model, tokenizer, [ids], *settings, streamer=streamer)
-        return response_text(ids, response, tokenizer)
+        return response_text(ids, response, ends, tokenizer)
 
     while True:
         try:
@@ -188,10 +199,10 @@ def chat(model, tokenizer, args):
         elif line:
             turn += 1
             messages.append({"role": "user", "content": line})
-            shown = messages if tokenizer.chat_template else line  # without a template each line stands by itself
-            while len(messages) > 2 and len(prompt_ids(shown, tokenizer, sys.maxsize)) > args.max_prompt_length:
-                del messages[:2]  # the oldest turn
-            ids = prompt_ids(shown, tokenizer, args.max_prompt_length)
+            if tokenizer.chat_template:
+                ids = prompt_ids(messages, tokenizer, args.max_prompt_length, day=None)
+            else:  # each line stands by itself
+                ids = prompt_ids(line, tokenizer, args.max_prompt_length)
             messages.append({"role": "assistant", "content": answer("policy")})
 
 
@@ -285,7 +296,7 @@ def main(args):
         places = range(first, first + len(asked))
         settings = args.max_new_tokens, args.seed, args.temperature, args.top_p, places
         responses = sample(model, tokenizer, [row.ids for row in asked], *settings)
-        texts = [response_text(row.ids, response, tokenizer) for row, response in zip(asked, responses)]
+        texts = [response_text(row.ids, response, ends, tokenizer) for row, response in zip(asked, responses)]
         cut = [response[-1] not in ends for response in responses]
         of_prompts = passes(range(len(asked)), args.num_responses)  # places of each prompt's responses
         rewards = []
@@ -294,9 +305,9 @@ def main(args):
                 reward_function.call(function, generated_rows.text_of(row.prompt), text, row.where)
                 for row, text in zip(asked, texts)
             ]
-        if reward:  # of ids as in training, where a finished response ends in the tokenizer's own end token
-            ended = [r if c else [*r[:-1], tokenizer.eos_token_id] for r, c in zip(responses, cut)]
-            answers = [[ended[i] for i in places] for places in of_prompts]
+        if reward:  # of ids as in training
+            as_trained = [closed(response, ends, row.end) for row, response in zip(asked, responses)]
+            answers = [[as_trained[i] for i in places] for places in of_prompts]
             rewards = model_rewards(reward, [row.ids for row in batch], answers, prompts_at_once, world.device)
         lines = []
         for row, places in zip(batch, of_prompts, strict=True):
@@ -321,7 +332,7 @@ def main(args):
     say(f"saved to {output.path}")
 
 
-USER_ERRORS = (DataError, ModelError, lora.AdapterError, distributed.DeviceError, OutputError)
+USER_ERRORS = (DataError, Malformed, Unusable, ModelError, lora.AdapterError, distributed.DeviceError, OutputError)
 USER_ERRORS += (reward_models.RewardModelError, reward_function.RewardFunctionError)
 
 if __name__ == "__main__":

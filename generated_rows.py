@@ -2,6 +2,9 @@
 
 import re
 
+from preference_rows import own_texts
+from row_prompts import CONTEXT, as_turns, check_columns
+
 # Fields of a row that speak of the responses it came with: new responses leave them behind.
 OF_RESPONSES = re.compile("response|chosen|rejected|reward|score|safe|dimension|messages")
 
@@ -11,19 +14,18 @@ class PromptError(ValueError):
 
 
 def prompt_of(row, shape=None):
-    """(prompt, fields that go along to the rows out) of a row (dict).  Raises PromptError.
+    """(prompt, fields that go along to the rows out) of a row (dict).  Raises PromptError, Malformed or Unusable.
 
-    shape: the row's preference_data.Shape, where it is a preference row; its prompt then is the pair's.  A prompt is a
-    text or a list of messages.
+    shape: the row's preference_rows.Shape, where it is a preference row; its prompt then is the pair's.  A prompt is a
+    text or a list of messages, without the columns that row_prompts.with_context puts around it: these go along.
     """
-    prompt = shape.texts(row)[0] if shape else row.get("prompt")
+    prompt = own_texts(row, shape)[0] if shape else row.get("prompt")
     if not isinstance(prompt, str | list):
         raise PromptError(f"`prompt` is {'neither a text nor a list of messages' if 'prompt' in row else 'missing'}")
-    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    if not (messages and all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in messages)):
-        raise PromptError("`prompt` is not a list of messages with role and content")
-    used = {"prompt"} | (set(shape.fields) if shape else set())
+    prompt = prompt if isinstance(prompt, str) else as_turns(prompt, "prompt")
+    used = {"prompt", *(shape.fields | dict.fromkeys(shape.reads) if shape else ())}
     others = {name: value for name, value in row.items() if name not in used and not OF_RESPONSES.search(name)}
+    check_columns(others, CONTEXT, shape.name if shape else "prompt", prompt, [])
     return prompt, others
 
 
@@ -44,7 +46,7 @@ def best_and_worst(texts, rewards):
 
 
 def pair_row(prompt, others, texts, rewards):
-    """A row of preference_data's shapes: best against worst response, messages where the prompt is; None for a tie."""
+    """A row of preference_rows' shapes: best against worst response, messages where the prompt is; None for a tie."""
     places = best_and_worst(texts, rewards)
     if places is None:
         return None

@@ -9,7 +9,9 @@ import evaluation_numbers
 import lora
 from flags import NonFinite
 from packing import pack, passes
-from preference_data import DataError, Malformed, load_pairs, parse_row, read_rows, recognise
+from preference_data import load_pairs
+from preference_rows import recognise
+from row_files import DataError, Malformed, parse_row, read_rows
 
 
 def read_pairs(source, tokenizer, args):

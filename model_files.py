@@ -17,6 +17,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 import written_files
+from chat_text import turn_end
 
 
 class ModelError(ValueError):
@@ -160,7 +161,7 @@ def pad_unlike_ends(path, tokenizer, config):
 
     They read the score at the last token that is not padding: where that is the end-of-sequence, the one before it.
     """
-    ends = {tokenizer.eos_token_id}
+    ends = {tokenizer.eos_token_id, turn_end(tokenizer)}
     for given in (config.eos_token_id, config.get_text_config().eos_token_id, _generation_ends(path)):
         ends |= set(given) if isinstance(given, list) else {given}
     known = [tokenizer.pad_token_id, tokenizer.unk_token_id, tokenizer.bos_token_id, *tokenizer.all_special_ids]

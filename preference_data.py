@@ -1,36 +1,32 @@
 """Preference rows of a known shape -> texts -> token ids.
 
-rows   a .jsonl or .json file (gzip too), or a dataset: an id on a hub or a folder (needs the extra `hub`)
-texts  (prompt, chosen, rejected): strings as they stand, or messages through the tokenizer's chat template
-pairs  prompt_ids, chosen_ids, rejected_ids: a response ends in exactly one end-of-sequence and carries the loss
+rows   of a file or a dataset (row_files.py)
+texts  (prompt, chosen, rejected): strings as they stand, or messages through the chat template (preference_rows.py)
+pairs  prompt_ids, chosen_ids, rejected_ids: a response ends in exactly one end token and carries the loss
 """
 
-import gzip
+import contextlib
 import hashlib
 import itertools
 import json
-import re
-import textwrap
-import zlib
 from collections import Counter
-from collections.abc import Callable
-from functools import partial
-from pathlib import Path
 from typing import NamedTuple
 
-from jinja2 import TemplateError
-
-
-class DataError(ValueError):
-    """Data the user has to mend: one sentence saying what, where (file:line) and what to do."""
-
-
-class Malformed(ValueError):
-    """A row that is not JSON or lacks a field: stops the run unless --skip-invalid."""
-
-
-class Unusable(ValueError):
-    """A well-formed row that can teach nothing: skipped and counted."""
+from chat_text import (
+    PreferenceError,
+    as_messages,
+    cut_chat,
+    encode_pair,
+    full_texts,
+    note,
+    note_lines,
+    render,
+    response_end,
+    token_ids,
+)
+from preference_rows import harm_labels, recognise, row_texts
+from row_files import DataError, Malformed, Unusable, parse_row, read_rows
+from row_prompts import common_prefix, shortened
 
 
 class Pair(NamedTuple):
@@ -39,272 +35,28 @@ class Pair(NamedTuple):
     rejected_ids: list
     labels: tuple | None = None  # of harm, (chosen, rejected): +1 harmful, -1 safe; None where the row has none
     prompted_ids: list | None = None  # the prompt with a preference in it, where load_pairs was given one
+    end: int | None = None  # the token that ends its responses, where it is not the tokenizer's end-of-sequence
 
 
-# -- rows --------------------------------------------------------------------------------------------------------
+def check_tools(row, tokenizer):
+    """Raise Malformed where the chat template leaves out the tools of a row (Texts of messages), or a call of one."""
+
+    def text(messages, args):
+        with contextlib.suppress(Malformed):
+            return render(messages, tokenizer, **args)
+        return None  # a template that misses them reads them
+
+    args = row.template_args
+    for response in (row.chosen, row.rejected):
+        turns = row.prompt + response
+        plain = [{key: value for key, value in message.items() if key != "tool_calls"} for message in turns]
+        no_tools = {key: value for key, value in args.items() if key != "tools"}
+        for name, messages, more in (("tool_calls", plain, args), ("tools", turns, no_tools)):
+            if (messages, more) != (turns, args) and text(messages, more) == text(turns, args) is not None:
+                raise Malformed(f"the chat template does not read `{name}`: write them as text, or remove them")
 
 
-def read_rows(source):
-    """Yield (where, row) of a file or a dataset; where is file:line, and a line of JSON is not parsed yet."""
-    path = Path(source)
-    if not path.exists() and (source.startswith((".", "/", "~")) or source.endswith((".json", ".jsonl", ".gz"))):
-        raise DataError(f"there is no file {source}: check the path")
-    if path.is_dir() or not path.exists():
-        yield from _dataset_rows(source)
-        return
-    try:
-        with open(path, "rb") as file:
-            opener = gzip.open if file.read(2) == b"\x1f\x8b" else open
-        with opener(path, "rt", encoding="utf-8-sig", newline="\n") as file:
-            if file.read(64).lstrip().startswith("["):
-                file.seek(0)
-                yield from ((f"{path}: row {n}", row) for n, row in enumerate(json.load(file)))
-            else:
-                file.seek(0)
-                yield from ((f"{path}:{n}", line) for n, line in enumerate(file, 1) if line.strip())
-    except json.JSONDecodeError as error:
-        raise DataError(f"{path}:{error.lineno} is not JSON ({error.msg}): mend the list there") from None
-    except (UnicodeDecodeError, EOFError, OSError, zlib.error) as error:
-        raise DataError(f"{path} cannot be read ({error}): is it UTF-8 text, or gzip of it, and whole?") from None
-
-
-HUB_FOLDERS = {"lvwerra/stack-exchange-paired": "data/finetune"}  # its folder `evaluation` hides its train split
-
-
-def _dataset_rows(name):
-    """The train split, streamed, of a dataset on a hub or of a folder with the files of one."""
-    folder = Path(name).absolute()  # "json" alone would be a format to `datasets`, and no folder
-    if folder.is_dir():
-        what, advice = f"{name} is a folder", "name a .jsonl file (docs/data.md shows how to make one)"
-    else:
-        what, advice = f"there is no file {name}", "name a .jsonl file or a folder, or a mirror in HF_ENDPOINT"
-    try:
-        from datasets import load_dataset, logging
-    except ImportError:
-        raise DataError(
-            f"{what}, and what reads a dataset is missing: name a .jsonl file, or install the extra hub "
-            "(bash setup.sh hub, or pip install -U datasets)"
-        ) from None
-    logging.set_verbosity(logging.CRITICAL)  # it logs what it raises, and a mistake is told once
-    try:
-        path, part = str(folder) if folder.is_dir() else name, HUB_FOLDERS.get(name)
-        dataset = load_dataset(path, data_dir=part, split="train", streaming=True)
-        yield from ((f"{name}: row {n}", row) for n, row in enumerate(dataset))
-    except Exception as error:  # a network and a dozen formats have no class in common
-        reason = textwrap.shorten(f"{type(error).__name__}: {error}", 200, placeholder=" ...")
-        raise DataError(f"{what}, and `datasets` reads no train split under that name ({reason}): {advice}") from None
-
-
-# -- shapes: a row -> (prompt, chosen, rejected), all strings or all lists of messages -----------------------------
-
-
-class Shape(NamedTuple):
-    name: str
-    fields: dict  # field -> the type it has in every row
-    texts: Callable  # row -> (prompt, chosen, rejected)
-    without: tuple = ()  # fields it must not have: a prompt in a form we do not know is not to be dropped
-
-
-def columns(*names):
-    return lambda row: tuple(row[name] for name in names)
-
-
-def strings(*names):
-    return dict.fromkeys(names, str)
-
-
-def chosen_and_rejected(row):
-    """Two strings without a prompt: Anthropic HH transcripts, which part after the last "Assistant:", or a beginning
-    that both share, cut back to whole words (a tokenizer's words begin with their blank, so the blank stays behind).
-    """
-    chosen, rejected = row["chosen"], row["rejected"]
-    turn = "\n\nAssistant:"
-    if turn in chosen and turn in rejected:
-        (prompt, _, chosen), (other, _, rejected) = chosen.rpartition(turn), rejected.rpartition(turn)
-        if prompt != other:
-            raise Unusable("the prompts of chosen and rejected differ")
-        return prompt + turn, chosen, rejected
-    same = common_prefix(chosen, rejected)
-    same = max(chosen.rfind(" ", 0, same), chosen.rfind("\n", 0, same) + 1, 0)
-    return chosen[:same], chosen[same:], rejected[same:]
-
-
-def message_lists(row):
-    """Responses as messages that may begin with the prompt's turns; `prompt` may also be a string (ultrafeedback)."""
-    chosen, rejected = row["chosen"], row["rejected"]
-    same = common_prefix(chosen, rejected)
-    prompt = chosen[:same] or [{"role": "user", "content": row.get("prompt", "")}]
-    return prompt, chosen[same:], rejected[same:]
-
-
-def stack_exchange(row):
-    return f"Question: {row['question']}\n\nAnswer: ", row["response_j"], row["response_k"]
-
-
-def instruction(row):
-    if not isinstance(row.get("input"), str | None):
-        raise Malformed("`input` is not a str")
-    return "\n\n".join(filter(None, (row["instruction"], row.get("input")))) + "\n\n", row["chosen"], row["rejected"]
-
-
-def dual_labels(row):
-    """PKU-SafeRLHF, by helpfulness.  Question and answer are two texts there: a newline keeps them apart."""
-    better, responses = row["better_response_id"], (row["response_0"], row["response_1"])
-    if better not in (0, 1):
-        raise Malformed("`better_response_id` is neither 0 nor 1")
-    return row["prompt"].rstrip() + "\n", responses[better], responses[1 - better]
-
-
-SHAPES = [  # the first whose fields fit a file's first row is the shape of the file
-    Shape("prompt/chosen/rejected", strings("prompt", "chosen", "rejected"), columns("prompt", "chosen", "rejected")),
-    Shape(
-        "prompt/chosen_response/rejected_response",
-        strings("prompt", "chosen_response", "rejected_response"),
-        columns("prompt", "chosen_response", "rejected_response"),
-    ),
-    Shape(
-        "prompt/chosen/rejected messages",
-        {"prompt": list, "chosen": list, "rejected": list},
-        columns("prompt", "chosen", "rejected"),
-    ),
-    Shape("prompt string, messages", {"prompt": str, "chosen": list, "rejected": list}, message_lists),
-    Shape("chosen/rejected messages", {"chosen": list, "rejected": list}, message_lists, ("prompt",)),
-    Shape("question/response_j/response_k", strings("question", "response_j", "response_k"), stack_exchange),
-    Shape(
-        "prompt/response_0/response_1/better_response_id",
-        strings("prompt", "response_0", "response_1") | {"better_response_id": int},
-        dual_labels,
-    ),
-    Shape("instruction/chosen/rejected", strings("instruction", "chosen", "rejected"), instruction),
-    Shape(
-        "chosen/rejected strings",
-        strings("chosen", "rejected"),
-        chosen_and_rejected,
-        ("prompt", "instruction", "question"),
-    ),
-]
-
-
-def recognise(row, where):
-    """The Shape of a file, by its first row.  Raises DataError that names the known shapes."""
-    for shape in SHAPES:
-        fits = all(isinstance(row.get(field), kind) for field, kind in shape.fields.items())
-        if fits and not row.keys() & set(shape.without):
-            return shape
-    known = ", ".join(shape.name for shape in SHAPES)
-    raise DataError(
-        f"{where} has the fields {', '.join(row) or '(none)'}, which is no known shape: rename them to one of {known}"
-    )
-
-
-def row_texts(row, shape):
-    """(prompt, chosen, rejected) of one row.  Raises Malformed or Unusable."""
-    for field, kind in shape.fields.items():
-        value = row.get(field)
-        if not isinstance(value, kind):
-            raise Malformed(f"`{field}` is {'not a ' + kind.__name__ if field in row else 'missing'}")
-        if kind is list and not (value and all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in value)):
-            raise Malformed(f"`{field}` is not a list of messages with role and content")
-    prompt, chosen, rejected = shape.texts(row)
-    for name, response in (("chosen", chosen), ("rejected", rejected)):
-        text = response if isinstance(response, str) else "".join(str(message["content"]) for message in response)
-        if not text.strip():
-            raise Unusable(f"the {name} response is empty")
-    if chosen == rejected:
-        raise Unusable("the two responses are equal")
-    return prompt, chosen, rejected
-
-
-def harm_labels(row):
-    """(chosen, rejected) of a row's `safety_labels`, +1 harmful and -1 safe, or None.  Raises Malformed."""
-    labels = row.get("safety_labels")
-    if labels is None:
-        return None
-    if not isinstance(labels, dict) or not labels.keys() >= {"chosen", "rejected"}:
-        raise Malformed('`safety_labels` is not {"chosen": ±1, "rejected": ±1}')
-    for side in ("chosen", "rejected"):
-        if type(labels[side]) is not int or labels[side] not in (1, -1):
-            raise Malformed(f"the safety label of {side} is {labels[side]!r}: +1 is harmful, -1 is safe")
-    return labels["chosen"], labels["rejected"]
-
-
-# -- texts -> token ids ---------------------------------------------------------------------------------------------
-
-
-def as_messages(prompt, chosen, rejected):
-    """Plain strings as chat messages; the turns of an HH transcript become turns of the chat."""
-    before, *turns = re.split(r"\n\n(Human|Assistant):", prompt)
-    roles = {"Human": "user", "Assistant": "assistant"}
-    messages = [
-        {"role": roles[who], "content": said.strip()}
-        for who, said in zip(turns[::2], turns[1::2], strict=True)
-        if said.strip()  # the last, empty "Assistant:" is where the response goes
-    ]
-    if before.strip() or not messages:
-        messages = [{"role": "user", "content": prompt.strip()}]
-    return messages, *([{"role": "assistant", "content": response.strip()}] for response in (chosen, rejected))
-
-
-def full_texts(prompt, chosen, rejected, tokenizer, prefer=None):
-    """The texts to tokenise: prompt, prompt + chosen, prompt + rejected, and prefer(prompt).  Raises Malformed."""
-    texts = [prompt, prompt + chosen, prompt + rejected]
-    try:
-        texts += [prefer(prompt)] if prefer else []
-        if isinstance(prompt, list):
-            render = partial(tokenizer.apply_chat_template, tokenize=False)
-            texts = [render(text, add_generation_prompt=place in (0, 3)) for place, text in enumerate(texts)]
-        "".join(texts).encode()  # a tokenizer takes no lone surrogates, and names no line
-    except (TemplateError, TypeError) as error:  # TypeError: content that is null
-        raise Malformed(f"the chat template refuses its messages ({error})") from None
-    except UnicodeEncodeError as error:
-        raise Malformed(f"text that is no Unicode ({error.reason})") from None
-    return texts
-
-
-def common_prefix(a, b):
-    """Length of the longest common beginning of two sequences."""
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
-
-
-def encode_pair(ids, tokenizer, max_length, max_prompt_length, is_chat=False):
-    """Token ids of prompt, prompt + chosen, prompt + rejected and perhaps prompted prompt -> Pair.  Raises Unusable.
-
-    The boundary is the longest common prefix of the first three: where a token spans the seam of prompt and response,
-    it belongs to the responses.  Too long a prompt loses its beginning (but for a BOS), then the responses their end.
-    """
-    whole_ids, full_chosen_ids, full_rejected_ids, *prompted_ids = ids
-    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
-    boundary = min(common_prefix(whole_ids, ids) for ids in (full_chosen_ids, full_rejected_ids))
-    prompt_ids = whole_ids[:boundary] or [eos if bos is None else bos]  # something must predict the first token
-    keep, dropped = int(prompt_ids[0] == bos), max(0, len(prompt_ids) - max_prompt_length)
-    if dropped:
-        prompt_ids = prompt_ids[:keep] + prompt_ids[keep + dropped :]
-    responses = []
-    for ids in (full_chosen_ids[boundary:], full_rejected_ids[boundary:]):
-        if is_chat and eos in ids:  # templates write a newline behind the last end-of-sequence
-            ids = ids[: len(ids) - ids[::-1].index(eos)]
-        while ids and ids[-1] == eos:
-            ids = ids[:-1]
-        responses.append((ids + [eos])[: max_length - len(prompt_ids)])
-    if responses[0] == responses[1]:
-        raise Unusable("the two responses are equal after the cut at --max-length")
-    if not prompted_ids:
-        return Pair(prompt_ids, *responses)
-    same, cut = prompted_ids[0] == whole_ids, (keep, dropped, len(whole_ids) - boundary)
-    return Pair(prompt_ids, *responses, None, prompt_ids if same else _cut_alike(prompted_ids[0], whole_ids, *cut))
-
-
-def _cut_alike(ids, whole_ids, keep, dropped, seam):
-    """The prompted ids without what the plain prompt loses, `dropped` tokens behind the first `keep` and `seam` at the
-    end.  What the preference adds stays, also where all around it goes."""
-    before, after = common_prefix(ids, whole_ids), common_prefix(ids[::-1], whole_ids[::-1])
-    if after >= len(whole_ids) - keep:  # in front of all but a BOS; it may begin with the token that all begins with
-        before = min(before, len(whole_ids) - after)
-    else:
-        after = common_prefix(ids[before:][::-1], whole_ids[before:][::-1])
-    head, added, tail = ids[:before], ids[before : len(ids) - after], ids[len(ids) - after :]
-    gone = keep + dropped - (len(whole_ids) - after)  # of the tail
-    return head[:keep] + head[keep + dropped :] + added + tail[max(0, gone) : len(tail) - min(seam, len(tail))]
+ROWS_AT_ONCE = 256  # to the tokenizer, whose working memory is many times the text
 
 
 def load_pairs(
@@ -324,42 +76,56 @@ def load_pairs(
     usable pair is left.  Unusable rows are counted by reason, and the first one left out is named.
     Needs max_prompt_length < max_length, so that a cut leaves something of every response.
     """
-    shape, places, texts, labels, left_out, first = None, [], [], [], Counter(), ""
+    shape, rows, left_out, unread, first = None, [], Counter(), Counter(), ""
     for where, row in itertools.islice(read_rows(source), limit or None):
         try:
             row = parse_row(row)
             shape = shape or recognise(row, where)
             label = harm_labels(row)
-            row = row_texts(row, shape)
-            if chat_template_strings and isinstance(row[0], str):
-                row = as_messages(*row)
-            is_chat = isinstance(row[0], list)
+            row = row_texts(row, shape, as_messages if chat_template_strings else None)
+            is_chat = isinstance(row.prompt, list)
             if is_chat and not tokenizer.chat_template:
                 raise DataError(f"{where} needs a chat template and this tokenizer has none: use an instruct model's")
-            texts += full_texts(*row, tokenizer, prefer)
-            places.append(where)
-            labels.append(label)
+            said = shortened(row.prompt, -max_length), *(shortened(text, max_length) for text in row[1:3])
+            texts = full_texts(*said, tokenizer, prefer, **row.template_args)
+            if is_chat:
+                check_tools(row, tokenizer)
+            rows.append((where, label, said, row.template_args, texts))
+            unread.update(row.unread)
         except Malformed as problem:
             if not skip_invalid:
                 advice = "mend the row, or leave such rows out with --skip-invalid"
                 raise DataError(f"{where}: {problem}; {advice}") from None
             left_out["malformed"] += 1
             first = first or f"{where}: {problem}"
+        except PreferenceError as problem:
+            raise DataError(f"{where}: {problem}") from None
         except Unusable as reason:
             left_out[str(reason)] += 1
             first = first or f"{where}: {reason}"
-    pairs, cut, merged, num_rows = [], 0, 0, len(places) + left_out.total()
-    if texts:  # a chat template writes the special tokens itself
-        ids = tokenizer(texts, add_special_tokens=not is_chat, verbose=False)["input_ids"]
-        each = len(ids) // len(places)  # texts per row
-        for where, label, *of_row in zip(places, labels, *(ids[n::each] for n in range(each)), strict=True):
+    pairs, cut, merged, notes, num_rows = [], 0, 0, {}, len(rows) + left_out.total()
+    for begin in range(0, len(rows), ROWS_AT_ONCE):
+        some = rows[begin : begin + ROWS_AT_ONCE]
+        all_ids = iter(token_ids([text for row in some for text in row[-1]], tokenizer, is_chat))
+        for where, label, said, args, texts in some:
+            ids, end = [next(all_ids) for _ in texts], response_end(said[0], tokenizer)
+            is_long = len(ids[0]) > max_prompt_length
             try:
-                pair = encode_pair(of_row, tokenizer, max_length, max_prompt_length, is_chat)._replace(labels=label)
-                merged += any(common_prefix(of_row[0], ids) < len(of_row[0]) for ids in of_row[1:3])
-                is_cut = len(pair.prompt_ids) == max_prompt_length < len(of_row[0])
-                cut += is_cut or any(ids[-1] != tokenizer.eos_token_id for ids in pair[1:3])
-                pairs.append(pair)
-            except Unusable as reason:
+                if is_chat and is_long:
+                    short = cut_chat(said[0], tokenizer, max_prompt_length, **args)
+                    ids = token_ids(full_texts(short, *said[1:], tokenizer, prefer, **args), tokenizer, is_chat)
+                *parts, prompted = encode_pair(ids, tokenizer, max_length, max_prompt_length, end, is_chat)
+                if parts[1] == parts[2]:
+                    at_all = "after the cut at --max-length" if parts[1][-1] != end else "as the model reads them"
+                    raise Unusable(f"the two responses are equal {at_all}")
+                pairs.append(Pair(*parts, label, prompted, None if end == tokenizer.eos_token_id else end))
+                seam = any(common_prefix(ids[0], whole) < len(ids[0]) for whole in ids[1:3])
+                merged += seam and all(text.startswith(texts[0]) for text in texts[1:3])
+                is_cut = is_long and (is_chat or len(parts[0]) == max_prompt_length)
+                cut += is_cut or any(response[-1] != end for response in parts[1:])
+                if is_chat:
+                    note(notes, where, *said, texts, tokenizer)
+            except (Malformed, Unusable) as reason:
                 left_out[str(reason)] += 1
                 first = first or f"{where}: {reason}"
     reasons = ", ".join(f"{count} because {reason}" for reason, count in left_out.most_common())
@@ -369,27 +135,21 @@ def load_pairs(
     report = [f"{source}: {shape.name}, {num_rows:,} rows{enough}, {len(pairs):,} pairs"]
     if left_out:
         report.append(f"  left out {sum(left_out.values())} rows: {reasons}; the first is {first}")
+    if unread:
+        columns = ", ".join(f"{name} ({count:,} rows)" for name, count in unread.most_common())
+        report.append(f"  columns of text that are not read: {columns}")
     if cut:
         report.append(f"  cut {cut:,} pairs to --max-length {max_length} or --max-prompt-length {max_prompt_length}")
     if merged:
         report.append(f"  in {merged:,} pairs a token spans the seam of prompt and response, and counts as response")
+    if is_chat:
+        _, _, (prompt, *_), args, _ = rows[0]
+        report += note_lines(notes, "pairs", prompt, tokenizer, **args)
     for name, ids in zip(Pair._fields, pairs[0][:3]):
         text = repr(tokenizer.decode(ids))
         text = text if len(text) <= 150 else f"{text[:60]} ... {text[-80:]}"
         report.append(f"  row 0 {name[:-4]:8} {len(ids):4} tokens  {text}")
     return pairs, report
-
-
-def parse_row(row):
-    """A row as a dict.  Raises Malformed."""
-    if isinstance(row, str):
-        try:
-            row = json.loads(row)
-        except ValueError as error:
-            raise Malformed(f"not JSON ({error})") from None
-    if not isinstance(row, dict):
-        raise Malformed("not a JSON object {...}")
-    return row
 
 
 def fingerprint(pairs):

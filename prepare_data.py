@@ -9,7 +9,7 @@ safety_labels {"chosen": -1, "rejected": 1} (1 is harmful, -1 is safe) and categ
         BeaverTails: safe and harmful responses to one prompt, in whichever rows and files, are paired
     prompt, responses [{response, is_safe}, ...]    or    prompt, responses [...], is_safe [...]
         the same, from lists
-    prompt, response_chosen, response_rejected    and the shapes of preference_data.py, HH transcripts among them
+    prompt, response_chosen, response_rejected    and the shapes of preference_rows.py, HH transcripts among them
         a pair; its dimension is the row's, or --dimension, or else what the file's name says
 
 The seed and a prompt alone decide its split: it is the same for both dimensions, and stays where it is as rows come in.
@@ -18,7 +18,7 @@ The seed and a prompt alone decide its split: it is the same for both dimensions
     python prepare_data.py --input helpful-base.jsonl.gz harmless-base.jsonl.gz --output-dir data/hh
     python prepare_data.py --input_dir raw --output_dir data --train_ratio 0.8 --val_ratio 0.1 --test_ratio 0.1
 
-Copy with: flags.py preference_data.py raw_pairs.py written_files.py
+Copy with: flags.py preference_rows.py raw_pairs.py row_files.py row_prompts.py written_files.py
 """
 
 import contextlib
@@ -30,23 +30,15 @@ import tempfile
 from collections import Counter, defaultdict
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import flags
 import raw_pairs
 import written_files
-from preference_data import (
-    DataError,
-    Malformed,
-    Shape,
-    Unusable,
-    dual_labels,
-    harm_labels,
-    parse_row,
-    read_rows,
-    recognise,
-    row_texts,
-)
+from preference_rows import Shape, dual_labels, harm_labels, recognise, row_texts
 from raw_pairs import DIMENSIONS, SPLITS, Answer, Preference
+from row_files import DataError, Malformed, Unusable, parse_row, read_rows
+from row_prompts import CONTEXT, check_columns, with_context
 
 PAIR_FILES = [f"{split}/{dimension}_pairs.jsonl" for split in SPLITS for dimension in DIMENSIONS]
 
@@ -80,7 +72,15 @@ def get_args(argv=None):
     return args
 
 
-# -- rows: a reader gives (prompt, [(dimension, chosen, rejected, labels)], [(response, is_safe)], category names) ---
+# -- rows: a reader gives a Reading ----------------------------------------------------------------------------------
+
+
+class Reading(NamedTuple):
+    prompt: str
+    pairs: list  # (dimension, chosen, rejected, labels)
+    responses: list  # (response, is_safe)
+    categories: list  # names
+    unread: tuple  # columns of text that were not read
 
 
 def on_a_line(question):
@@ -136,13 +136,22 @@ def read_dual(row, ids):
         better = row.get(name)
         if isinstance(better, bool) or better not in (0, 1):
             raise Malformed(f"`{name}` is {'neither 0 nor 1' if name in row else 'missing'}")
-        prompt, chosen, rejected = row_texts(row | {"better_response_id": int(better)}, DUAL)
-        pairs.append((IDS[name], chosen, rejected, None if None in harm else tuple(harm[::-1] if better else harm)))
-    return prompt, pairs, [], [name for n in (0, 1) for name in category_names(row.get(f"response_{n}_harm_category"))]
+        texts = row_texts(row | {"better_response_id": int(better)}, DUAL)
+        labels = None if None in harm else tuple(harm[::-1] if better else harm)
+        pairs.append((IDS[name], texts.chosen, texts.rejected, labels))
+    names = [name for n in (0, 1) for name in category_names(row.get(f"response_{n}_harm_category"))]
+    return Reading(texts.prompt, pairs, [], names, texts.unread)
 
 
 def read_answer(row):
-    return on_a_line(text_of(row, "prompt")), [], [answer_of(row)], category_names(row.get("category"))
+    return reading_of_answers(row, [answer_of(row)], "prompt/response/is_safe")
+
+
+def reading_of_answers(row, answers, kind):
+    names = category_names(row.get("category"))
+    prompt, _ = with_context(row, on_a_line(text_of(row, "prompt")))
+    read = {"prompt", "response", "responses", "text", "is_safe", *CONTEXT}
+    return Reading(prompt, [], answers, names, check_columns(row, read, kind, prompt, [text for text, _ in answers]))
 
 
 def read_answers(row):
@@ -155,8 +164,7 @@ def read_answers(row):
         responses = [{"response": text, "is_safe": flag} for text, flag in zip(responses, safe, strict=True)]
     if not all(isinstance(response, dict) for response in responses):
         raise Malformed("`responses` holds no {response, is_safe} objects, and `is_safe` is no list")
-    prompt, names = on_a_line(text_of(row, "prompt")), category_names(row.get("category"))
-    return prompt, [], [answer_of(response) for response in responses], names
+    return reading_of_answers(row, [answer_of(response) for response in responses], "prompt/responses")
 
 
 def read_pair(row, shape, default):
@@ -166,8 +174,8 @@ def read_pair(row, shape, default):
     if dimension not in DIMENSIONS:
         raise Malformed(f"`dimension` is {dimension!r}, neither helpful nor harmless")
     labels = harm_labels(row if "safety_labels" in row else row | {"safety_labels": row.get("labels")})
-    prompt, chosen, rejected = row_texts(row, shape)
-    return prompt, [(dimension, chosen, rejected, labels)], [], category_names(row.get("category"))
+    prompt, chosen, rejected, _, unread = row_texts(row, shape)
+    return Reading(prompt, [(dimension, chosen, rejected, labels)], [], category_names(row.get("category")), unread)
 
 
 def reader_of(row, where, dimension):
@@ -204,7 +212,7 @@ def read_files(sources, args, ledger):
     files, preferences, answers, categories, labels = [], [], *map(defaultdict, (list, set, set))
     for source in sources:
         files.append({"file": source, "kind": "no row of a known kind", "read": 0, "used": 0, "dropped": {}})
-        reader = None
+        reader, not_read = None, Counter()
         for number, (where, row) in enumerate(read_rows(source), len(ledger.rows)):
             ledger.rows.append((files[-1], where, None))
             try:
@@ -212,7 +220,7 @@ def read_files(sources, args, ledger):
                 json.dumps(row, ensure_ascii=False, default=str).encode()  # half a surrogate pair cannot be written
                 if reader is None:
                     files[-1]["kind"], reader = reader_of(row, where, dimension_of(source, args))
-                prompt, pairs, responses, names = reader(row)
+                prompt, pairs, responses, names, unread = reader(row)
                 key = prompt.strip()
                 if not key:
                     raise Unusable("the prompt is empty")
@@ -228,6 +236,7 @@ def read_files(sources, args, ledger):
             except Unusable as reason:
                 ledger.drop(number, str(reason))
                 continue
+            not_read.update(unread)
             categories[key].update(names)
             for dimension, chosen, rejected, known in pairs:
                 preferences.append(Preference((number,), dimension, prompt, chosen, rejected, known))
@@ -235,6 +244,8 @@ def read_files(sources, args, ledger):
             for text, is_safe in responses:
                 answers[key].append(Answer(number, prompt, text, is_safe))
                 labels[key].add(-1 if is_safe else 1)
+        if not_read:
+            files[-1]["columns_not_read"] = dict(not_read.most_common())
     return files, preferences, answers, categories, labels
 
 

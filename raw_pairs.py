@@ -179,6 +179,8 @@ def report(account):
     """The account as lines to print."""
     for file in account["files"]:
         yield f"{file['file']}: {file['kind']}, {file['read']:,} rows, {file['used']:,} used"
+        for name, count in file.get("columns_not_read", {}).items():
+            yield f"  the column {name} is not read, in {count:,} rows"
     rows, pairs = account["rows"], account["pairs"]
     yield f"rows: {rows['read']:,} read, {rows['used']:,} used, {rows['read'] - rows['used']:,} dropped"
     yield from dropped(rows)

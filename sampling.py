@@ -11,32 +11,20 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-
-def prompt_ids(prompt, tokenizer, max_prompt_length, wrap=False):
-    """Token ids of a prompt, a string as it stands or a list of messages through the chat template, cut on the left.
-
-    wrap: a string is put into the chat template as the words of a user.  The same ids as a pair's prompt in training,
-    but for a token that spans the seam of prompt and response.
-    """
-    if wrap and isinstance(prompt, str):
-        prompt = [{"role": "user", "content": prompt}]
-    is_chat = not isinstance(prompt, str)
-    text = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True) if is_chat else prompt
-    ids = tokenizer(text, add_special_tokens=not is_chat)["input_ids"]
-    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
-    while not is_chat and ids and ids[-1] == eos:  # some tokenizers end every text, and a prompt goes on
-        ids = ids[:-1]
-    ids = ids or [eos if bos is None else bos]  # something must predict the first token
-    if len(ids) <= max_prompt_length:
-        return ids
-    keep = int(ids[0] == bos)
-    return ids[:keep] + ids[len(ids) - max_prompt_length + keep :]
+from chat_text import turn_end
 
 
 def end_tokens(model, tokenizer):
-    """Ids that end a response: the tokenizer's end-of-sequence and those the model's own settings name."""
+    """Ids at which sampling stops: the tokenizer's end-of-sequence, its template's end of a turn, and those that the
+    model's own settings name."""
     named = model.generation_config.eos_token_id
-    return sorted({tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])} - {None})
+    named = named if isinstance(named, list) else [named]
+    return sorted({tokenizer.eos_token_id, turn_end(tokenizer), *named} - {None})
+
+
+def closed(response, ends, end):
+    """A sampled response (ids) as it is scored: one that stopped at any of `ends` ends in `end`, as in training."""
+    return [*response[:-1], end] if response[-1] in ends else response
 
 
 class RowDraws(LogitsProcessor):
@@ -105,11 +93,13 @@ def sample(model, tokenizer, prompts, max_new_tokens, seed, temperature=1.0, top
     return responses
 
 
-def response_text(prompt, response, tokenizer):
+def response_text(prompt, response, ends, tokenizer):
     """The text of a response (ids) to a prompt (ids), without special tokens, so that prompt + text is what was said.
 
     Decoded behind its prompt: by itself, the first word would lose its blank with a SentencePiece tokenizer (Llama's).
+    ends: of `end_tokens`; the one it stopped at is no text, also where the tokenizer does not call it special.
     """
+    response = response[:-1] if response[-1] in ends else response
 
     def decode(ids):
         return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)

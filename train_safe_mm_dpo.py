@@ -17,10 +17,11 @@ Deviations from the papers: E[cost] is of offline prompts, sampled every few upd
     python train_safe_mm_dpo.py --config configs/dpo_config.yaml                            # one GPU
     torchrun --nproc_per_node=8 train_safe_mm_dpo.py --config configs/dpo_config.yaml       # eight GPUs
 
-Copy with: charts.py checkpoints.py distributed.py expected_cost.py flags.py lora.py lora_targets.py losses.py
-    memory_estimate.py memory_report.py model_files.py optimizers.py packed_attention.py packed_model.py
-    packed_probe.py packing.py preference_data.py reward_models.py run_files.py sampling.py score_cache.py speed.py
-    tensor_files.py toy_world.py trackers.py training_curves.py written_files.py
+Copy with: charts.py chat_text.py checkpoints.py distributed.py expected_cost.py flags.py lora.py lora_targets.py
+    losses.py memory_estimate.py memory_report.py model_files.py optimizers.py packed_attention.py packed_model.py
+    packed_probe.py packing.py preference_data.py preference_rows.py reward_models.py row_files.py row_prompts.py
+    run_files.py sampling.py score_cache.py speed.py tensor_files.py toy_world.py trackers.py training_curves.py
+    written_files.py
 """
 
 import gc
@@ -45,7 +46,7 @@ import run_files
 import score_cache
 import speed
 import toy_world
-from expected_cost import draw, empty_window, importance_weighted, own_window, slide
+from expected_cost import empty_window, importance_weighted, own_window, prompts_of, sampled_cost, slide
 from losses import (
     PAIR_METRICS,
     Multiplier,
@@ -61,7 +62,6 @@ from model_files import ModelError, enable_checkpointing, load_model, load_skele
 from packed_model import TokenLogps, prepare_model, prepare_scores
 from packing import epoch_plan, joined, largest_pass, pack, passes, passes_of_rank, send
 from preference_data import DataError, fingerprint, load_pairs
-from sampling import sample
 
 TOY_FOLDER = "outputs/toy_world"
 TASKS = "helpful", "harmless"
@@ -185,25 +185,6 @@ def evaluate(policy, reference, pairs, facts, held_out, share, multiplier, args,
     return result | {f"eval_{name}_ci95": width for name, width in half.items()}
 
 
-@torch.no_grad()
-def sampled_cost(policy, judge, prompts, tokenizer, split, step, args, world):
-    """E[cost] under the policy now: the mean over two responses to each of as many prompts as an update has pairs."""
-    count, room = args.batch_size * args.gradient_accumulation_steps, args.max_length - args.max_prompt_length
-    seed = args.seed * 1_000_003 + step
-    asked = [ids for ids in draw(prompts, count * world.size, seed, world.rank, world.size) for _ in range(2)]
-    places = [2 * (world.rank + n // 2 * world.size) + n % 2 for n in range(len(asked))]  # among those of all ranks
-    with distributed.gathered(policy):
-        answers = sample(policy, tokenizer, asked, room, seed, places=places) if asked else []
-    triples = list(zip(asked[::2], answers[::2], answers[1::2], strict=True))
-    total = torch.zeros(2, dtype=torch.float64)  # of costs, of responses
-    with lora.use_adapter(judge.model, judge.adapter):
-        for indices in split(range(len(triples)), lengths=[sum(map(len, triple)) for triple in triples]):
-            scores = judge.model.packed_scores(pack([triples[i] for i in indices], world.device), judge.head)
-            total += torch.tensor([-torch.cat(scores).sum().item(), 2 * len(indices)])
-    cost, responses = distributed.all_reduce_sum(total, world).tolist()
-    return cost / responses
-
-
 def main(args):
     # 1 setup
     world = distributed.start(args.device, args.ddp_timeout)
@@ -259,7 +240,7 @@ def main(args):
     split = partial(passes, batch_size=args.batch_size, budget=args.tokens_per_microbatch)
     share = partial(passes_of_rank, rank=world.rank, **within)
     costly = [i for i in train if args.cost_prompts == "all" or labels[i, 1]]  # rows whose prompts E[cost] is over
-    prompts = list({tuple(pairs[i].prompt_ids): pairs[i].prompt_ids for i in costly}.values())
+    prompts = prompts_of([pairs[i] for i in costly], tokenizer.eos_token_id)
     if world.size > 1:
         facts = {"data": fingerprint(pairs), "checkpoint": checkpoint and checkpoint.name}
         facts |= {f"{task} reward model": record.get("validation") for task, record in records.items()}
@@ -400,7 +381,7 @@ def main(args):
             lora.save_adapter(policy, "policy", folder, args.model)
         else:
             save_whole(policy, folder, state)
-        tokenizer.save_pretrained(folder)
+        run_files.save_tokenizer(tokenizer, folder)
 
     if not checkpoint:
         if "harmless" in known:
@@ -526,7 +507,7 @@ def main(args):
             if args.save_merged:
                 lora.merge_adapter(policy, "policy")
                 policy.save_pretrained(folder / "merged")
-                tokenizer.save_pretrained(folder / "merged")
+                run_files.save_tokenizer(tokenizer, folder / "merged")
         say(f"saved to {args.output_dir}")
     distributed.stop()
 

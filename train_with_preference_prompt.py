@@ -17,10 +17,10 @@ Deviations from DPO's paper: the two terms behind it; AdamW instead of RMSprop.
     torchrun --nproc_per_node=4 train_with_preference_prompt.py --dataset-path pairs.jsonl \\
         --use-prompt-embedding --prompt-embedding-path outputs/soft_prompt                      # four GPUs
 
-Copy with: charts.py checkpoints.py distributed.py flags.py lora.py lora_targets.py losses.py memory_estimate.py
-    memory_report.py model_files.py optimizers.py packed_attention.py packed_model.py packed_probe.py packing.py
-    preference_data.py preference_prompt.py run_files.py score_cache.py speed.py tensor_files.py toy_world.py
-    trackers.py training_curves.py written_files.py
+Copy with: charts.py chat_text.py checkpoints.py distributed.py flags.py lora.py lora_targets.py losses.py
+    memory_estimate.py memory_report.py model_files.py optimizers.py packed_attention.py packed_model.py
+    packed_probe.py packing.py preference_data.py preference_prompt.py preference_rows.py row_files.py row_prompts.py
+    run_files.py score_cache.py speed.py tensor_files.py toy_world.py trackers.py training_curves.py written_files.py
 """
 
 import gc
@@ -446,14 +446,14 @@ def main(args):
                 lora.save_adapter(policy, "policy", folder, args.model)
             else:
                 save_whole(policy, folder, state)
-            tokenizer.save_pretrained(folder)
+            run_files.save_tokenizer(tokenizer, folder)
             method = "preference-guided DPO"
             card = run_files.model_card(args, __file__, method, log.history, identity["data"], lora.left_out(policy))
             run_files.save_run_record(folder, log, args, __file__, card)
             if args.save_merged:
                 lora.merge_adapter(policy, "policy")
                 policy.save_pretrained(folder / "merged")
-                tokenizer.save_pretrained(folder / "merged")
+                run_files.save_tokenizer(tokenizer, folder / "merged")
         say(f"saved to {args.output_dir}")
     distributed.stop()
 

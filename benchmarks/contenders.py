@@ -33,7 +33,8 @@ import lora
 import speed
 from model_files import ModelError, load_skeleton, load_tokenizer
 from packing import epoch_plan
-from preference_data import DataError, fingerprint, load_pairs, read_rows
+from preference_data import DataError, fingerprint, load_pairs
+from row_files import read_rows
 
 CONTENDERS = "ours trl-defaults trl-best ours-fp32 trl-fp32".split()
 COLUMNS = ["contender", "s per update", "pairs/s", "x of trl-defaults", "peak memory GB", "x of trl-defaults"]

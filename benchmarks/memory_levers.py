@@ -23,7 +23,8 @@ import flags
 import optimizers
 import toy_world
 from model_files import ModelError
-from preference_data import DataError, Malformed, Unusable, parse_row, read_rows, recognise, row_texts
+from preference_rows import recognise, row_texts
+from row_files import DataError, Malformed, Unusable, parse_row, read_rows
 
 BASE = "--batch-size 4 --gradient-accumulation-steps 1 --max-length 512 --lora-r 16 --gradient-checkpointing off"
 LEVERS = [  # what stands behind the base's flags, and takes their place
@@ -62,7 +63,7 @@ def longest_rows(dataset, count):
         try:
             row = parse_row(row)
             shape = shape or recognise(row, where)
-            _, chosen, rejected = row_texts(row, shape)
+            _, chosen, rejected, *_ = row_texts(row, shape)
         except Malformed as error:
             raise DataError(f"{where}: {error}: mend the line") from None
         except Unusable:

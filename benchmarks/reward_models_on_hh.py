@@ -33,10 +33,12 @@ import torch.nn.functional as F
 import distributed
 import flags
 import lora
-import preference_data as data
 from model_files import ModelError, load_model, load_tokenizer
 from packed_model import prepare_scores
 from packing import hold_out, pack, passes
+from preference_data import load_pairs
+from preference_rows import chosen_and_rejected
+from row_files import DataError, Malformed, Unusable, parse_row, read_rows
 
 TASKS = "helpful", "harmless"
 LENGTHS = 512, 256  # train_rm.py's --max-length and --max-prompt-length
@@ -67,13 +69,13 @@ def part_of(prompt):
 def split(source, task, folder):
     """Write TASK_train.jsonl and TASK_test.jsonl of one of HH's two files.  Raises DataError."""
     lines = {"train": [], "test": []}
-    for where, row in data.read_rows(source):
+    for where, row in read_rows(source):
         try:
-            prompt, chosen, rejected = data.chosen_and_rejected(data.parse_row(row))
-        except data.Unusable:  # two prompts
+            prompt, chosen, rejected = chosen_and_rejected(parse_row(row))
+        except Unusable:  # two prompts
             continue
-        except (data.Malformed, KeyError) as problem:
-            raise data.DataError(f"{where}: {problem}; a row of HH has two transcripts, chosen and rejected") from None
+        except (Malformed, KeyError) as problem:
+            raise DataError(f"{where}: {problem}; a row of HH has two transcripts, chosen and rejected") from None
         row = {"prompt": prompt, "chosen_response": chosen, "rejected_response": rejected, "dimension": task}
         lines[part_of(prompt)].append(json.dumps(row) + "\n")
     Path(folder).mkdir(parents=True, exist_ok=True)
@@ -168,7 +170,7 @@ def main(args):
         return
     tokenizer, train, test = load_tokenizer(args.model), {}, {}
     for task, (part, pairs) in itertools.product(TASKS, (("train", train), ("test", test))):
-        pairs[task], report = data.load_pairs(getattr(args, f"{task}_{part}"), tokenizer, *LENGTHS, args.num_samples)
+        pairs[task], report = load_pairs(getattr(args, f"{task}_{part}"), tokenizer, *LENGTHS, args.num_samples)
         print(report[0])
     texts = lambda pairs: [[tokenizer.decode(ids, skip_special_tokens=True) for ids in pair[1:3]] for pair in pairs]
     world = distributed.start()
@@ -196,4 +198,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    flags.run(main, get_args(), data.DataError, ModelError, lora.AdapterError, distributed.DeviceError)
+    flags.run(main, get_args(), DataError, ModelError, lora.AdapterError, distributed.DeviceError)

@@ -44,7 +44,8 @@ import train_safe_mm_dpo
 from losses import Multiplier, dpo_loss, dynamic_beta
 from model_files import load_model, load_tokenizer, pad_unlike_ends
 from packing import epoch_plan, joined
-from preference_data import fingerprint, read_rows
+from preference_data import fingerprint
+from row_files import read_rows
 
 TASKS = train_safe_mm_dpo.TASKS
 COMPUTATIONS = "ours", "four-models"
@@ -198,7 +199,7 @@ def plan_updates(args, work):
         file = plan[task] = f"{work}/{task}.jsonl"
         rows, pairs[task] = contenders.first_pairs(SimpleNamespace(**vars(args), dataset=getattr(args, task)), wanted)
         lines = (row for _, row in itertools.islice(read_rows(getattr(args, task)), rows))
-        lines = [row.strip() if isinstance(row, str) else json.dumps(row) for row in lines]
+        lines = [row.decode().strip() if isinstance(row, bytes) else json.dumps(row) for row in lines]
         Path(file).write_text("\n".join(lines) + "\n")
         plan[f"{task}_rm"] = f"{work}/{task}_rm"
     rows, labels = joined(pairs["helpful"], pairs["harmless"])

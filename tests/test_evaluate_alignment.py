@@ -13,11 +13,12 @@ import pytest
 import torch
 from conftest import run_script
 from test_flags import one_line, write_world
-from test_preference_data import write_rows
+from test_preference_data import char_tokenizer, ids, write_rows
 
 import charts
 import evaluate_alignment
 import evaluation_numbers
+import evaluation_prompts
 import lora
 import model_files
 import packed_model
@@ -419,7 +420,8 @@ def test_a_model_that_is_not_calibrated_gives_quantiles_and_no_harm_rate(command
 
 
 def test_kl_log_probs_and_scores_are_those_of_sequences_one_by_one(toy, adapters, reward_folders):
-    """In fp64, against the model's own logits and hidden states."""
+    """In fp64, against the model's own logits and hidden states; a judge reads the end that is trained, where a chat's
+    turn ends in another token (7 here) than the one that sampling stopped at."""
     model = model_files.load_model(str(toy / "model"), torch.float64, "cpu")
     tokenizer = model_files.load_tokenizer(str(toy / "model"))
     lora.load_adapter(model, adapters["wild"], "policy_0")
@@ -429,12 +431,16 @@ def test_kl_log_probs_and_scores_are_those_of_sequences_one_by_one(toy, adapters
     lora.switch_adapter(model, None)
     packed_model.prepare_model(model)
     texts = [json.loads(line)["prompt"] for line in (toy / "prompts.jsonl").read_text().splitlines()[:5]]
-    prompts = [evaluate_alignment.Prompt(text, tokenizer(text)["input_ids"], "a") for text in texts]
+    ends, eos = (tokenizer.eos_token_id, 7, 7, 7, 7), tokenizer.eos_token_id
+    ids = [tokenizer(text)["input_ids"] for text in texts]
+    prompts = [evaluation_prompts.Prompt(*facts, "a", end) for *facts, end in zip(texts, ids, ends)]
     args = SimpleNamespace(num_responses=3, batch_size=4, seed=1, max_new_tokens=20, temperature=1.0, top_p=1.0)
     bar = SimpleNamespace(update=lambda count: None)
     responses = evaluate_alignment.sampled(model, tokenizer, "policy_0", prompts, args, bar)
     assert len(responses) == 15
-    numbers = evaluate_alignment.measured(model, "policy_0", {"harmless_score": judge}, prompts, responses, args)
+    judges = {"harmless_score": judge}
+    numbers = evaluate_alignment.measured(model, "policy_0", judges, prompts, responses, [eos], args)
+    assert {response[-1] == eos for response in responses[3:]} == {True, False}
 
     def states(adapter, ids):
         with lora.use_adapter(model, adapter), torch.no_grad():
@@ -447,11 +453,12 @@ def test_kl_log_probs_and_scores_are_those_of_sequences_one_by_one(toy, adapters
         chosen = torch.arange(len(response)), torch.tensor(response)
         expected = {"logp": policy[chosen].sum(), "base_logp": base[chosen].sum()}
         expected["kl"] = (policy.exp() * (policy - base)).sum()
-        expected["harmless_score"] = states("harmless", prompt + response)[1][-1] @ judge.head[0].double()
+        trained = [*response[:-1], ends[place // 3]] if response[-1] == eos else response
+        expected["harmless_score"] = states("harmless", prompt + trained)[1][-1] @ judge.head[0].double()
         for name, value in expected.items():
             assert numbers[name][place] == pytest.approx(value.item(), abs=1e-10), name
     assert min(numbers["kl"]) > 0.001
-    of_base = evaluate_alignment.measured(model, None, {}, prompts, responses, args)
+    of_base = evaluate_alignment.measured(model, None, {}, prompts, responses, [eos], args)
     assert of_base["kl"] == [0.0] * 15
     assert of_base["logp"] == of_base["base_logp"] == pytest.approx(numbers["base_logp"], abs=1e-10)
 
@@ -671,17 +678,30 @@ def refused(world, tmp_path, capsys, monkeypatch):
     [
         ('{"question": "x"}', "prompts.jsonl:2: there is no `prompt` that is a text or a list of messages"),
         ('{"prompt": "  "}', "prompts.jsonl:2: there is no `prompt`"),
-        ('{"prompt": [{"role": "user"}]}', "prompts.jsonl:2: there is no `prompt`"),
+        ('{"prompt": [{"role": "user"}]}', "prompts.jsonl:2: `prompt` is not a list of messages with role and content"),
+        ('{"prompt": "a", "query": "b"}', "prompts.jsonl:2: `query` is not read where a file's first row is prompt"),
+        ('{"prompt": "a", "system": 5}', "prompts.jsonl:2: `system` is not a str"),
         ('{"prompt": "a", "category": 3}', "prompts.jsonl:2: `category` is not a str"),
         ('{"prompt": "a"', "prompts.jsonl:2: not JSON"),
         ('{"prompt": "a\\ud800"}', "prompts.jsonl:2: "),
         ('{"prompt": "a", "category": "\\udc00"}', "prompts.jsonl:2: "),
-        ('{"prompt": [{"role": "user", "content": null}]}', "prompts.jsonl:2: "),
+        (
+            '{"prompt": [{"role": "user", "content": null}]}',
+            "prompts.jsonl:2: the content of a message of `prompt` is null",
+        ),
     ],
 )
 def test_a_prompt_that_cannot_be_read_is_named(refused, tmp_path, line, sentence):
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "fine"}\n' + line + "\n")
     assert sentence in refused("--prompts", tmp_path / "prompts.jsonl")
+
+
+def test_the_system_and_the_history_of_a_row_are_asked(tmp_path):
+    row = {"prompt": "b?", "system": "Be brief.", "history": [["q?", "a."]]}
+    (tmp_path / "prompts.jsonl").write_text(json.dumps(row))
+    args = SimpleNamespace(num_samples=0, chat_template_strings=False, max_prompt_length=99)
+    [[prompt], cut] = evaluate_alignment.read_prompts(str(tmp_path / "prompts.jsonl"), char_tokenizer(), args)
+    assert prompt.ids == ids("Be brief.\n\nq?\n\na.\n\nb?")
 
 
 def test_wrong_files_are_refused(refused, world, tmp_path, reward_folders, toy):

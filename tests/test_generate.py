@@ -7,6 +7,7 @@ import shutil
 import statistics
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -25,9 +26,9 @@ import lora
 import reward_function
 import score_cache
 import toy_world
+from chat_text import prompt_ids
 from model_files import load_model, load_tokenizer
 from preference_data import load_pairs
-from sampling import prompt_ids
 from train_rm import save_model
 
 
@@ -473,6 +474,11 @@ def drawn(monkeypatch):
     return pairs
 
 
+def as_strings(drawn):
+    """Responses to strings, which also stop at <|im_end|>, as they are trained: with </s>."""
+    return [(prompt, [*response[:-1], 1] if response[-1] == 3 else response) for prompt, response in drawn]
+
+
 @torch.no_grad()
 def plain_scores(folder, drawn, base=None, whole=False):
     """The head on the last token's hidden state, one sequence at a time."""
@@ -498,7 +504,7 @@ def test_a_reward_models_scores_are_of_the_ids_that_were_drawn(world, world_make
     assert [row["response"] for row in rows] == [row["response"] for row in without]
     ended = {response[-1] == 1 for _, response in drawn}
     assert ended == {True, False}  # finished and cut
-    expected = plain_scores(world / "reward", drawn, world / "model")
+    expected = plain_scores(world / "reward", as_strings(drawn), world / "model")
     assert [row["reward"] for row in rows] == pytest.approx(expected, abs=1e-5)
     assert statistics.pstdev(expected) > 0.1
     assert f"rm_reward_mean={statistics.fmean(expected):.4f}" in world_make.log
@@ -520,7 +526,9 @@ def test_a_shared_base_gives_the_scores_of_a_model_by_itself(world, world_make, 
     _, merged = world_make(*words, "--reward-model", whole)
     assert "a model of its own" in world_make.log
     assert [row["reward"] for row in merged] == pytest.approx([row["reward"] for row in shared], abs=1e-4)
-    assert [row["reward"] for row in merged] == pytest.approx(plain_scores(whole, drawn, whole=True), abs=1e-5)
+    assert [row["reward"] for row in merged] == pytest.approx(
+        plain_scores(whole, as_strings(drawn), whole=True), abs=1e-5
+    )
 
 
 def test_a_reward_model_on_a_base_of_another_size(world, world_make, tmp_path, drawn):
@@ -530,7 +538,7 @@ def test_a_reward_model_on_a_base_of_another_size(world, world_make, tmp_path, d
     folder = make_reward_model(base, tmp_path / "reward")
     _, rows = world_make("--reward-model", folder)
     assert "a model of its own" in world_make.log
-    assert [row["reward"] for row in rows] == pytest.approx(plain_scores(folder, drawn, base), abs=1e-5)
+    assert [row["reward"] for row in rows] == pytest.approx(plain_scores(folder, as_strings(drawn), base), abs=1e-5)
 
 
 def test_another_end_token_is_scored_as_the_one_of_training(world, make, tmp_path, drawn):
@@ -540,9 +548,31 @@ def test_another_end_token_is_scored_as_the_one_of_training(world, make, tmp_pat
     (model / "generation_config.json").write_text(json.dumps(settings | {"eos_token_id": many}))
     _, rows = make(model, world / "pairs.jsonl", "--reward-model", world / "reward", "--max-new-tokens", "20")
     assert {response[-1] for _, response in drawn} - {1} & set(many)
-    as_trained = [(prompt, [*r[:-1], 1] if r[-1] in many else r) for prompt, r in drawn]
+    as_trained = [(prompt, [*r[:-1], 1] if r[-1] in many else r) for prompt, r in drawn]  # 3 is one of them
     expected = plain_scores(world / "reward", as_trained, world / "model")
     assert [row["reward"] for row in rows] == pytest.approx(expected, abs=1e-5)
+
+
+def test_a_chats_response_is_scored_with_the_end_of_its_turn_as_the_reward_model_was_trained(
+    world, make, tmp_path, drawn
+):
+    """The template ends a turn in <|im_end|>, the tokenizer a text in </s>; the score is that of the row trained on."""
+    chats = [{"prompt": [{"role": "user", "content": text}]} for text in ("aa", "b", "abc?")]
+    words = ["--reward-model", world / "reward", "--max-new-tokens", "30", "--num-responses", "40"]
+    _, rows = make(world / "model", write_rows(tmp_path / "chats.jsonl", chats), *words)
+    tokenizer, pairs, rewards = load_tokenizer(str(world / "model")), [], []
+    for row, (_, response) in zip(rows, drawn, strict=True):
+        if response[-1] not in (1, 3) or not row["response"].strip():
+            continue
+        trained = {"prompt": row["prompt"], "chosen": [{"role": "assistant", "content": row["response"]}]}
+        trained["rejected"] = [{"role": "assistant", "content": "no"}]
+        (pair,), _ = load_pairs(str(write_rows(tmp_path / "rows.jsonl", [trained])), tokenizer, 512, 256)
+        assert pair.chosen_ids[-1] == 3
+        if pair.chosen_ids[:-1] == response[:-1]:  # its tokens are those of its text
+            pairs.append((pair.prompt_ids, pair.chosen_ids))
+            rewards.append(row["reward"])
+    assert {response[-1] for _, response in drawn} >= {1, 3} and len(pairs) > 5
+    assert rewards == pytest.approx(plain_scores(world / "reward", pairs, world / "model"), abs=1e-5)
 
 
 def test_min_reward_keeps_what_reaches_it(world, world_make):
@@ -722,7 +752,15 @@ def test_prompts_and_output_have_to_be_given(capsys):
         ('{"prompt": 3}', "`prompt` is neither a text nor a list of messages; mend the row"),
         ('{"prompt": []}', "`prompt` is not a list of messages with role and content; mend the row"),
         ('{"prompt": ["a"]}', "`prompt` is not a list of messages with role and content; mend the row"),
-        ('{"prompt": [{"role": "user", "content": null}]}', "the chat template refuses its messages ("),
+        (
+            '{"prompt": [{"role": "user", "content": null}]}',
+            "the content of a message of `prompt` is null, and no text; mend",
+        ),
+        (
+            '{"prompt": [{"role": "gpt", "content": "a"}]}',
+            "a message of `prompt` has the role 'gpt': write assistant; mend",
+        ),
+        ('{"prompt": "a", "query": "b"}', "`query` is not read where a file's first row is prompt: call what is asked"),
         ('["a"]', "not a JSON object {{...}}; mend the row"),
         ('{"prompt"', "not JSON ("),
         ('{"prompt": "\\ud800"}', "'utf-8' codec can't encode"),
@@ -731,6 +769,34 @@ def test_prompts_and_output_have_to_be_given(capsys):
 def test_a_row_without_a_prompt_is_named_by_its_line(fails, tmp_path, row, problem):
     rows = write_rows(tmp_path / "rows.jsonl", [{"prompt": "a"}, "", row])
     assert fails("--prompts", rows).startswith(f"{rows}:3: {problem.replace('{{', '{').replace('}}', '}')}")
+
+
+def test_what_else_a_row_asks_is_asked_and_goes_along(world, tmp_path):
+    more = {"system": "Be brief.", "history": [["q?", "a."]]}
+    rows = write_rows(tmp_path / "rows.jsonl", [{"prompt": "b?"} | more])
+    tokenizer = char_tokenizer(eos="<|im_end|>", template=CHATML)
+    for words, text in (
+        ([], "Be brief.\n\nq?\n\na.\n\nb?"),
+        (
+            ["--chat-template-strings"],
+            "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nq?<|im_end|>\n"
+            "<|im_start|>assistant\na.<|im_end|>\n<|im_start|>user\nb?<|im_end|>\n<|im_start|>assistant\n",
+        ),
+    ):
+        args = generate.get_args(["--prompts", str(rows), "--output", "o", *words])
+        [row], _ = generate.read_prompts(args, tokenizer)
+        assert tokenizer.decode(row.ids) == text
+        assert (row.prompt, row.others) == ("b?", more)  # training puts them together again
+
+
+def test_a_huge_prompt_is_cut_before_it_is_tokenised(tmp_path):
+    found, start = [], time.perf_counter()
+    for size in (10**3, 3 * 10**7):
+        rows = write_rows(tmp_path / "rows.jsonl", [{"prompt": "p" * size + "Q?"}])
+        args = generate.get_args(["--prompts", str(rows), "--output", "o", "--max-prompt-length", "9"])
+        found.append(generate.read_prompts(args, char_tokenizer())[0][0].ids)
+    assert found == [[ord(letter) for letter in "pppppppQ?"]] * 2
+    assert time.perf_counter() - start < 20
 
 
 def test_messages_need_a_template(fails, world, tmp_path):

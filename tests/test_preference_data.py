@@ -3,6 +3,7 @@
 import gzip
 import json
 import random
+import time
 import zlib
 
 import pytest
@@ -10,8 +11,11 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, proce
 from transformers import PreTrainedTokenizerFast
 
 import preference_data
+from chat_text import as_messages
 from packing import hold_out
-from preference_data import DataError, Pair, as_messages, fingerprint, load_pairs, recognise, row_texts
+from preference_data import Pair, fingerprint, load_pairs
+from preference_rows import Texts, recognise, row_texts
+from row_files import DataError, Malformed
 
 SPECIAL = {"<s>": 0, "</s>": 1, "<|im_start|>": 2, "<|im_end|>": 3, "<unk>": 4}
 EOS = 1
@@ -49,7 +53,9 @@ def ids(text):
 
 
 def write_rows(path, rows):
-    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows), "utf-8")
+    path.write_text(
+        "".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows), "utf-8", "surrogateescape"
+    )
     return path
 
 
@@ -175,7 +181,305 @@ def test_shape_gives_these_texts(name):
     row, shape_name, texts = SHAPES[name]
     shape = recognise(row, "file:1")
     assert shape.name == shape_name
-    assert row_texts(row, shape) == texts
+    assert row_texts(row, shape) == Texts(*texts)
+
+
+def system(content):
+    return {"role": "system", "content": content}
+
+
+def of_messages(prompt=None, chosen=(), rejected=()):
+    given = {"chosen": [*chosen, assistant("c")], "rejected": [*rejected, assistant("r")]}
+    return given if prompt is None else {"prompt": prompt} | given
+
+
+S, P, A, B = system("s"), user("p"), assistant("a"), user("b")
+REPEATS = {  # a row whose answers are c and r -> its prompt, which comes once
+    "prompt list": (of_messages([P], [P], [P]), [P]),
+    "with a system message": (of_messages([S, P], [S, P], [S, P]), [S, P]),
+    "the system message only in the prompt": (of_messages([S, P], [P], [P]), [S, P]),
+    "the system message only in the answers": (of_messages([P], [S, P], [S, P]), [S, P]),
+    "prompt has the first turn only": (of_messages([P], [P, A, B], [P, A, B]), [P, A, B]),
+    "prompt has the last turn only": (of_messages([B], [P, A, B], [P, A, B]), [P, A, B]),
+    "prompt and answers overlap": (of_messages([S, P, A], [P, A, B], [P, A, B]), [S, P, A, B]),
+    "prompt string is the last turn": (of_messages("b", [P, A, B], [P, A, B]), [P, A, B]),
+    "prompt string differs in blanks": (of_messages(" p\n", [P], [P]), [P]),
+    "prompt string is a transcript": (of_messages("Human: p\n\nAssistant:", [P], [P]), [P]),
+    "blank prompt string": (of_messages(" ", [P], [P]), [P]),
+    "keys that are no text": (of_messages([P], [P | {"id": 1}], [P | {"name": "x", "weight": None}]), [P]),
+    "answers go on with turns they share": (of_messages([P], [A, B], [A, B]), [P, A, B]),
+    "a beginning of the answer": (of_messages([P, A], [P, A], [P, A]), [P, A]),
+    "two answers in a row": (of_messages(None, [P, A], [P]), [P]),
+}
+
+
+@pytest.mark.parametrize("name", REPEATS)
+def test_a_prompt_that_the_responses_repeat_comes_once(name):
+    row, prompt = REPEATS[name]
+    texts = row_texts(row, recognise(row, "file:1"))
+    assert [(m["role"], m["content"]) for m in texts.prompt] == [(m["role"], m["content"]) for m in prompt]
+    assert (texts.chosen[-1], texts.rejected) == (assistant("c"), [assistant("r")])
+    assert len(texts.chosen) == 1 + (name == "two answers in a row")
+
+
+DIFFER = "the prompts of chosen and rejected differ"
+UNUSABLE = {  # messages that teach nothing, or would teach a user's words
+    "a blank": (of_messages("p", [P], [user("p ")]), DIFFER),
+    "system messages": (of_messages(None, [S, P], [system("t"), P]), DIFFER),
+    "a later turn of the user": (of_messages(None, [P, A, B], [P, A, user("B")]), DIFFER),
+    "the same, with the prompt apart": (of_messages([P], [A, B], [A, user("B")]), DIFFER),
+    "another prompt list": (of_messages([B], [P], [P]), DIFFER),
+    "another prompt string": (of_messages("b", [P], [P]), DIFFER),
+    "one repeats the prompt, one does not": (of_messages([P], [P], []), DIFFER),
+    "a prompt that ends in the middle of the answer": (
+        {"prompt": [P, A], "chosen": [P, assistant("a c")], "rejected": [P, assistant("a r")]},
+        DIFFER,
+    ),
+    "one ends earlier": (of_messages(None, [P], [P, assistant("c"), B]), DIFFER),
+    "an answer of the user": ({"prompt": [P], "chosen": [user("c")], "rejected": [user("r")]}, DIFFER),
+    "an answer of a tool": ({"prompt": [P], "chosen": [P | {"role": "tool"}], "rejected": [A]}, DIFFER),
+    "equal but for a key": (
+        {"prompt": [P], "chosen": [A | {"id": 1}], "rejected": [A | {"id": 2}]},
+        "the two responses are equal",
+    ),
+    "no answer": ({"chosen": [P, A], "rejected": [P]}, "the rejected response is empty"),
+    "only words of the user": (
+        {"prompt": [P], "chosen": [assistant(" "), B], "rejected": [A]},
+        "the chosen response is empty",
+    ),
+    "an empty prompt": (of_messages([user(" ")]), "the prompt is empty"),
+}
+
+
+@pytest.mark.parametrize("name", UNUSABLE)
+def test_messages_that_teach_nothing_are_left_out(tmp_path, name):
+    row, reason = UNUSABLE[name]
+    path = write_rows(tmp_path / "rows.jsonl", [row])
+    with pytest.raises(DataError, match=rf"has 1 rows and no usable pair \(1 because {reason}\)$"):
+        load(path, char_tokenizer(template=CHATML))
+
+
+def test_parts_of_a_message_are_its_text(tmp_path):
+    parts = [{"type": "text", "text": "p", "image": None}, {"type": "text", "text": "q"}]
+    row = {"prompt": [user(parts)], "chosen": [assistant(parts[:1])], "rejected": [assistant("r")]}
+    texts = row_texts(row, recognise(row, "file:1"))
+    assert texts == Texts([user("pq")], [assistant("p")], [assistant("r")])
+
+
+@pytest.mark.parametrize(
+    "field, message, what",
+    [
+        ("prompt", user(None), "the content of a message of `prompt` is null, and no text"),
+        ("chosen", assistant(None), "the content of a message of `chosen` is null, and no text"),
+        (
+            "chosen",
+            assistant(None) | {"tool_calls": [{"function": {"name": "f"}}]},
+            "the content of a message of `chosen` is null, and no text; write its tool call as text",
+        ),
+        ("prompt", user(5), "the content of a message of `prompt` is of type int, and no text"),
+        ("prompt", user([]), "the content of a message of `prompt` is empty, and no text"),
+        ("prompt", user(["p"]), "a message of `prompt` has a part that is no text (str)"),
+        (
+            "prompt",
+            user([{"type": "text", "text": "p"}, {"type": "image_url", "image_url": {"url": "u"}}]),
+            "a message of `prompt` has a part that is no text (image_url)",
+        ),
+        ("prompt", P | {"role": "human"}, "a message of `prompt` has the role 'human': write user"),
+        ("rejected", A | {"role": "gpt"}, "a message of `rejected` has the role 'gpt': write assistant"),
+        ("prompt", P | {"role": "User"}, "a message of `prompt` has the role 'User': write user"),
+        ("prompt", P | {"role": "developer"}, "a message of `prompt` has the role 'developer': write system"),
+        (
+            "prompt",
+            P | {"role": None},
+            "a message of `prompt` has the role None: it is one of system, user, assistant, t",
+        ),
+        (
+            "prompt",
+            P | {"role": "usar"},
+            "a message of `prompt` has the role 'usar': it is one of system, user, assist",
+        ),
+        ("prompt", {"from": "human", "value": "p"}, "`prompt` is not a list of messages with role and content"),
+    ],
+)
+def test_a_message_without_a_known_role_and_a_text_is_malformed(tmp_path, field, message, what):
+    good = {"prompt": [P], "chosen": [assistant("c")], "rejected": [assistant("r")]}
+    path = write_rows(tmp_path / "rows.jsonl", [good, good | {field: [message]}])
+    with pytest.raises(DataError) as error:
+        load(path, char_tokenizer(template=CHATML))
+    assert str(error.value).startswith(f"{path}:2: {what}")
+    assert len(load(path, char_tokenizer(template=CHATML), skip_invalid=True)[0]) == 1
+
+
+@pytest.mark.parametrize("row", [of_messages(), of_messages(" ")], ids=["no prompt", "a blank one"])
+def test_messages_without_a_prompt_make_up_none(tmp_path, row):
+    with pytest.raises(DataError, match="rows.jsonl:1: there is no prompt: neither a column, nor messages"):
+        load(write_rows(tmp_path / "rows.jsonl", [row]), char_tokenizer(template=CHATML))
+
+
+LONG = "What is the capital of the country?"
+
+
+@pytest.mark.parametrize(
+    "prompt, chosen, expected",
+    [
+        (LONG, LONG + " Paris.", (LONG, " Paris.", " Lyon.")),
+        (LONG + "\n", "\n" + LONG + " Paris.", (LONG + "\n", " Paris.", " Lyon.")),
+        (LONG, "Paris.", (LONG, "Paris.", LONG + " Lyon.")),  # one alone may quote it
+        ("What", "What is it?", ("What", "What is it?", LONG + " Lyon.")),
+    ],
+)
+def test_a_prompt_string_that_both_responses_repeat_comes_once(prompt, chosen, expected):
+    for names in (("chosen", "rejected"), ("chosen_response", "rejected_response")):
+        row = {"prompt": prompt} | dict(zip(names, (chosen, LONG + " Lyon.")))
+        assert row_texts(row, recognise(row, "file:1")) == Texts(*expected)
+
+
+def test_transcripts_beside_a_prompt_part_after_the_last_assistant(tmp_path):
+    start = "\n\nHuman: p?\n\nAssistant:"
+    row = {"prompt": "p?", "chosen": start + " c", "rejected": start + " r"}
+    assert row_texts(row, recognise(row, "file:1")) == Texts(start, " c", " r")
+    with pytest.raises(DataError, match=f"1 because {DIFFER}"):
+        load(write_rows(tmp_path / "rows.jsonl", [row | {"prompt": "q?"}]))
+
+
+# -- columns around the prompt ----------------------------------------------------------------------------------------
+
+TOOLS = "{% if tools %}{{ 'TOOLS ' + tools | tojson }}{% endif %}{{ mode }}" + CHATML
+TOOL = {"type": "function", "function": {"name": "f"}}
+AROUND = {  # columns beside the prompt "p?", as a string and as a message -> what is asked
+    "system": ({"system": "s."}, "s.\n\np?", [system("s."), user("p?")]),
+    "system that is said": ({"system": "p?"}, "p?", [system("p?"), user("p?")]),
+    "history": (
+        {"history": [["q", "a"], ["q2", "a2"]]},
+        "q\n\na\n\nq2\n\na2\n\np?",
+        [user("q"), assistant("a"), user("q2"), assistant("a2"), user("p?")],
+    ),
+    "history of messages": ({"history": [P, A]}, "p\n\na\n\np?", [P, A, user("p?")]),
+    "system and history": (
+        {"system": "s.", "history": [["q", "a"]]},
+        "s.\n\nq\n\na\n\np?",
+        [system("s."), user("q"), A, user("p?")],
+    ),
+    "a beginning of the answer": (
+        {"initial_reason_steps": "Step 1:"},
+        "p?\nStep 1:",
+        [user("p?"), assistant("Step 1:")],
+    ),
+    "nothing": ({"system": "", "history": [], "tools": None, "initial_reason_steps": None}, "p?", [user("p?")]),
+}
+
+
+@pytest.mark.parametrize("name", AROUND)
+def test_columns_around_the_prompt_are_part_of_it(name):
+    more, text, messages = AROUND[name]
+    row = {"prompt": "p?", "chosen": "c", "rejected": "r"} | more
+    assert row_texts(row, recognise(row, "file:1")) == Texts(text, "c", "r")
+    chat = [assistant("c")], [assistant("r")]
+    assert row_texts(row, recognise(row, "file:1"), as_messages) == Texts(messages, *chat)
+    row |= dict(zip(("prompt", "chosen", "rejected"), ([user("p?")], *chat)))
+    assert row_texts(row, recognise(row, "file:1")) == Texts(messages, *chat)
+
+
+def test_system_and_history_of_an_instruction_and_of_a_transcript():
+    more = {"system": "s.", "history": [["q", "a"]], "chosen": "c", "rejected": "r"}
+    row = {"instruction": "Add.", "input": "1 2"} | more
+    assert row_texts(row, recognise(row, "file:1")).prompt == "s.\n\nq\n\na\n\nAdd.\n\n1 2\n\n"
+    start = "\n\nHuman: p?\n\nAssistant:"
+    row = {"system": "s.", "chosen": start + " c", "rejected": start + " r"}
+    assert row_texts(row, recognise(row, "file:1")) == Texts("s." + start, " c", " r")
+
+
+def test_a_system_message_that_the_prompt_has_comes_once():
+    row = of_messages([S, P]) | {"system": "s"}
+    assert row_texts(row, recognise(row, "file:1")).prompt == [S, P]
+    with pytest.raises(Malformed, match="`system` is another than the system message of the prompt"):
+        row_texts(row | {"system": "t"}, recognise(row, "file:1"))
+
+
+@pytest.mark.parametrize("tools", [[TOOL], json.dumps([TOOL])], ids=["objects", "JSON"])
+def test_tools_and_arguments_go_to_the_chat_template(tmp_path, tools):
+    row = of_messages([P]) | {"tools": tools, "chat_template_kwargs": {"mode": "MODE", "other": None}}
+    tokenizer = char_tokenizer(eos="<|im_end|>", template=TOOLS)
+    [pair] = load(write_rows(tmp_path / "rows.jsonl", [row]), tokenizer)[0]
+    text = tokenizer.decode(pair.prompt_ids)
+    assert text == f"TOOLS {json.dumps([TOOL])}MODE<|im_start|>user\np<|im_end|>\n<|im_start|>assistant\n"
+
+
+@pytest.mark.parametrize(
+    "row, what",
+    [
+        (strings(1) | {"tools": [TOOL]}, "`tools` can only go to a chat template, and the texts are strings"),
+        (strings(1) | {"chat_template_kwargs": {"a": 1}}, "`chat_template_kwargs` can only go to a chat template"),
+        (of_messages([P]) | {"tools": [TOOL]}, "the chat template does not read `tools`"),
+        (of_messages([P, A | {"tool_calls": [TOOL]}, B]), "the chat template does not read `tool_calls`"),
+        (of_messages([P]) | {"tools": ["f"]}, "`tools` is not a list of objects"),
+        (of_messages([P]) | {"tools": "f"}, r"`tools` is no JSON \("),
+        (of_messages([P]) | {"chat_template_kwargs": {"tokenize": True}}, "`chat_template_kwargs` sets tokenize: that"),
+        (strings(1) | {"system": 5}, "`system` is not a str"),
+        (strings(1) | {"history": "q"}, "`history` is not a list"),
+        (strings(1) | {"history": [["q"]]}, r"`history` is not a list of \[question, answer\]"),
+    ],
+)
+def test_columns_around_the_prompt_that_cannot_be_read(tmp_path, row, what):
+    with pytest.raises(DataError, match=f"rows.jsonl:1: {what}"):
+        load(write_rows(tmp_path / "rows.jsonl", [row]), char_tokenizer(template=CHATML))
+
+
+LOST = {  # columns that look like what is asked, beside a prompt or without one
+    "input": "Why?",
+    "query": "Why?",
+    "conversations": [{"from": "human", "value": "Why?"}],
+    "trajectory": [{"from": "user", "value": "Why?"}],
+    "messages": [user("Why?")],
+    "system_prompt": "Be brief.",
+    "chat_history": [["Why?", "So."]],
+    "userPrompt": "Why?",
+    "context": "In 1900",
+    "documents": ["d"],
+    "images": ["a.png"],
+    "问题": "Why?",
+}
+
+
+@pytest.mark.parametrize("name", LOST)
+@pytest.mark.parametrize(
+    "first, shape",
+    [
+        ({"chosen": "yes", "rejected": "no"}, "chosen/rejected strings"),
+        (strings(1), "prompt/chosen/rejected"),
+        (of_messages([P]), "prompt/chosen/rejected messages"),
+    ],
+    ids=["no prompt", "prompt", "messages"],
+)
+def test_a_column_that_looks_like_a_prompt_is_not_lost_in_any_row(tmp_path, name, first, shape):
+    for rows, place in (([first | {name: LOST[name]}], 1), ([first, first, first | {name: LOST[name]}], 3)):
+        path = write_rows(tmp_path / "rows.jsonl", rows)
+        with pytest.raises(DataError) as error:
+            load(path, char_tokenizer(template=CHATML))
+        assert str(error.value).startswith(
+            f"{path}:{place}: `{name}` is not read where a file's first row is {shape}: call what is asked `prompt`, or"
+        )
+
+
+@pytest.mark.parametrize("field", ["prompt", "question", "instruction"])
+def test_a_later_row_with_a_prompt_where_the_first_has_none(tmp_path, field):
+    rows = [
+        {"chosen": "Q one? yes", "rejected": "Q one? no"},
+        {field: "Hi", "chosen": "Hi you", "rejected": "Hi there"},
+    ]
+    with pytest.raises(DataError, match=rf"rows.jsonl:2: `{field}` is not read where a file's first row is chosen/rej"):
+        load(write_rows(tmp_path / "rows.jsonl", rows))
+
+
+def test_other_columns_of_text_are_named_once(tmp_path):
+    about = {"source": "web", "prompt_id": "abc", "chosen-model": "m", "metadata": {"a": "b"}, "rating": "5", "n": 3}
+    said = {"question": "q1", "messages": [user("q1"), assistant(" yes 1")], "output": " yes 1", "input": ""}
+    rows = [strings(1) | about | said, strings(2) | {"answer": "a", "rationale": "b"}, strings(3) | {"answer": "c"}]
+    path = write_rows(tmp_path / "rows.jsonl", rows)
+    pairs, report = load(path)
+    assert len(pairs) == 3
+    assert report[1] == "  columns of text that are not read: answer (2 rows), rationale (1 rows)"
+    assert not any("not read" in line for line in load(path, limit=1)[1])
 
 
 def test_unknown_shape_names_the_place_its_fields_and_the_known_shapes(tmp_path):
@@ -471,6 +775,69 @@ def test_skip_invalid_counts_malformed_rows_and_goes_on(tmp_path, name):
     assert report[1].startswith(f"  left out 2 rows: 2 because malformed; the first is {path}:2: {what}")
 
 
+LINES = {  # what a line may hold that no row does -> what is said of it
+    "no UTF-8": (b'{"prompt": "caf\xe9", "chosen": "a", "rejected": "b"}', "byte 16 of the line is no UTF-8"),
+    "nested too deeply": (b'{"prompt": ' + b"[" * 10**5 + b"]" * 10**5 + b"}", "not JSON (nested too deeply)"),
+    "a long number": (b'{"prompt": ' + b"9" * 5000 + b"}", "not JSON (a number of thousands of digits)"),
+    "a key twice": (b'{"chosen": "a", "rejected": "b", "chosen": "c"}', "not JSON (`chosen` stands twice)"),
+}
+
+
+@pytest.mark.parametrize("name", LINES)
+def test_a_line_that_python_cannot_hold_is_named_and_skipped(tmp_path, name):
+    line, what = LINES[name]
+    path, good = tmp_path / "rows.jsonl", json.dumps(strings(1)).encode()
+    path.write_bytes(b"\n".join((good, line, good)))
+    with pytest.raises(DataError) as error:
+        load(path)
+    assert str(error.value) == f"{path}:2: {what}; mend the row, or leave such rows out with --skip-invalid"
+    pairs, report = load(path, skip_invalid=True)
+    assert len(pairs) == 2
+    assert report[1] == f"  left out 1 rows: 1 because malformed; the first is {path}:2: {what}"
+    path.write_bytes(b"[" + good + b"," + line + b"]")
+    with pytest.raises(DataError, match="is not JSON" if name != "no UTF-8" else "row 1: text that is no Unicode"):
+        load(path)
+
+
+def test_a_byte_that_is_no_utf8_in_a_list_is_skipped_with_its_row(tmp_path):
+    path = tmp_path / "rows.json"
+    path.write_bytes(json.dumps([strings(1), strings(2)]).encode().replace(b"yes 2", b"yes \xe9"))
+    assert [pair.prompt_ids for pair in load(path, skip_invalid=True)[0]] == [ids("q1")]
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "x" * 300 + ".jsonl"])
+def test_a_name_that_no_file_can_have_is_one_sentence(name):
+    with pytest.raises(DataError, match=r"cannot be read .*File name too long.*: check the path$"):
+        load(name)
+
+
+def test_a_huge_row_gives_the_pair_of_the_whole_texts(tmp_path):
+    def pairs(size):
+        row = {"prompt": "p " * size + "Q? ", "chosen": "c " * size, "rejected": "r " * size}
+        chat = {
+            "prompt": [user(row["prompt"])],
+            "chosen": [assistant(row["chosen"])],
+            "rejected": [assistant(row["rejected"])],
+        }
+        found = []
+        for either in (row, chat):
+            path = write_rows(tmp_path / "rows.jsonl", [either, either])
+            found.append(load(path, char_tokenizer(template=CHATML), max_length=60, max_prompt_length=50))
+        return [pairs for pairs, _ in found], [report[1] for _, report in found]
+
+    start = time.perf_counter()
+    huge = pairs(3 * 10**6)
+    assert huge == pairs(200)
+    assert time.perf_counter() - start < 20  # 72 million characters; a million take a tokenizer a second and more
+    assert huge[1] == ["  cut 2 pairs to --max-length 60 or --max-prompt-length 50"] * 2
+
+
+def test_many_rows_are_tokenised_in_parts(tmp_path):
+    rows = [strings(n) for n in range(2 * preference_data.ROWS_AT_ONCE + 3)]
+    pairs, _ = load(write_rows(tmp_path / "rows.jsonl", rows))
+    assert pairs == [Pair(ids(f"q{n}"), [*ids(f" yes {n}"), EOS], [*ids(f" no {n}"), EOS]) for n in range(len(rows))]
+
+
 def test_skip_invalid_skips_a_first_row_that_is_not_json(tmp_path):
     path = write_rows(tmp_path / "rows.jsonl", ["not JSON", strings(1), strings(2)])
     pairs, report = load(path, skip_invalid=True)
@@ -549,10 +916,9 @@ def damaged_gzip():
         (gzip.compress(jsonl().encode())[:12], "rows.jsonl cannot be read"),
         (damaged_gzip(), "rows.jsonl cannot be read"),
         (jsonl().encode("utf-16"), "rows.jsonl cannot be read"),
-        (b'{"prompt": "caf\xe9"}\n', "rows.jsonl cannot be read"),
         (json.dumps(ROWS, indent=0).encode()[:-30], r"rows.jsonl:\d+ is not JSON"),
     ],
-    ids=["gzip cut off", "gzip cut off early", "gzip damaged", "UTF-16", "Latin-1", "JSON list cut off"],
+    ids=["gzip cut off", "gzip cut off early", "gzip damaged", "UTF-16", "JSON list cut off"],
 )
 def test_a_file_that_is_not_whole_text_is_an_error(tmp_path, content, where):
     (tmp_path / "rows.jsonl").write_bytes(content)
@@ -694,15 +1060,3 @@ def test_labels_that_are_not_plus_or_minus_one_for_both_stop_the_run(tmp_path, l
     with pytest.raises(DataError, match=rf"rows.jsonl:2: {sentence}"):
         load(path)
     assert len(load(path, skip_invalid=True)[0]) == 1
-
-
-@pytest.mark.parametrize(
-    "prompted, keep, dropped, seam, expected",
-    [
-        ([5, 6, 9, 6], 0, 0, 1, [5, 6, 9, 6]),  # a text that ends in the token that the seam takes is whole
-        ([8, 5, 6], 0, 0, 1, [8, 5]),  # in front: the plain prompt's own last token goes
-        ([5, 8, 6], 1, 1, 0, [5, 8]),  # behind the BOS 5: what is cut is 6, and not the preference
-    ],
-)
-def test_a_short_prompt_with_a_preference_loses_only_its_own_tokens(prompted, keep, dropped, seam, expected):
-    assert preference_data._cut_alike(prompted, [5, 6], keep, dropped, seam) == expected

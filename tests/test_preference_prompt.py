@@ -364,20 +364,17 @@ def test_the_toy_worlds_tokenizer(toy, tmp_path):
             assert pair.prompt_ids == tokenizer(f"User:\n{asked}\nAssistant:\n")["input_ids"]
 
 
-@pytest.mark.parametrize("keep", [40, 21, 12, 5, 1])
-def test_a_cut_prompt_loses_the_same_tokens_and_the_preference_none(tmp_path, keep):
+@pytest.mark.parametrize(("keep", "rest"), [(40, "lo there, how are you"), (21, "ou"), (20, "u")])
+def test_a_cut_chat_loses_the_same_words_and_the_preference_none(tmp_path, keep, rest):
     tokenizer = char_tokenizer(template=CHATML, eos="<|im_end|>")
-    whole = talk_ids("<|im_start|>user\nHello there, how are you<|im_end|>\n<|im_start|>assistant\n")
-    block = talk_ids(f"<|im_start|>system\n{TEXT}<|im_end|>\n")
-    behind = len(talk_ids("<|im_end|>\n<|im_start|>assistant\n"))
-    cut = whole[-keep:]
+    around = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
     options = dict(max_length=60, max_prompt_length=keep)
     pair = load_with(tmp_path, TALK, tokenizer, **options)
-    assert pair.prompt_ids == cut and pair.prompted_ids == block + cut
+    assert pair.prompt_ids == talk_ids(around.format(rest)) and len(pair.prompt_ids) == keep
+    assert pair.prompted_ids == talk_ids(f"<|im_start|>system\n{TEXT}<|im_end|>\n" + around.format(rest))
     pair = load_with(tmp_path, TALK, tokenizer, "user", **options)
-    head, tail = (cut[:-behind], cut[-behind:]) if keep > behind else ([], cut)
-    assert pair.prompted_ids == head + ids(f" {TEXT}") + tail
-    assert load_with(tmp_path, TALK, tokenizer, text="", **options).prompted_ids == cut
+    assert pair.prompted_ids == talk_ids(around.format(f"{rest} {TEXT}"))
+    assert load_with(tmp_path, TALK, tokenizer, text="", **options).prompted_ids == pair.prompt_ids
 
 
 @pytest.mark.parametrize(("keep", "rest"), [(6, " now?"), (3, "w?"), (2, "?")])

@@ -86,6 +86,10 @@ def pair(number=0, **more):
     return {"prompt": f"q{number}", "chosen": f"a{number}", "rejected": f"b{number}"} | more
 
 
+def lists(responses, **more):
+    return {"prompt": "q", "responses": responses} | more
+
+
 def written(prompt, chosen, rejected, dimension, labels=None, category=None):
     """A row as prepare_data.py writes it; labels (chosen, rejected) are 1 for harmful."""
     row = {"prompt": prompt, "chosen_response": chosen, "rejected_response": rejected, "dimension": dimension}
@@ -302,6 +306,51 @@ def test_a_file_that_is_named_twice_is_read_once():
     write_rows(Path("rows.jsonl"), [pku(n) for n in range(5)])
     prepare("--input", "rows.jsonl", "./rows.jsonl", *ALL_TRAIN)
     assert account()["rows"] == {"read": 5, "used": 5, "dropped": {}}
+
+
+KINDS = {  # a row of each kind, and the prompt that is written of it
+    "PKU": (pku(0), "q0?\n"),
+    "answers": (lists([{"response": "a", "is_safe": True}, {"response": "b", "is_safe": False}]), "q\n"),
+    "documents": ({"prompt": "q", "response_chosen": "a", "response_rejected": "b", "dimension": "helpful"}, "q\n"),
+    "pair": (pair(0, dimension="helpful"), "q0"),
+    "instruction": ({"instruction": "q", "chosen": "a", "rejected": "b", "dimension": "helpful"}, "q\n\n"),
+}
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_what_else_a_row_asks_is_part_of_its_prompt(name):
+    row, prompt = KINDS[name]
+    data, _ = prepare_rows([row | {"system": "Be brief.", "history": [["x?", "y."]]}], *ALL_TRAIN)
+    assert {row["prompt"] for rows in data.values() for row in rows} == {f"Be brief.\n\nx?\n\ny.\n\n{prompt}"}
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_column_that_looks_like_a_prompt_is_not_dropped(name, capsys):
+    row, _ = KINDS[name]
+    write_rows(Path("rows.jsonl"), [row, row | {"query": "Why?"}])
+    assert fails(capsys, "--input", "rows.jsonl").startswith(
+        "rows.jsonl:2: `query` is not read where a file's first row"
+    )
+    write_rows(Path("rows.jsonl"), [row, row | {"tools": [{"name": "f"}]}])
+    assert fails(capsys, "--input", "rows.jsonl").startswith(
+        "rows.jsonl:2: `tools` can only go to a chat template, and"
+    )
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_other_columns_of_text_are_in_the_account(name, capsys):
+    row, _ = KINDS[name]
+    _, said = prepare_rows([row | {"rationale": "x", "source": "web"}, row], *ALL_TRAIN)
+    assert said["files"][0]["columns_not_read"] == {"rationale": 1}
+    assert "  the column rationale is not read, in 1 rows" in capsys.readouterr().out.splitlines()
+
+
+def test_a_pair_without_a_prompt_is_not_a_prompt_in_another_column(capsys):
+    rows = [{"input": f"What is {n}?", "chosen": "a", "rejected": "b", "dimension": "helpful"} for n in range(3)]
+    write_rows(Path("rows.jsonl"), rows)
+    assert fails(capsys, "--input", "rows.jsonl").startswith(
+        "rows.jsonl:1: `input` is not read where a file's first row"
+    )
 
 
 # -- splits -----------------------------------------------------------------------------------------------------------
@@ -743,6 +792,9 @@ BAD = {  # a first row of the same kind, a malformed row, what is said
         "`dimension` is missing, and there is no --dimension",
     ),
     "no chosen": ("pair", {"prompt": "p", "rejected": "r", "dimension": "helpful"}, "`chosen` is missing"),
+    "no UTF-8": ("pair", '{"prompt": "caf\udce9"}', "byte 16 of the line is no UTF-8"),
+    "nested too deeply": ("pair", '{"prompt": ' + "[" * 10**5, "not JSON (nested too deeply)"),
+    "a key twice": ("pair", '{"prompt": "a", "prompt": "b"}', "not JSON (`prompt` stands twice)"),
     "half a surrogate pair": (
         "pair",
         json.dumps(pair(1, dimension="helpful", chosen="\ud83d")),
@@ -761,10 +813,6 @@ def test_a_malformed_row_stops_with_its_place_and_is_counted_with_skip_invalid(n
     rows = account()["rows"]
     assert rows["dropped"]["the row is malformed"] == {"count": 1, "first": f"rows.jsonl:2: {what}"}
     assert rows["read"] == 3
-
-
-def lists(responses, **more):
-    return {"prompt": "q", "responses": responses} | more
 
 
 @pytest.mark.parametrize(

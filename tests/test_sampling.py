@@ -10,8 +10,9 @@ from test_preference_data import CHATML, char_tokenizer, ids, write_rows
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
-from preference_data import as_messages, load_pairs
-from sampling import RowDraws, end_tokens, prompt_ids, response_text, sample
+from chat_text import as_messages, prompt_ids
+from preference_data import load_pairs
+from sampling import RowDraws, closed, end_tokens, response_text, sample
 
 TOKENIZER = char_tokenizer()  # its end of sequence is token 1, as the tiny models'
 PROMPTS = [[5, 6, 7], [30], [9, 8, 7, 6, 5, 4, 3, 2, 40, 41], [50, 51], [5, 6, 7, 8, 9, 10]]
@@ -196,13 +197,13 @@ MESSAGES = [
 ]
 
 
-@pytest.mark.parametrize("length", [256, 5])
+@pytest.mark.parametrize("length", [256, 24])  # 24: the last turn of the chat, and three of four questions
 @pytest.mark.parametrize("around", [{}, {"before": "<s>"}, {"before": "<s>", "after": "</s>"}], ids=str)
 def test_a_prompt_has_the_ids_that_it_has_in_training(tmp_path, around, length):
     tokenizer = char_tokenizer(template=CHATML, **around)
     chat = {"chosen": [{"role": "assistant", "content": "a"}], "rejected": [{"role": "assistant", "content": "b"}]}
     for row, prompt in (
-        ({"prompt": "How so? ", "chosen": "a", "rejected": "b"}, "How so? "),
+        ({"prompt": "How so? " * 4, "chosen": "a", "rejected": "b"}, "How so? " * 4),
         ({"prompt": MESSAGES, **chat}, MESSAGES),
     ):
         (pair,), _ = load_pairs(str(write_rows(tmp_path / "rows.jsonl", [row])), tokenizer, 300, length)
@@ -235,13 +236,13 @@ def word_tokenizer():
 def test_a_response_keeps_the_blank_between_it_and_its_prompt():
     tokenizer = word_tokenizer()
     assert tokenizer.decode([3, 4]) == "hello world"  # the trap
-    assert response_text([2], [3, 4, 1], tokenizer) == " hello world"
-    assert response_text([2, 3], [5, 1], tokenizer) == "!"
+    assert response_text([2], [3, 4, 1], [1], tokenizer) == " hello world"
+    assert response_text([2, 3], [5, 1], [1], tokenizer) == "!"
 
 
 def test_special_tokens_are_no_text():
-    assert response_text(ids("ab"), [*ids("cd"), 2, *ids("e"), 1], TOKENIZER) == "cde"
-    assert response_text([2, *ids("ab"), 3], [1], TOKENIZER) == ""
+    assert response_text(ids("ab"), [*ids("cd"), 2, *ids("e"), 1], [1], TOKENIZER) == "cde"
+    assert response_text([2, *ids("ab"), 3], [1], [1], TOKENIZER) == ""
 
 
 def test_a_prompt_cut_within_a_character_does_not_swallow_the_response():
@@ -250,15 +251,15 @@ def test_a_prompt_cut_within_a_character_does_not_swallow_the_response():
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
     whole, answer = tokenizer("é").input_ids, tokenizer("ü!").input_ids
     assert len(whole) == 2
-    assert response_text(whole, answer, tokenizer) == "ü!"
-    assert response_text(whole[1:], answer, tokenizer) == "ü!"  # its prompt begins in the middle
-    assert response_text(whole[:1], answer, tokenizer) == "ü!"  # and this one ends there
+    assert response_text(whole, answer, [1], tokenizer) == "ü!"
+    assert response_text(whole[1:], answer, [1], tokenizer) == "ü!"  # its prompt begins in the middle
+    assert response_text(whole[:1], answer, [1], tokenizer) == "ü!"  # and this one ends there
 
 
 def test_blanks_are_not_tidied():
     tokenizer = char_tokenizer()
     tokenizer.clean_up_tokenization_spaces = True  # as Llama 3's settings have it
-    assert response_text(ids("a"), ids("b . c ?"), tokenizer) == "b . c ?"
+    assert response_text(ids("a"), ids("b . c ?"), [1], tokenizer) == "b . c ?"
 
 
 def test_a_streamer_gets_the_one_response():
@@ -274,3 +275,25 @@ def test_a_streamer_gets_the_one_response():
     streamer = Streamer()
     (response,) = sample(tiny_model("qwen3"), TOKENIZER, [[5, 6, 7]], 6, seed=0, streamer=streamer)
     assert (streamer.tokens, streamer.ended) == ([5, 6, 7, *response], True)
+
+
+# -- the end -----------------------------------------------------------------------------------------------------------
+
+
+def test_sampling_stops_at_the_end_of_a_turn_and_a_finished_response_is_closed_as_in_training(tmp_path):
+    """A model whose own settings do not know the token in which the template ends a turn (Gemma, Qwen2.5 base)."""
+    tokenizer, model = char_tokenizer(template=CHATML), tiny_model("qwen3", vocab_size=200)
+    assert end_tokens(model, tokenizer) == [1, 3]
+    row = {"prompt": MESSAGES, "chosen": [{"role": "assistant", "content": "a"}]}
+    row["rejected"] = [{"role": "assistant", "content": "b"}]
+    (pair,), _ = load_pairs(str(write_rows(tmp_path / "rows.jsonl", [row])), tokenizer, 300, 200)
+    assert (pair.chosen_ids, pair.end) == ([97, 3], 3)
+    for ended in ([97, 3], [97, 1]):  # whichever it stopped at
+        assert closed(ended, [1, 3], pair.end) == pair.chosen_ids
+        assert response_text(pair.prompt_ids, ended, [1, 3], tokenizer) == "a"
+    assert closed([97, 98], [1, 3], 3) == [97, 98]  # it ran out of room: no end
+    with torch.no_grad():
+        model.lm_head.weight.zero_()  # all tokens alike: one in a hundred is an end
+    responses = sample(model, tokenizer, [pair.prompt_ids] * 64, 100, seed=0)
+    assert {response[-1] for response in responses if len(response) < 100} == {1, 3}
+    assert all({1, 3}.isdisjoint(response[:-1]) for response in responses)

@@ -204,9 +204,13 @@ def test_lambda_follows_the_cost(train, estimate):
         assert any(violations)
 
 
-def test_sampled_cost_is_the_harmless_models_mean_over_responses_of_the_policy(toy, judges, train):
-    """Against a loop of its own: the same prompts and responses, scored one by one by the model loaded alone."""
-    from expected_cost import draw
+@pytest.mark.parametrize("end", [None, 7])
+def test_sampled_cost_is_the_harmless_models_mean_over_responses_of_the_policy(toy, judges, train, end):
+    """Against a loop of its own: the same prompts and responses, scored one by one by the model loaded alone.
+
+    end: what the pairs' responses end in, where it is not the end-of-sequence (a chat's turn, as Gemma's).
+    """
+    from expected_cost import draw, prompts_of
     from packed_model import prepare_model
     from reward_models import RewardModel
     from sampling import sample
@@ -214,7 +218,7 @@ def test_sampled_cost_is_the_harmless_models_mean_over_responses_of_the_policy(t
 
     tokenizer = load_tokenizer(toy / "model")
     pairs, _ = load_pairs(str(toy / "val/harmless_pairs.jsonl"), tokenizer, 512, 256, limit=30)
-    prompts = [pair.prompt_ids for pair in pairs]
+    prompts = prompts_of([pair._replace(end=end) for pair in pairs], tokenizer.eos_token_id)
     policy = load_model(toy / "model", torch.float32, "cpu")
     _, head = lora.load_adapter(policy, judges / "harmless", "harmless", with_head=True)
     lora.switch_adapter(policy, None)
@@ -230,8 +234,9 @@ def test_sampled_cost_is_the_harmless_models_mean_over_responses_of_the_policy(t
     assert cost != sampled_cost(policy, judge, prompts, tokenizer, split, 6, args, world)
     alone = load_model(toy / "model", torch.float32, "cpu", scores=True)
     lora.load_adapter(alone, judges / "harmless", "reward", with_head=True)
-    asked = [ids for ids in draw(prompts, 8, 42 * 1_000_003 + 5, 0, 1) for _ in range(2)]
-    responses = sample(policy, tokenizer, asked, 32, 42 * 1_000_003 + 5)
+    asked = [ids for ids, _ in draw(prompts, 8, 42 * 1_000_003 + 5, 0, 1) for _ in range(2)]
+    responses, eos = sample(policy, tokenizer, asked, 32, 42 * 1_000_003 + 5), tokenizer.eos_token_id
+    responses = [[*r[:-1], end or eos] if r[-1] == eos else r for r in responses]
     with torch.no_grad():
         ends = [alone.base_model(torch.tensor([p + r])).last_hidden_state[0, -1] for p, r in zip(asked, responses)]
     assert cost == pytest.approx(-(torch.stack(ends) @ head[0]).mean().item(), abs=1e-4)
