@@ -197,7 +197,7 @@ def test_overwrite_takes_what_a_run_wrote_and_leaves_the_rest(run, tmp_path):
     left = {name for name in snapshot(out) if not name.startswith("cache/")} - set(mine)
     model = {"config.json", "generation_config.json", "model.safetensors"}
     rest = "tokenizer.json tokenizer_config.json chat_template.jinja trainer_state.json metrics.jsonl args.json"
-    assert left == model | {*rest.split(), "dpo_hf_run.py", "README.md", "manifest.json"}
+    assert left == model | {*rest.split(), "dpo_hf_run.py", "README.md", "curves.html", "manifest.json"}
 
 
 @pytest.mark.parametrize("name", ["README.md", "adapter_config.json", "args.json", "metrics.jsonl", "dpo_hf_run.py"])
