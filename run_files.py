@@ -190,7 +190,8 @@ class MetricsLog:
 
     def _tracked(self):
         """The files that the trackers of this run have written so far."""
-        return [path.resolve() for path in self.logs.rglob("*") if path not in self.before and path.is_file()]
+        found = {path for pattern in trackers.FILES for path in self.logs.glob(pattern)} - self.before
+        return [path.resolve() for path in found if path.is_file()]
 
     def write(self, step, epoch, metrics):
         """One line of metrics {name: float}, which trackers get too; an evaluation draws curves.html."""
@@ -210,12 +211,13 @@ class MetricsLog:
         """One line of lambda.jsonl: what moves at each update and costs nothing to know."""
         if self.is_main:
             entry = {"step": step} | {name: value for name, value in numbers.items() if math.isfinite(value)}
-            path = self.folder / "lambda.jsonl"
-            is_new = not path.exists()
-            with open(path, "a", encoding="utf-8") as file:
-                file.write(json.dumps(entry) + "\n")
-            if is_new:
-                self._list([path], grows=True)
+            path, line = self.folder / "lambda.jsonl", json.dumps(entry) + "\n"
+            if path.exists():
+                with open(path, "a", encoding="utf-8") as file:
+                    file.write(line)
+            else:
+                with whole_files(self.folder, grows=[path.name]) as draft:
+                    (draft / path.name).write_text(line, encoding="utf-8")
 
     def draw(self):
         """curves.html, whole or as it was: a page that cannot be written is no reason to end a run."""

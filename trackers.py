@@ -10,6 +10,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+FILES = "events.out.tfevents.*", "wandb/**/*", "swanlog/**/*"  # in the logging folder
 AS_THEY_ARE = "loss", "loss_components", "rewards_train", "preference_metrics"  # groups of tags
 PROJECT = "preference-alignment"  # for trackers that sort runs by one, unless their variable names another
 
