@@ -74,7 +74,7 @@ conftest.run_script(sys.argv[1:])
         ("step", 2, None),  # before the first checkpoint
         ("step", 6, "checkpoint-3"),  # in an update
         ("fsync", 4, None),  # in the first save, its manifest written and its folder not renamed
-        ("replace", 2, "checkpoint-3"),  # in the second save, at the rename
+        ("replace", 3, "checkpoint-3"),  # behind curves.html and the first save: in the second save, at the rename
         ("step", 9, "checkpoint-6"),  # in the last update
     ],
 )
