@@ -59,8 +59,9 @@ import torch, conftest
 module = torch.optim.AdamW if call == "step" else os
 plain, calls = getattr(module, call), []
 def killer(*given, **named):
-    calls.append(1)
-    if len(calls) == number:
+    path = os.readlink(f"/proc/self/fd/{given[0]}") if call == "fsync" else str(given[0])
+    calls.extend([path] * (call == "step" or ".checkpoint-" in path))  # logs and curves are written beside
+    if len(calls) == number and calls[-1:] == [path]:
         os.kill(os.getpid(), signal.SIGKILL)
     return plain(*given, **named)
 setattr(module, call, killer)
@@ -73,8 +74,12 @@ conftest.run_script(sys.argv[1:])
     [
         ("step", 2, None),  # before the first checkpoint
         ("step", 6, "checkpoint-3"),  # in an update
-        ("fsync", 8, None),  # in the first save, its manifest written and its folder not renamed (4 are of the log)
-        ("replace", 5, "checkpoint-3"),  # in the second save, at the rename of its folder (1 is of the log, 2 a save)
+        ("fsync", 4, None),  # in the first save, its manifest written and its folder not renamed
+        (
+            "replace",
+            4,
+            "checkpoint-3",
+        ),  # in the second save, at the rename of its folder; each renames its manifest too
         ("step", 9, "checkpoint-6"),  # in the last update
     ],
 )
