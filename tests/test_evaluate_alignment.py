@@ -700,7 +700,7 @@ def test_the_system_and_the_history_of_a_row_are_asked(tmp_path):
     row = {"prompt": "b?", "system": "Be brief.", "history": [["q?", "a."]]}
     (tmp_path / "prompts.jsonl").write_text(json.dumps(row))
     args = SimpleNamespace(num_samples=0, chat_template_strings=False, max_prompt_length=99)
-    [[prompt], cut] = evaluate_alignment.read_prompts(str(tmp_path / "prompts.jsonl"), char_tokenizer(), args)
+    [[prompt], cut, _] = evaluation_prompts.read_prompts(str(tmp_path / "prompts.jsonl"), char_tokenizer(), args)
     assert prompt.ids == ids("Be brief.\n\nq?\n\na.\n\nb?")
 
 
