@@ -73,17 +73,28 @@ def load_skeleton(path, tokenizer, trust_remote_code=False, scores=False):
     """The model without its weights (meta device), for checks that should not wait for them.  Raises ModelError."""
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+        both_sides = config.is_encoder_decoder  # a decoder's half sets it to False
         with torch.device("meta"):
             kind = AutoModelForSequenceClassification if scores else AutoModelForCausalLM
             model = kind.from_config(config, trust_remote_code=trust_remote_code)
     except NOT_LOADED as error:
         raise _not_loaded("model", path, error) from None
+    causal = [module.is_causal for module in model.modules() if hasattr(module, "is_causal")]
+    if both_sides or (causal and not any(causal)):
+        raise not_causal(path)
     if len(tokenizer) > len(model.get_input_embeddings().weight):
         known = len(model.get_input_embeddings().weight)
         raise ModelError(
             f"the model {path} knows {known} tokens and the tokenizer {len(tokenizer)}: they do not go together"
         )
     return model
+
+
+def not_causal(name):
+    return ModelError(
+        f"{name} is no causal language model, what it says of a token depends on later ones (an encoder, an "
+        "encoder-decoder, or another model that sees both sides): name a decoder"
+    )
 
 
 def _not_loaded(what, path, error):
