@@ -79,7 +79,7 @@ class PairLayout:
         if key not in self.masks:
             keys = torch.arange(num_keys, device=like.device)
             queries = torch.arange(num_keys - num_queries, num_keys, device=like.device).view(-1, 1)
-            unseen = ~sees(queries, keys, reach)
+            unseen = sees(queries, keys, reach).logical_not()
             mask = torch.zeros(unseen.shape, dtype=like.dtype, device=like.device).masked_fill_(unseen, -math.inf)
             self.masks[key] = mask.repeat(copies, 1)
         return self.masks[key]

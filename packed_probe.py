@@ -114,9 +114,12 @@ def refuse_later_tokens(model, plain_states, batch):
     """Raise ModelError where what a model says of a token depends on a later one."""
     ids = batch.input_ids[:, : batch.segments[0][2]]
     with embeddings_kept(model) as kept:
-        states = plain_states(ids)
-        if kept and states.requires_grad and leak(states, kept[0], list(range(ids.shape[1] // 2))) > EXACT:
-            raise not_causal(name_of(model))
+        try:
+            found = leak(plain_states(ids), kept[0], list(range(ids.shape[1] // 2)))
+        except (RuntimeError, IndexError):  # it has no gradient by its embeddings, and cannot be trained anyway
+            return
+    if found > EXACT:
+        raise not_causal(name_of(model))
 
 
 def name_of(model):
