@@ -155,13 +155,16 @@ def cells(kind):
         lora.add_adapter(adapted, "policy", 4, 8)
         prepare_model(adapted)
         adapter = apart(torch.stack(adapted.packed_logps(batch)), scored)
+        with torch.enable_grad():
+            sum(adapted.train().packed_logps(batch)).sum().backward()
     except (lora.AdapterError, ModelError) as error:
         adapter = f"refused: {error}"
     except Exception as error:  # of a layer that cannot carry one
-        adapter = f"{type(error).__name__}: {error}"
+        adapter = f"{type(error).__name__}: {str(error)[:100]}"
     path = "packed" if model.packs_pairs else "plain"
     why = said.replace("packed pairs: on, chosen and rejected share one pass over their prompt", "").removeprefix("; ")
     why = why.removeprefix("packed pairs: off, sequences are scored one by one ")
+    why = why[1:].replace(")", "", 1) if why.startswith("(") else why
     return path, apart(scored, expected), apart(trained, scored), adapter, why
 
 
