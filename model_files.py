@@ -82,12 +82,22 @@ def load_skeleton(path, tokenizer, args, scores=False):
     with torch.device("meta"):
         build = partial(kind.from_config, config, trust_remote_code=args.trust_remote_code)
         model = _loaded("model", path, lambda _: build())
+    causal = [module.is_causal for module in model.modules() if hasattr(module, "is_causal")]
+    if causal and not any(causal):
+        raise not_causal(path)
     known, ids = len(model.get_input_embeddings().weight), tokenizer.get_vocab().values()
     if max(ids) >= known:  # not len(tokenizer): ids may have gaps
         raise ModelError(
             f"the model {path} knows {known} tokens and the tokenizer {max(ids) + 1}: they do not go together"
         )
     return model
+
+
+def not_causal(name):
+    return ModelError(
+        f"{name} is no causal language model, what it says of a token depends on later ones (an encoder, an "
+        "encoder-decoder, or another model that sees both sides): name a decoder"
+    )
 
 
 def check_positions(config, tokens, what, path):
@@ -101,7 +111,7 @@ def _config(path, trust_remote_code):
     """config.json of a causal language model whose weights are whole.  Raises ModelError."""
     config = _loaded("model", path, partial(AutoConfig.from_pretrained, trust_remote_code=trust_remote_code))
     if getattr(config, "is_encoder_decoder", False):
-        raise ModelError(f"{path} is an encoder-decoder ({config.model_type}): name a causal language model")
+        raise not_causal(path)
     for part in (config, _loaded("model", path, lambda _: config.get_text_config())):
         if how := getattr(part, "quantization_config", None):
             method = how.get("quant_method") if isinstance(how, dict) else getattr(how, "quant_method", None)

@@ -17,6 +17,7 @@ from transformers.masking_utils import sdpa_mask
 
 BY_HAND = 512  # keys up to which attention in bf16 on a CPU is faster by hand than torch's (docs/results.md)
 FAR = 2**17  # tokens: a reach beyond is none
+NO_REACH = 2**40  # in the place of a mask that no reach describes
 
 # What attention functions are given and packed attention does: the window stands in the mask too, and that one counts.
 HONOURED = {"scaling", "sliding_window", "dropout", "position_ids", "use_cache", "is_causal", "cache_position"}
@@ -49,13 +50,13 @@ def reach_mask(mask_function, local_size=None, device="cpu", **_):
     keys, first = torch.arange(FAR, device=device), torch.zeros((), dtype=torch.long, device=device)
     last = mask_function(first, first, keys[-1], keys)
     width = int(last.sum())  # of a window; of a chunk only where the last token ends one
-    for reach in dict.fromkeys((None, local_size, local_size and -local_size, width, -width)):
+    for reach in (None, *(sign * size for size in (local_size, width) if size for sign in (1, -1))):
         size = abs(reach or 8)
         rows = torch.tensor([0, 1, size - 1, size, size + 1, 2 * size - 1, 2 * size, 3 * size, FAR // 3, FAR - 1])
         rows = rows.to(device)[:, None]
         if torch.equal(mask_function(first, first, rows, keys).expand(len(rows), -1), sees(rows, keys, reach)):
             return torch.tensor(reach or 0).view(1, 1, 1, 1)
-    raise CannotPack("its attention mask is neither causal nor a window nor in chunks")
+    return torch.tensor(NO_REACH).view(1, 1, 1, 1)  # no error yet: models make masks that no layer asks for
 
 
 # -- attention -----------------------------------------------------------------------------------------------------
@@ -78,7 +79,7 @@ class PairLayout:
         if key not in self.masks:
             keys = torch.arange(num_keys, device=like.device)
             queries = torch.arange(num_keys - num_queries, num_keys, device=like.device).view(-1, 1)
-            unseen = ~sees(queries, keys, reach)
+            unseen = sees(queries, keys, reach).logical_not()
             mask = torch.zeros(unseen.shape, dtype=like.dtype, device=like.device).masked_fill_(unseen, -math.inf)
             self.masks[key] = mask.repeat(copies, 1)
         return self.masks[key]
@@ -92,14 +93,16 @@ def packed_attention(module, query, key, value, attention_mask, pair_layout=None
     """
     if pair_layout is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    pair_layout.calls += 1
     unknown = [name for name, given in kwargs.items() if given is not None and name not in HONOURED]
     if unknown:
         raise CannotPack(f"its attention takes {', '.join(unknown)}")
     if attention_mask is not None and attention_mask.numel() > 1:
         raise CannotPack("its layers make attention masks of their own")
-    pair_layout.calls += 1
     if pair_layout.ask_reach:
         module.pair_reach = None if attention_mask is None else attention_mask.item() or None
+        if module.pair_reach == NO_REACH:
+            raise CannotPack("its attention mask is neither causal nor a window nor in chunks")
     scaling, reach = kwargs.get("scaling"), module.pair_reach
     groups = query.shape[1] // key.shape[1]
 

@@ -149,13 +149,18 @@ def _packed_hidden(model, batch, layout=None):
     layout = layout or PairLayout(batch.segments)
     # Of four dimensions it is a mask that is ready, and transformers makes none.
     ones = torch.ones_like(batch.input_ids) if layout.ask_reach else batch.input_ids.new_ones(1, 1, 1, 1)
-    return model.base_model(
+    return backbone(model)(
         input_ids=batch.input_ids,
         position_ids=batch.position_ids,
         attention_mask=ones,
         use_cache=False,
         pair_layout=layout,
     ).last_hidden_state[0]  # (T, H)
+
+
+def backbone(model):
+    """The model without its head (Llama 4's base_model is the whole model)."""
+    return model.base_model if model.base_model is not model else model.model
 
 
 def _head_weight(model):
@@ -209,7 +214,7 @@ def _ends(model, batch, layout=None):
     if layout is not None or model.packs_pairs:
         return _packed_hidden(model, batch, layout)[batch.ends]
     ids = (torch.cat(pair)[None] for pair in _sequences(batch))
-    ends = [model.base_model(input_ids=row, use_cache=False).last_hidden_state[:, -1] for row in ids]
+    ends = [backbone(model)(input_ids=row, use_cache=False).last_hidden_state[:, -1] for row in ids]
     return torch.cat(ends)[: len(batch.ends)]  # of no pairs: none
 
 
@@ -244,7 +249,7 @@ def prepare_scores(model):
     type(model).packed_scores = packed_scores
 
     def hidden(ids):
-        return model.base_model(input_ids=ids, use_cache=False).last_hidden_state[0]
+        return backbone(model)(input_ids=ids, use_cache=False).last_hidden_state[0]
 
     return packed_probe.choose_path(model, partial(_ends, model), hidden, partial(_packed_hidden, model))
 
@@ -255,7 +260,7 @@ def _check_head(model):
     batch = packed_probe.probe_batch(model)
     ids = batch.input_ids[:, : batch.segments[0][2]]
     logits = model(input_ids=ids, use_cache=False).logits[0].float()
-    hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state[0]
+    hidden = backbone(model)(input_ids=ids, use_cache=False).last_hidden_state[0]
     ours = _capped_logits(hidden, _head_weight(model), final_softcap(model))[0]
     if not packed_probe.distance(ours, logits) <= packed_probe.tolerance(model):
         raise CannotPack("its head is more than one matrix")

@@ -191,11 +191,11 @@ BROKEN = {  # what is done to a good model folder, and what the sentence has to 
     "fewer tokens than the tokenizer": (lambda d: write_model(d, seed=0, vocab_size=64), "knows 64 tokens"),
     "an encoder-decoder": (
         lambda d: (d / "config.json").write_text('{"model_type": "t5"}'),
-        "is an encoder-decoder (t5)",
+        "is no causal language model",
     ),
     "an encoder-decoder with a decoder class": (
         lambda d: (d / "config.json").write_text('{"model_type": "bart"}'),
-        "is an encoder-decoder (bart)",
+        "is no causal language model",
     ),
     "quantised by bitsandbytes": (
         lambda d: edit(d / "config.json", quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True}),

@@ -15,10 +15,12 @@ import pytest
 import torch
 from conftest import run_script
 from ranks import run_ranks
+from safetensors.torch import save_file
 from test_flags import write_world
 
+import distributed
 import lora
-from checkpoints import CheckpointError, checkpoints, find, new_checkpoint, verify
+from checkpoints import CheckpointError, chance, checkpoints, find, new_checkpoint, restore, verify
 from model_files import load_model
 
 ROOT = Path(__file__).parent.parent
@@ -140,6 +142,26 @@ def test_two_ranks_resume_with_a_state_of_chance_each(words, tmp_path):
         return results(tmp_path / name)
 
     assert train("one") == train("two", "--resume", tmp_path / "one/checkpoint-3")
+
+
+@pytest.mark.parametrize("bytes_more", [0, 16, -16], ids=["as saved", "on a GPU", "on a CPU"])
+def test_another_kind_of_device_draws_chance_anew_and_says_so(bytes_more, tmp_path, capsys):
+    """A GPU's state stands behind the CPU's: of a run on another kind of device the two are longer or shorter."""
+    world, parameter = distributed.start("cpu"), torch.nn.Parameter(torch.zeros(2))
+    optimizer = torch.optim.SGD([parameter], lr=0.1)
+    parts = optimizer, torch.optim.lr_scheduler.ConstantLR(optimizer), torch.amp.GradScaler("cpu", enabled=False)
+    torch.manual_seed(5)
+    state = chance(world.device)
+    drawn = torch.rand(4)
+    saved = state[:bytes_more] if bytes_more < 0 else torch.cat((state, state[:bytes_more]))
+    save_file({"parameter.0": torch.ones(2), "chance": saved[None]}, tmp_path / "training.safetensors")
+    content = {"step": 3, "rates": [0.1], "scheduler": parts[1].state_dict(), "scaler": parts[2].state_dict()}
+    (tmp_path / "state.json").write_text(json.dumps(content))
+    restore(tmp_path, [parameter], *parts, world)
+    assert torch.equal(torch.rand(4), drawn) == (bytes_more == 0)
+    said = "dropout is drawn anew: the checkpoint is of another number of ranks or another kind of device\n"
+    assert capsys.readouterr().out == (said if bytes_more else "")
+    assert parameter.tolist() == [1, 1]
 
 
 def test_save_total_limit_keeps_the_newest(words, tmp_path):

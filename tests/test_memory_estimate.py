@@ -235,6 +235,15 @@ def test_activations_are_those_of_a_real_pass_over_packed_pairs(name, lora_r):
     assert sum(counted.saved) == pytest.approx(real, rel=0.1)
 
 
+@pytest.mark.parametrize(("dtype", "chosen_heads"), [(torch.bfloat16, 2), (torch.float16, 2), (torch.float32, 4)])
+def test_keys_of_chosen_are_repeated_where_flash_attention_does_not_run(dtype, chosen_heads):
+    query, key = torch.empty(1, 4, 6, 8, dtype=dtype, requires_grad=True), torch.empty(1, 2, 6, 8, dtype=dtype)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(tuple(t.shape)) or t, lambda t: t):
+        memory_estimate._attend(None, query, key, key, None)
+    assert [shape[1] for shape in kept if len(shape) == 4] == [4, chosen_heads, chosen_heads, 4] + [4] * 4
+
+
 def test_twice_the_tokens_take_twice_and_checkpointing_takes_less():
     skeleton = skeleton_of(tiny_model("qwen3"))
     lora.add_adapter(skeleton, "policy", 4, 32)

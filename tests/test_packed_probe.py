@@ -1,0 +1,315 @@
+"""What a model is asked before it is trained: how far back its layers look, whether a token leaks into another
+sequence, whether it is causal, and whether train mode is the same network as eval mode.
+"""
+
+import copy
+import importlib
+
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers
+from conftest import SIZES, random_pairs, run_script, tiny_model
+from test_copy import RUNS
+from test_flags import write_world
+from test_packed_model import ON, oracle, scores
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
+from transformers.masking_utils import (
+    bidirectional_mask_function,
+    causal_mask_function,
+    chunked_causal_mask_function,
+    or_masks,
+    sliding_window_causal_mask_function,
+)
+
+import distributed
+import lora
+from model_files import ModelError, load_skeleton, load_tokenizer
+from packed_attention import NO_REACH, PairLayout, packed_attention, reach_mask
+from packed_model import prepare_model, prepare_scores
+
+MOE = dict(num_local_experts=4, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32)
+MOE |= dict(shared_expert_intermediate_size=32)
+KINDS = {  # name -> (config class, its arguments): of transformers' kinds, those with a trait that is asked for here
+    "phimoe": (transformers.PhimoeConfig, SIZES | MOE | dict(sliding_window=12, router_jitter_noise=0.1)),
+    "qwen2_moe": (
+        transformers.Qwen2MoeConfig,
+        SIZES | MOE | dict(use_sliding_window=True, sliding_window=12, max_window_layers=1),
+    ),
+    "doge": (transformers.DogeConfig, SIZES | dict(sliding_window=12)),
+    "llama4": (
+        transformers.Llama4TextConfig,
+        SIZES
+        | MOE
+        | dict(head_dim=8, intermediate_size_mlp=64, attention_chunk_size=12, pad_token_id=None)
+        | dict(layer_types=["chunked_attention", "full_attention"]),
+    ),
+    "falcon_h1": (
+        transformers.FalconH1Config,
+        SIZES | dict(mamba_d_ssm=64, mamba_n_heads=4, mamba_d_head=16, mamba_d_state=8, mamba_n_groups=1),
+    ),
+    "seed_oss": (transformers.SeedOssConfig, SIZES | dict(residual_dropout=0.1)),
+    "starcoder2": (transformers.Starcoder2Config, SIZES | dict(residual_dropout=0.1, embedding_dropout=0.1)),
+    "falcon": (
+        transformers.FalconConfig,
+        dict(vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, hidden_dropout=0.1),
+    ),
+    "bert": (
+        transformers.BertConfig,
+        dict(vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64),
+    ),
+    "gemma3 of both sides": (
+        transformers.Gemma3TextConfig,
+        SIZES | dict(head_dim=8, use_bidirectional_attention=True),
+    ),
+    "llama": (transformers.LlamaConfig, SIZES),
+}
+
+
+def build(name, dtype=torch.float32, std=0.2, **changes):
+    config_class, arguments = KINDS[name]
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config_class(**arguments | changes))
+    for path, module in model.named_modules():
+        if isinstance(module, (nn.Linear, nn.Embedding)) or "experts" in path:
+            for weight in module.parameters(recurse=False):
+                nn.init.normal_(weight, std=std) if weight.ndim > 1 else None
+    return model.to(dtype).eval()
+
+
+# -- windows and chunks --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "packs"), [("phimoe", True), ("qwen2_moe", True), ("llama4", True), ("doge", False)])
+@pytest.mark.parametrize("size", [12, 90])  # 90: longer than the test pairs of prepare_model
+@torch.no_grad()
+def test_a_window_that_only_the_mask_knows_is_seen(name, packs, size):
+    what = "attention_chunk_size" if name == "llama4" else "sliding_window"
+    model, wide = build(name, **{what: size}), build(name, **{what: 125})
+    pairs = random_pairs([(60, 40, 50), (20, 70, 10)])
+    expected = oracle(copy.deepcopy(model), pairs)
+    assert (oracle(wide, pairs) - expected).abs().max() > 0.1 or name == "doge"  # the window cuts something off
+    assert (prepare_model(model).startswith(ON)) == packs
+    torch.testing.assert_close(scores(model, pairs), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("mask", "size", "reach"),
+    [
+        (causal_mask_function, None, 0),
+        *((sliding_window_causal_mask_function(n), n, n) for n in (1, 2, 12, 4096, 100_000)),
+        *((sliding_window_causal_mask_function(n), None, n) for n in (7, 4096)),  # nobody names it
+        *((chunked_causal_mask_function(n, torch.zeros(1, dtype=torch.long)), n, -n) for n in (3, 8192, 50_000)),
+        (bidirectional_mask_function, None, NO_REACH),
+        (sliding_window_causal_mask_function(0), 0, NO_REACH),
+        (or_masks(sliding_window_causal_mask_function(9), lambda b, h, query, key: key < 2), 9, NO_REACH),  # sinks
+        (chunked_causal_mask_function(16, torch.full((1,), 5)), 16, NO_REACH),
+    ],
+)
+def test_the_reach_of_a_mask(mask, size, reach):
+    assert reach_mask(mask, size).item() == reach
+
+
+# -- leaks ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("prepare", [prepare_model, prepare_scores])
+def test_a_leak_that_rounding_would_hide_takes_the_plain_path(dtype, prepare):
+    """A state that runs through the row beside attention, as in hybrid models; 1e-4 of a token reaches the next one."""
+    model = build("llama", dtype)
+    if prepare is prepare_scores:
+        model = transformers.LlamaForSequenceClassification(model.config).to(dtype).eval()
+
+    def run_on(module, args):
+        states, *others = args
+        return states + 1e-4 * F.pad(states, (0, 0, 1, 0))[:, :-1], *others
+
+    model.model.layers[0].register_forward_pre_hook(run_on)
+    assert "depend on tokens outside of their own sequence" in prepare(model)
+    assert not model.packs_pairs
+
+
+@torch.no_grad()
+def test_a_hybrid_with_attention_in_every_layer_is_scored_one_by_one():
+    model = build("falcon_h1", torch.bfloat16, std=0.02)
+    pairs, untouched = random_pairs([(10, 7, 5), (4, 6, 8)]), copy.deepcopy(model)
+    assert prepare_model(model).startswith("packed pairs: off")
+    torch.testing.assert_close(scores(model, pairs), oracle(untouched, pairs).float(), rtol=0.02, atol=0.5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["bert", "gemma3 of both sides"])
+def test_a_model_that_sees_later_tokens_is_no_base(name, dtype):
+    with pytest.raises(ModelError, match="is no causal language model.*name a decoder"):
+        prepare_model(build(name, dtype, std=0.02))
+
+
+@pytest.fixture(scope="module")
+def encoders(tmp_path_factory):
+    """Folders of an encoder and an encoder-decoder: config and tokenizer, and no weights that could be loaded."""
+    folder = tmp_path_factory.mktemp("encoders")
+    world = write_world(folder / "world")
+    tokenizer = load_tokenizer(str(world / "model"))
+    small = dict(vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=2, num_attention_heads=4)
+    of_both = dict(vocab_size=len(tokenizer), d_model=32, encoder_layers=1, decoder_layers=1)
+    for config in (transformers.BertConfig(**small), transformers.BartConfig(**of_both), transformers.T5Config()):
+        config.save_pretrained(folder / config.model_type)
+        tokenizer.save_pretrained(folder / config.model_type)
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["bert", "bart"])
+@pytest.mark.parametrize("script", sorted(RUNS.keys() - {"prepare_data.py"}))
+def test_every_script_refuses_an_encoder_before_its_weights(script, kind, encoders, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = RUNS[script].replace("{world}/model", str(encoders / kind)).format(world=encoders / "world").split()
+    words += [] if "--output" in words else ["--output-dir", "out"]
+    with pytest.raises(SystemExit) as ended:
+        run_script(words, importlib.import_module(script.removesuffix(".py")))
+    assert ended.value.code == 2
+    assert f"{encoders / kind} is no causal language model" in capsys.readouterr().err
+
+
+def test_an_encoder_decoder_without_a_decoder_of_its_own_is_one_sentence(encoders):
+    with pytest.raises(ModelError):
+        load_skeleton(str(encoders / "t5"), load_tokenizer(str(encoders / "t5")))
+
+
+# -- train mode ----------------------------------------------------------------------------------------------------
+
+
+def train_is_eval(model, pairs):
+    before = scores(model.eval(), pairs)
+    return all(torch.equal(scores(model.train(), pairs), before) for _ in range(3))
+
+
+@pytest.mark.parametrize("name", ["seed_oss", "starcoder2", "falcon", "phimoe"])
+@torch.no_grad()
+def test_chance_of_the_base_is_off_in_train_mode(name):
+    model, pairs = build(name), random_pairs([(40, 30, 30), (20, 10, 40)])
+    untouched = copy.deepcopy(model).train()
+    assert not torch.equal(oracle(untouched, pairs), oracle(untouched, pairs))
+    expected = oracle(untouched.eval(), pairs)
+    says = prepare_model(model)
+    assert ("PhimoeTopKRouter: in training too as in evaluation" in says) == (name == "phimoe")
+    assert train_is_eval(model, pairs)
+    torch.testing.assert_close(scores(model, pairs), expected, rtol=1e-4, atol=1e-4)
+    assert all(block.training for block in model.modules() if hasattr(block, "gradient_checkpointing_enable"))
+
+
+class Noisy(nn.Module):
+    def forward(self, x):
+        return x + 0.01 * torch.randn_like(x) if self.training else x
+
+
+class Doubling(nn.Module):
+    def forward(self, x):
+        return 2 * x if self.training else x
+
+
+class Rarely(nn.Module):
+    """Draws each time, and what it draws seldom counts: only the state of the generator tells."""
+
+    def forward(self, x):
+        return x + (torch.rand(()) > 0.9999) if self.training else x
+
+
+@pytest.mark.parametrize("kind", [Noisy, Doubling, Rarely])
+@torch.no_grad()
+def test_a_module_that_is_another_in_train_mode_is_kept_in_eval_mode(kind):
+    model = build("llama")
+    for layer in model.model.layers:
+        layer.mlp.act_fn = nn.Sequential(nn.SiLU(), kind())
+    assert f"; {kind.__name__}: in training too as in evaluation" in prepare_model(model)
+    assert train_is_eval(model, random_pairs([(9, 5, 6)]))
+    again = copy.deepcopy(model).train()
+    assert [type(m).__name__ for m in again.modules() if not m.training] == [kind.__name__] * 2
+    assert again.model.layers[0].mlp.act_fn[1].training is False and again.model.layers[0].training
+
+
+def test_a_block_that_is_another_in_train_mode_is_named():
+    model = build("llama")
+    kind = type(model.model.layers[1])
+
+    class LoudBlock(kind):
+        def forward(self, hidden_states, **kwargs):
+            return super().forward(hidden_states + self.training * torch.rand_like(hidden_states), **kwargs)
+
+    model.model.layers[1].__class__ = LoudBlock
+    with pytest.raises(ModelError, match=r"in train mode its module model.layers.1 \(LoudBlock\) draws chance"):
+        prepare_model(model)
+
+
+@torch.no_grad()
+def test_dropout_of_lora_is_no_fault_and_stays():
+    model = build("llama")
+    for b in lora.add_adapter(model, "policy", 4, 8, dropout=0.5)[1::2]:
+        nn.init.normal_(b)
+    assert prepare_model(model) == ON
+    assert not train_is_eval(model, random_pairs([(9, 5, 6)]))
+
+
+# -- CUDA ----------------------------------------------------------------------------------------------------------
+
+
+def test_attention_of_cudnn_is_off_on_a_gpu(monkeypatch):
+    for name, answer in (("is_available", True), ("device_count", 1), ("set_device", None)):
+        monkeypatch.setattr(torch.cuda, name, lambda *_, answer=answer: answer)
+    assert torch.backends.cuda.cudnn_sdp_enabled()
+    try:
+        assert distributed.start("cuda").device == torch.device("cuda:0")
+        assert not torch.backends.cuda.cudnn_sdp_enabled()
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(True)
+
+
+class Calls(TorchFunctionMode):
+    """What is asked of torch's attention."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is F.scaled_dot_product_attention:
+            self.found.append((args[0].shape[1] == args[1].shape[1], "attn_mask" in kwargs))
+        if function is torch.Tensor.contiguous and args[0].device.type == "cuda":
+            return args[0]  # a build without CUDA has no guard for its devices
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "capability", "grouped"),
+    [
+        (torch.bfloat16, (8, 0), True),
+        (torch.float16, (9, 0), True),
+        (torch.float16, (7, 5), False),  # flash attention does not run, and math keeps tokens x tokens for each head
+        (torch.float32, (9, 0), False),
+    ],
+)
+def test_on_cuda_heads_are_grouped_where_flash_attention_runs_and_only_there(dtype, capability, grouped, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+    module = nn.Module()
+    module.pair_reach = None
+    with FakeTensorMode():  # has shapes, types and devices, and no numbers
+        query = torch.empty(1, 4, 9, 8, dtype=dtype, device="cuda")
+        key = torch.empty(1, 2, 9, 8, dtype=dtype, device="cuda")
+        with Calls() as calls:
+            output = packed_attention(module, query, key, key, None, PairLayout(((0, 3, 6, 9),)))[0]
+    assert output.shape == (1, 9, 4, 8) and output.device.type == "cuda"
+    assert calls.found == [(not grouped, False), (True, True)]  # chosen, causal; rejected, by a mask
+
+
+def test_packed_attention_with_repeated_heads_is_that_with_grouped_ones(monkeypatch):
+    model, pairs = tiny_model("qwen3", torch.float64), random_pairs([(5, 4, 3), (2, 6, 1)])
+    assert prepare_model(model) == ON
+    with torch.no_grad(), Calls() as calls:
+        expected = scores(model, pairs)
+        monkeypatch.setattr("packed_attention.takes_groups", lambda query: False)
+        repeated = scores(model, pairs)
+    assert (False, False) in calls.found[: len(calls.found) // 2]
+    assert (False, False) not in calls.found[len(calls.found) // 2 :]
+    torch.testing.assert_close(repeated, expected, rtol=1e-12, atol=1e-12)
