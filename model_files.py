@@ -74,13 +74,14 @@ def load_model(path, dtype, device, trust_remote_code=False, scores=False, max_l
 def load_skeleton(path, tokenizer, args, scores=False):
     """The model without its weights (meta device), for checks that should not wait for them.  Raises ModelError.
 
-    args: of the command line, trust_remote_code and, where the script has it, max_length.
+    args: of the command line, where the script has them: trust_remote_code, max_length.
     """
-    config, max_length = _config(path, args.trust_remote_code), getattr(args, "max_length", 0)
+    trust, max_length = getattr(args, "trust_remote_code", False), getattr(args, "max_length", 0)
+    config = _config(path, trust)
     check_positions(config, max_length, f"--max-length {max_length}", path)
     kind = AutoModelForSequenceClassification if scores else AutoModelForCausalLM
     with torch.device("meta"):
-        build = partial(kind.from_config, config, trust_remote_code=args.trust_remote_code)
+        build = partial(kind.from_config, config, trust_remote_code=trust)
         model = _loaded("model", path, lambda _: build())
     causal = [module.is_causal for module in model.modules() if hasattr(module, "is_causal")]
     if causal and not any(causal):

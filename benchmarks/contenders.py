@@ -171,7 +171,7 @@ def compare(benchmark, args):
     plan = {"rows": 0, "output": "DIR", "dtype": "auto"}
     ours = benchmark.script.get_args(our_flags(benchmark, args, plan))
     per_update = args.batch_size * args.gradient_accumulation_steps
-    skeleton = load_skeleton(args.model, load_tokenizer(args.model), scores=benchmark.scores)
+    skeleton = load_skeleton(args.model, load_tokenizer(args.model), args, scores=benchmark.scores)
     plan["rows"], pairs = first_pairs(args, (args.warmup + args.updates) * per_update)
     shuffled = epoch_plan(pairs, 0, ours.seed, args.batch_size, args.gradient_accumulation_steps, 1)
     plan["updates"] = [[pair for micro_batch in ranks[0] for pair in micro_batch] for _, ranks in shuffled]

@@ -44,7 +44,7 @@ def run_trl(args, ours, plan, name):
     import peft
 
     model, tokenizer = args.model, load_tokenizer(args.model)
-    pad = pad_unlike_ends(args.model, tokenizer, load_skeleton(args.model, tokenizer, scores=True).config)
+    pad = pad_unlike_ends(args.model, tokenizer, load_skeleton(args.model, tokenizer, args, scores=True).config)
     tokenizer.pad_token = tokenizer.convert_ids_to_tokens(pad)
     options = dict(task_type="SEQ_CLS", modules_to_save=["score"])  # as TRL's documentation has it for a base model
     adapter = peft.LoraConfig(r=ours.lora_r, lora_alpha=ours.lora_alpha, target_modules="all-linear", **options)

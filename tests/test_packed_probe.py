@@ -4,6 +4,7 @@ sequence, whether it is causal, and whether train mode is the same network as ev
 
 import copy
 import importlib
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -175,7 +176,7 @@ def test_every_script_refuses_an_encoder_before_its_weights(script, kind, encode
 
 def test_an_encoder_decoder_without_a_decoder_of_its_own_is_one_sentence(encoders):
     with pytest.raises(ModelError):
-        load_skeleton(str(encoders / "t5"), load_tokenizer(str(encoders / "t5")))
+        load_skeleton(str(encoders / "t5"), load_tokenizer(str(encoders / "t5")), SimpleNamespace())
 
 
 # -- train mode ----------------------------------------------------------------------------------------------------
