@@ -41,10 +41,11 @@ def nearest_shapes(row, others=()):
     words = {word for name in row for word in _words(name)}
 
     def distance(shape):
-        near = {word for name in shape.fields for word in _words(name)} & words
-        return -len(shape.fields.keys() & row.keys()), -len(near), len(shape.fields.keys() - row.keys())
+        same = len({*shape.fields, *shape.reads} & row.keys())
+        near = len({word for name in shape.fields for word in _words(name)} & words)
+        return -same, -near, len(shape.fields.keys() - row.keys()) if same else 0
 
-    known = [shape for shape in [*SHAPES, *others] if not shape.lists or row.keys() & set(shape.lists)]
+    known = [shape for shape in [*SHAPES, *others] if not shape.lists or row.keys() >= shape.fields.keys()]
     return sorted(known, key=distance)[:2]
 
 

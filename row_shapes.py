@@ -208,8 +208,8 @@ INSTRUCTION = Shape(
 )
 SHAPES = [  # the first whose fields fit a file's first row is the shape of the file
     prompt_and_responses("prompt", "chosen", "rejected"),
-    prompt_and_responses("prompt", "chosen_response", "rejected_response"),
     Shape("prompt/chosen/rejected messages", {"prompt": list, "chosen": list, "rejected": list}, message_lists),
+    prompt_and_responses("prompt", "chosen_response", "rejected_response"),
     Shape("prompt string, messages", {"prompt": str, "chosen": list, "rejected": list}, message_lists),
     *(
         asked_and_answers(asked, "chosen", "rejected", kind)
