@@ -29,7 +29,7 @@ def example_of(shape):
     if shape.example:
         return shape.example
     answers = ("chosen", "rejected")
-    kinds = {str: lambda field: '"…"', int: lambda field: "0", dict: lambda field: ANSWERS}
+    kinds = {str: lambda field: '"…"', int: lambda field: "0", bool: lambda field: "true", dict: lambda field: ANSWERS}
     kinds[list] = lambda field: f"[{ANSWERS if field in answers else ASKS}]"
     return "{" + ", ".join(f'"{field}": {kinds[kind](field)}' for field, kind in shape.fields.items()) + "}"
 

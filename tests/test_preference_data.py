@@ -612,7 +612,7 @@ FOUND = {  # file -> its content, the shape that is named, (prompt, chosen, reje
     "pairs.tsv": ('question\tchosen\trejected\np, q\tc\t"r\ns"\n', "question/chosen/rejected", ("p, q", "c", "r\ns")),
     "pairs.csv.gz": (gzip.compress(b"prompt,chosen,rejected\np,c,r\n"), "prompt/chosen/rejected", ("p", "c", "r")),
     "pku.csv": (
-        "prompt,response_0,response_1,better_response_id,is_response_0_safe\np,r,c,1,True\n",
+        "prompt,response_0,response_1,better_response_id,is_response_0_safe,is_response_1_safe\np,r,c,1,True,False\n",
         "prompt/response_0/response_1/better_response_id",
         ("p\n", "c", "r"),
     ),
