@@ -211,6 +211,26 @@ def is_rendered(text, tokenizer):
     return bool(tokenizer.chat_template) and tokenizer.convert_ids_to_tokens(turn_end(tokenizer)) in text
 
 
+def is_past_template(text, tokenizer):
+    """Whether the prompt is a string that does not read as the tokenizer's chat template writes: it holds no end of a
+    turn, and does not end in the header of the assistant's answer.
+    """
+    if not tokenizer.chat_template or is_rendered(text, tokenizer):
+        return False
+    header = _answer_header(tokenizer, str(tokenizer.chat_template))
+    return not (header and text.endswith(header))
+
+
+@lru_cache(8)
+def _answer_header(tokenizer, template):
+    talk = [{"role": "user", "content": "What is said"}]
+    try:
+        before, whole = (render(talk, tokenizer, add_generation_prompt=begins) for begins in (False, True))
+    except Malformed:
+        return ""
+    return whole.removeprefix(before)
+
+
 def turn_end(tokenizer):
     """Id of the token that ends the assistant's turn (Gemma's <end_of_turn>, ChatML's <|im_end|>), or the eos."""
     return _turn_end(tokenizer, str(tokenizer.chat_template)) if tokenizer.chat_template else tokenizer.eos_token_id

@@ -16,7 +16,7 @@ quantiles of its score then instead of a harm rate, and `safe` means at least th
 Copy with: charts.py chat_text.py distributed.py evaluation_numbers.py evaluation_prompts.py flags.py
     implicit_rewards.py lora.py lora_targets.py model_files.py packed_attention.py packed_model.py packed_probe.py
     packing.py preference_data.py preference_rows.py report_page.py report_text.py reward_models.py row_files.py
-    row_prompts.py run_files.py sampling.py score_cache.py tensor_files.py toy_world.py trackers.py
+    row_prompts.py row_shapes.py run_files.py sampling.py score_cache.py tensor_files.py toy_world.py trackers.py
     training_curves.py written_files.py
 """
 

@@ -12,8 +12,8 @@ among all rows alone: the same flags give the same bytes, and a file that was le
 
 Copy with: batch_file.py chat_text.py distributed.py flags.py generated_rows.py lora.py lora_targets.py
     model_files.py packed_attention.py packed_model.py packed_probe.py packing.py preference_data.py
-    preference_rows.py reward_function.py reward_models.py row_files.py row_prompts.py sampling.py score_cache.py
-    tensor_files.py toy_world.py written_files.py
+    preference_rows.py reward_function.py reward_models.py row_files.py row_prompts.py row_shapes.py sampling.py
+    score_cache.py tensor_files.py toy_world.py written_files.py
 """
 
 import hashlib

@@ -18,6 +18,7 @@ from chat_text import (
     cut_chat,
     encode_pair,
     full_texts,
+    is_past_template,
     note,
     note_lines,
     render,
@@ -142,6 +143,12 @@ def load_pairs(
         report.append(f"  cut {cut:,} pairs to --max-length {max_length} or --max-prompt-length {max_prompt_length}")
     if merged:
         report.append(f"  in {merged:,} pairs a token spans the seam of prompt and response, and counts as response")
+    plain = 0 if is_chat else sum(is_past_template(row[2][0], tokenizer) for row in rows)
+    if plain:
+        report.append(
+            f"  {plain:,} rows are strings and pass by the tokenizer's chat template: for a model that is to chat, "
+            "train with --chat-template-strings"
+        )
     if is_chat:
         _, _, (prompt, *_), args, _ = rows[0]
         report += note_lines(notes, "pairs", prompt, tokenizer, **args)

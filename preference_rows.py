@@ -4,11 +4,13 @@ A file has the shape of its first row.  What else a row asks (`system`, `history
 a column that looks like part of what is asked and that nothing reads is malformed, in whichever row it stands.
 """
 
-from collections.abc import Callable
+import re
+import textwrap
 from typing import NamedTuple
 
 from row_files import DataError, Malformed, Unusable
-from row_prompts import CONTEXT, as_turns, check_columns, common_prefix, is_within, parted, said, with_context
+from row_prompts import CONTEXT, as_turns, check_columns, said, with_context
+from row_shapes import ANSWERS, ASKS, SCORES, SHAPES, TEXTS
 
 
 class Texts(NamedTuple):
@@ -19,111 +21,68 @@ class Texts(NamedTuple):
     unread: tuple = ()  # columns of text that no shape reads
 
 
-# -- shapes: a row -> (prompt, chosen, rejected), all strings or all lists of messages -----------------------------
+# -- the shape of a file ----------------------------------------------------------------------------------------
 
 
-class Shape(NamedTuple):
-    name: str
-    fields: dict  # field -> the type it has in every row
-    texts: Callable  # row, its lists as turns -> (prompt, chosen, rejected)
-    without: tuple = ()  # fields no row may have: they would hold a prompt
-    reads: tuple = ()  # fields that a row may have
+def example_of(shape):
+    """A row of the shape, in short."""
+    if shape.example:
+        return shape.example
+    answers = ("chosen", "rejected")
+    kinds = {str: lambda field: '"…"', int: lambda field: "0", bool: lambda field: "true", dict: lambda field: ANSWERS}
+    kinds[list] = lambda field: f"[{ANSWERS if field in answers else ASKS}]"
+    return "{" + ", ".join(f'"{field}": {kinds[kind](field)}' for field, kind in shape.fields.items()) + "}"
 
 
-def strings(*names):
-    return dict.fromkeys(names, str)
-
-
-def chosen_and_rejected(row):
-    """Two strings without a prompt: Anthropic HH transcripts, which part after the last "Assistant:", or a beginning
-    that both share, cut back to whole words (a tokenizer's words begin with their blank, so the blank stays behind).
+def nearest_shapes(row, others=()):
+    """The two of SHAPES (and of others) with the most of the row's fields, then with the most words of their names in
+    common, then with the fewest fields that the row lacks.
     """
-    chosen, rejected = row["chosen"], row["rejected"]
-    turn = "\n\nAssistant:"
-    if turn in chosen and turn in rejected:
-        (prompt, _, chosen), (other, _, rejected) = chosen.rpartition(turn), rejected.rpartition(turn)
-        if prompt != other:
-            raise Unusable("the prompts of chosen and rejected differ")
-        return prompt + turn, chosen, rejected
-    same = common_prefix(chosen, rejected)
-    same = max(chosen.rfind(" ", 0, same), chosen.rfind("\n", 0, same) + 1, 0)
-    return chosen[:same], chosen[same:], rejected[same:]
+    words = {word for name in row for word in _words(name)}
+
+    def distance(shape):
+        same = len({*shape.fields, *shape.reads} & row.keys())
+        near = len({word for name in shape.fields for word in _words(name)} & words)
+        return -same, -near, len(shape.fields.keys() - row.keys()) if same else 0
+
+    known = [shape for shape in [*SHAPES, *others] if not shape.lists or row.keys() >= shape.fields.keys()]
+    return sorted(known, key=distance)[:2]
 
 
-def prompt_and_responses(prompt, chosen, rejected):
-    """The Shape of strings in these fields.  The prompt comes off responses that both repeat it, unless it is short:
-    an answer to "Hello" may begin with "Hello".
-    """
-
-    def texts(row):
-        asked, responses = row[prompt], [row[chosen], row[rejected]]
-        if all(text.lstrip().startswith("Human:") and "\n\nAssistant:" in text for text in responses):
-            transcript = chosen_and_rejected({"chosen": responses[0], "rejected": responses[1]})
-            if not is_within(asked, transcript[0]):
-                raise Unusable("the prompts of chosen and rejected differ")
-            return transcript
-        again = asked.strip()
-        if len(again) >= 30 and all(text.lstrip().startswith(again) for text in responses):
-            responses = [text.lstrip()[len(again) :] for text in responses]
-        return asked, *responses
-
-    return Shape(f"{prompt}/{chosen}/{rejected}", strings(prompt, chosen, rejected), texts)
+def _words(name):
+    return re.findall(r"[a-z]+", name.lower())
 
 
-def message_lists(row):
-    return parted(row.get("prompt"), row["chosen"], row["rejected"])
+def of_one_response(row):
+    """Whether a row has one response, good or bad by itself, as KTO's have."""
+    labels = [row[name] for name in ("label", "kto_tag") if name in row]
+    is_labelled = any(label in (True, False) or str(label).lower() in ("true", "false") for label in labels)
+    responses = {"completion", "response", "messages", "conversations", "output"}
+    return is_labelled and row.keys() & responses and not any("rejected" in name for name in row)
 
 
-def stack_exchange(row):
-    return f"Question: {row['question']}\n\nAnswer: ", row["response_j"], row["response_k"]
-
-
-def instruction(row):
-    if not isinstance(row.get("input"), str | None):
-        raise Malformed("`input` is not a str")
-    return "\n\n".join(filter(None, (row["instruction"], row.get("input")))) + "\n\n", row["chosen"], row["rejected"]
-
-
-def dual_labels(row):
-    """PKU-SafeRLHF, by helpfulness.  Question and answer are two texts there: a newline keeps them apart."""
-    better, responses = row["better_response_id"], (row["response_0"], row["response_1"])
-    if better not in (0, 1):
-        raise Malformed("`better_response_id` is neither 0 nor 1")
-    return row["prompt"].rstrip() + "\n", responses[better], responses[1 - better]
-
-
-SHAPES = [  # the first whose fields fit a file's first row is the shape of the file
-    prompt_and_responses("prompt", "chosen", "rejected"),
-    prompt_and_responses("prompt", "chosen_response", "rejected_response"),
-    Shape("prompt/chosen/rejected messages", {"prompt": list, "chosen": list, "rejected": list}, message_lists),
-    Shape("prompt string, messages", {"prompt": str, "chosen": list, "rejected": list}, message_lists),
-    Shape("chosen/rejected messages", {"chosen": list, "rejected": list}, message_lists, ("prompt",)),
-    Shape("question/response_j/response_k", strings("question", "response_j", "response_k"), stack_exchange),
-    Shape(
-        "prompt/response_0/response_1/better_response_id",
-        strings("prompt", "response_0", "response_1") | {"better_response_id": int},
-        dual_labels,
-    ),
-    Shape("instruction/chosen/rejected", strings("instruction", "chosen", "rejected"), instruction, reads=("input",)),
-    Shape(
-        "chosen/rejected strings",
-        strings("chosen", "rejected"),
-        chosen_and_rejected,
-        ("prompt", "instruction", "question"),
-    ),
-]
-
-
-def recognise(row, where):
-    """The Shape of a file, by its first row.  Raises DataError that names the known shapes."""
+def recognise(row, where, others=()):
+    """The Shape of a file, by its first row.  Raises DataError that shows the two nearest shapes (`others`: more)."""
     for shape in SHAPES:
         fits = all(isinstance(row.get(field), kind) for field, kind in shape.fields.items())
-        if fits and not row.keys() & set(shape.without):
+        if fits and shape.fits(row) and not row.keys() & set(shape.without):
             return shape
-    known = ", ".join(shape.name for shape in SHAPES)
+    kinds = {str: "", list: " (a list)", dict: " (an object)", type(None): " (null)", bool: " (true or false)"}
+    kinds |= {int: " (a number)", float: " (a number)"}
+    fields = [textwrap.shorten(name, 40) + kinds.get(type(row[name]), " (no text)") for name in list(row)[:20]]
+    found = f"{where} has the fields {', '.join(fields) or '(none)'}{', …' * (len(row) > 20)}"
+    if of_one_response(row):
+        raise DataError(
+            f"{found}, which is one response that is good or bad (KTO), and a pair is two responses to one prompt: "
+            f"write a good and a bad one as {example_of(SHAPES[0])}"
+        )
+    nearest = " or ".join(map(example_of, nearest_shapes(row, others)))
     raise DataError(
-        f"{where} has the fields {', '.join(row) or '(none)'}, which is no known shape: rename them to one of {known}"
+        f"{found}, which is no known shape; the nearest are {nearest}: rename or rewrite them (docs/data.md)"
     )
+
+
+# -- a row -> texts -----------------------------------------------------------------------------------------------
 
 
 def own_texts(row, shape):
@@ -137,7 +96,7 @@ def own_texts(row, shape):
     for field, kind in shape.fields.items():
         if not isinstance(row.get(field), kind):
             raise Malformed(f"`{field}` is {'not a ' + kind.__name__ if field in row else 'missing'}")
-        if kind is list:
+        if kind is list and field not in shape.lists:
             turns[field] = as_turns(row[field], field)
     return shape.texts(row | turns)
 
@@ -162,8 +121,12 @@ def row_texts(row, shape, wrap=None):
         responses += texts
     if said(chosen) == said(rejected):
         raise Unusable("the two responses are equal")
-    read = {*shape.fields, *shape.reads, *CONTEXT}
-    return Texts(prompt, chosen, rejected, args, check_columns(row, read, shape.name, prompt, responses))
+    unread = check_columns(row, {*shape.fields, *shape.reads, *CONTEXT}, shape.name, prompt, responses)
+    for field in shape.lists:
+        for response in filter(lambda response: isinstance(response, dict), row[field]):
+            others = check_columns(response, {*TEXTS, *SCORES}, f"{shape.name}, in `{field}`", prompt, responses)
+            unread += tuple(f"{field}.{name}" for name in others if f"{field}.{name}" not in unread)
+    return Texts(prompt, chosen, rejected, args, unread)
 
 
 def harm_labels(row):

@@ -9,8 +9,8 @@ safety_labels {"chosen": -1, "rejected": 1} (1 is harmful, -1 is safe) and categ
         BeaverTails: safe and harmful responses to one prompt, in whichever rows and files, are paired
     prompt, responses [{response, is_safe}, ...]    or    prompt, responses [...], is_safe [...]
         the same, from lists
-    prompt, response_chosen, response_rejected    and the shapes of preference_rows.py, HH transcripts among them
-        a pair; its dimension is the row's, or --dimension, or else what the file's name says
+    prompt, response_chosen, response_rejected    and the shapes of row_shapes.py, HH transcripts among them
+        a pair; its dimension is the row's, or --dimension, or else what the file's name says; messages stay messages
 
 The seed and a prompt alone decide its split: it is the same for both dimensions, and stays where it is as rows come in.
 
@@ -18,7 +18,7 @@ The seed and a prompt alone decide its split: it is the same for both dimensions
     python prepare_data.py --input helpful-base.jsonl.gz harmless-base.jsonl.gz --output-dir data/hh
     python prepare_data.py --input_dir raw --output_dir data --train_ratio 0.8 --val_ratio 0.1 --test_ratio 0.1
 
-Copy with: flags.py preference_rows.py raw_pairs.py row_files.py row_prompts.py written_files.py
+Copy with: flags.py preference_rows.py raw_pairs.py row_files.py row_prompts.py row_shapes.py written_files.py
 """
 
 import contextlib
@@ -35,11 +35,13 @@ from typing import NamedTuple
 import flags
 import raw_pairs
 import written_files
-from preference_rows import Shape, dual_labels, harm_labels, recognise, row_texts
+from preference_rows import harm_labels, recognise, row_texts
 from raw_pairs import DIMENSIONS, SPLITS, Answer, Preference
 from row_files import DataError, Malformed, Unusable, parse_row, read_rows
 from row_prompts import CONTEXT, check_columns, with_context
+from row_shapes import Shape, dual_labels, rated_responses
 
+SUFFIXES = ".jsonl", ".json", ".csv", ".tsv", ".parquet", ".gz"
 PAIR_FILES = [f"{split}/{dimension}_pairs.jsonl" for split in SPLITS for dimension in DIMENSIONS]
 
 
@@ -47,8 +49,8 @@ def get_args(argv=None):
     parser = flags.Parser(__doc__)
     add, ratio, count = parser.add_argument, flags.number(float, least=0, most=1), flags.number(int, least=0)
     seed = flags.number(int, least=0, below=2**63)
-    add("--input", "--raw-data-paths", nargs="+", metavar="FILE", help="raw rows: .jsonl or .json, gzip of both")
-    add("--input-dir", metavar="DIR", help="all .jsonl, .json and .gz files in it and in its folders")
+    add("--input", "--raw-data-paths", nargs="+", metavar="FILE", help="raw rows: .jsonl, .json, .csv, .tsv, .parquet")
+    add("--input-dir", metavar="DIR", help="all such files, and gzip of them, in it and in its folders")
     add("--output-dir", default="data", metavar="DIR", help="where train, val, test and account.json go")
     add("--dimension", choices=DIMENSIONS, help="of pairs that do not say it (default: what the file's name says)")
     add("--train-ratio", type=ratio, default=0.8, metavar="R", help="share of the prompts")
@@ -95,6 +97,15 @@ DOCUMENTS = Shape(
     dict.fromkeys(("prompt", "response_chosen", "response_rejected"), str),
     lambda row: (on_a_line(row["prompt"]), row["response_chosen"], row["response_rejected"]),
 )
+ANSWER = Shape("prompt/response/is_safe", dict.fromkeys(("prompt", "response"), str) | {"is_safe": bool}, None)
+ANSWERS = Shape(
+    "prompt/responses",
+    {"prompt": str, "responses": list},
+    None,
+    lists=("responses",),
+    example='{"prompt": "…", "responses": [{"response": "…", "is_safe": true}, …]}',
+)
+RATED = rated_responses("prompt", "responses")
 
 
 def text_of(row, field):
@@ -144,7 +155,7 @@ def read_dual(row, ids):
 
 
 def read_answer(row):
-    return reading_of_answers(row, [answer_of(row)], "prompt/response/is_safe")
+    return reading_of_answers(row, [answer_of(row)], ANSWER.name)
 
 
 def reading_of_answers(row, answers, kind):
@@ -164,7 +175,7 @@ def read_answers(row):
         responses = [{"response": text, "is_safe": flag} for text, flag in zip(responses, safe, strict=True)]
     if not all(isinstance(response, dict) for response in responses):
         raise Malformed("`responses` holds no {response, is_safe} objects, and `is_safe` is no list")
-    return reading_of_answers(row, [answer_of(response) for response in responses], "prompt/responses")
+    return reading_of_answers(row, [answer_of(response) for response in responses], ANSWERS.name)
 
 
 def read_pair(row, shape, default):
@@ -174,24 +185,25 @@ def read_pair(row, shape, default):
     if dimension not in DIMENSIONS:
         raise Malformed(f"`dimension` is {dimension!r}, neither helpful nor harmless")
     labels = harm_labels(row if "safety_labels" in row else row | {"safety_labels": row.get("labels")})
-    prompt, chosen, rejected, _, unread = row_texts(row, shape)
+    prompt, chosen, rejected, template_args, unread = row_texts(row, shape)
+    if template_args:
+        raise Malformed(f"`{' and '.join(template_args)}` is not written to the pairs: train on the file as it is")
+    if isinstance(prompt, list):
+        prompt, chosen, rejected = map(raw_pairs.as_json, (prompt, chosen, rejected))
     return Reading(prompt, [(dimension, chosen, rejected, labels)], [], category_names(row.get("category")), unread)
 
 
 def reader_of(row, where, dimension):
-    """(name of the kind, reader) of a file, by its first row.  Raises DataError that names the known kinds."""
+    """(name of the kind, reader) of a file, by its first row.  Raises DataError that shows the nearest shapes."""
     ids = [name for name in IDS if name in row]
     if ids and DUAL.fields.keys() <= row.keys():
         return f"{DUAL.name} with {' and '.join(ids)}", partial(read_dual, ids=ids)
-    for fields, reader in ("prompt/responses", read_answers), ("prompt/response/is_safe", read_answer):
-        if set(fields.split("/")) <= row.keys():
-            return fields, reader
-    try:
-        shape = DOCUMENTS if DOCUMENTS.fields.keys() <= row.keys() else recognise(row, where)
-    except DataError as error:
-        raise DataError(f"{error}, {DOCUMENTS.name}, prompt/response/is_safe, prompt/responses/is_safe") from None
-    if list in shape.fields.values():
-        raise DataError(f"{where} holds messages, and pairs are written as strings: train on the file as it is")
+    rated = isinstance(row.get("responses"), list) and "is_safe" not in row and RATED.fits(row)
+    for shape, reader in (ANSWERS, read_answers), (ANSWER, read_answer):
+        if shape.fields.keys() <= row.keys() and not (rated and shape is ANSWERS):
+            return shape.name, reader
+    is_documents = DOCUMENTS.fields.keys() <= row.keys()
+    shape = DOCUMENTS if is_documents else recognise(row, where, (DOCUMENTS, ANSWERS, ANSWER))
     if dimension is None and row.get("dimension") is None:
         raise DataError(f"{where} does not say its dimension: pass --dimension helpful or --dimension harmless")
     said = "" if "dimension" in row else f" as {dimension}"
@@ -256,10 +268,10 @@ def check_files(args):
     """(files to read, files to write).  Raises DataError where either cannot be; changes nothing."""
     sources, folder = list(args.input or ()), Path(args.input_dir or "")
     if args.input_dir:
-        found = [path for path in sorted(folder.rglob("*")) if path.suffix in (".jsonl", ".json", ".gz")]
+        found = [path for path in sorted(folder.rglob("*")) if path.suffix in SUFFIXES]
         hidden = [path for path in found if any(part.startswith(".") for part in path.relative_to(folder).parts)]
         if not set(found) - set(hidden):
-            raise DataError(f"--input-dir {folder} is no folder with .jsonl, .json or .gz files in it: check the path")
+            raise DataError(f"--input-dir {folder} is no folder with {', '.join(SUFFIXES)} files in it: check the path")
         sources += [str(path) for path in found if path not in hidden]
     sources = {Path(source).resolve(): source for source in sources}
     output = Path(args.output_dir)
@@ -317,13 +329,6 @@ def write_whole(texts, targets):
             draft.replace(path)
 
 
-def pair_row(p, category):
-    row = {"prompt": p.prompt, "chosen_response": p.chosen, "rejected_response": p.rejected, "dimension": p.dimension}
-    if p.labels:
-        row["safety_labels"] = {"chosen": p.labels[0], "rejected": p.labels[1]}
-    return row | ({"category": category} if category else {})
-
-
 def jsonl(rows):
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
@@ -340,6 +345,9 @@ def main(args):
     if not kept:
         reasons = "; ".join(line.strip() for line in raw_pairs.dropped(rows)) or "there is no row"
         raise DataError(f"{', '.join(sources)}: no usable pair ({reasons})")
+    places = {isinstance(p.prompt, raw_pairs.Messages): ledger.rows[p.rows[0]][1] for p in kept}
+    if len(places) == 2:  # a file is read by the shape of its first row
+        raise DataError(f"{places[True]} holds messages and {places[False]} strings: prepare them one by one")
     # 3 splits
     count = Counter(name for names in categories.values() for name in names)
     category = {key: min(names, key=lambda name: (count[name], name)) for key, names in categories.items() if names}
@@ -361,7 +369,9 @@ def main(args):
     # 4 files: a split without pairs has none
     for name, pairs in splits.items():
         if pairs:
-            texts[Path(args.output_dir) / name] = jsonl(pair_row(p, category.get(p.prompt.strip())) for p in pairs)
+            texts[Path(args.output_dir) / name] = jsonl(
+                raw_pairs.pair_row(p, category.get(p.prompt.strip())) for p in pairs
+            )
     hashes = {path: hashlib.sha256(text.encode()).hexdigest() for path, text in texts.items()}
     account["written"] = {os.path.relpath(path, args.output_dir): sha256 for path, sha256 in hashes.items()}
     texts[targets[-1]] = json.dumps(account, indent=1, ensure_ascii=False) + "\n"

@@ -7,11 +7,30 @@ splits       a prompt is in one split, for both dimensions, whatever else is rea
 
 import hashlib
 import itertools
+import json
 from collections import defaultdict
 from functools import partial
 from typing import NamedTuple
 
+from row_prompts import said
+
 SPLITS, DIMENSIONS = ("train", "val", "test"), ("helpful", "harmless")
+
+
+class Messages(str):
+    """Messages as their JSON, which is counted, split and drawn as a text is."""
+
+    def strip(self):
+        """What makes them the same: roles and texts, as `said`, without white space around the texts."""
+        return json.dumps([[role, text.strip(), *rest] for role, text, *rest in said(json.loads(self))], sort_keys=True)
+
+
+def as_json(messages):
+    return Messages(json.dumps(messages, ensure_ascii=False, default=str))
+
+
+def written(text):
+    return json.loads(text) if isinstance(text, Messages) else text
 
 
 class Preference(NamedTuple):
@@ -142,12 +161,21 @@ def benchmark(pairs, category, categories, labels, max_prompts, seed):
         if 1 in known or (not known and p.dimension == "harmless"):
             texts.setdefault(p.prompt.strip(), p.prompt)
     for key in sorted(texts, key=partial(draw, seed)):
-        row = {"prompt": texts[key], "category": category.get(key, "unknown")}
+        row = {"prompt": written(texts[key]), "category": category.get(key, "unknown")}
         by_category[row["category"]].append(
             row | ({"all_categories": sorted(categories[key])} if len(categories[key]) > 1 else {})
         )
     turns = itertools.zip_longest(*(by_category[name] for name in sorted(by_category)))
     return [row for turn in turns for row in turn if row][: max_prompts or None]
+
+
+def pair_row(p, category):
+    names = ("chosen", "rejected") if isinstance(p.prompt, Messages) else ("chosen_response", "rejected_response")
+    row = dict(zip(("prompt", *names), map(written, (p.prompt, p.chosen, p.rejected)), strict=True))
+    row["dimension"] = p.dimension
+    if p.labels:
+        row["safety_labels"] = {"chosen": p.labels[0], "rejected": p.labels[1]}
+    return row | ({"category": category} if category else {})
 
 
 # -- the account of it all -------------------------------------------------------------------------------------------

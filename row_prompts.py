@@ -12,16 +12,22 @@ OTHER_ROLES |= {"function": "tool", "observation": "tool", "ipython": "tool"}
 
 
 def as_turns(messages, field):
-    """Messages with a role that templates know and a content that is a string; keys that are null go.  Raises
-    Malformed: to many a template a role of another name or a content that is no string is nothing at all.
+    """Messages with a role that templates know and a content that is a string; keys that are null go.  Those of
+    ShareGPT, {"from": "human", "value": ...}, become such.  Raises Malformed: to many a template a role of another name
+    or a content that is no string is nothing at all.
     """
     if not (messages and isinstance(messages, list) and all(isinstance(message, dict) for message in messages)):
-        raise Malformed(f"`{field}` is not a list of messages with role and content")
+        raise Malformed(f"`{field}` is not a list of messages with role and content, or with from and value")
     turns = []
     for message in messages:
+        kept = {key: value for key, value in message.items() if value is not None}
+        if {"from", "value"} <= kept.keys() and not kept.keys() & {"role", "content"}:
+            kept["role"], kept["content"] = str(kept.pop("from")).lower(), kept.pop("value")
+            kept["role"] = OTHER_ROLES.get(kept["role"], kept["role"])
+            message = kept
         if not {"role", "content"} <= message.keys():
-            raise Malformed(f"`{field}` is not a list of messages with role and content")
-        role, kept = message["role"], {key: value for key, value in message.items() if value is not None}
+            raise Malformed(f"`{field}` is not a list of messages with role and content, or with from and value")
+        role = message["role"]
         if role not in ROLES:
             known = OTHER_ROLES.get(str(role).lower(), str(role).lower())
             advice = f"write {known}" if known in ROLES else f"it is one of {', '.join(ROLES)}"

@@ -37,8 +37,8 @@ from model_files import ModelError, load_model, load_tokenizer
 from packed_model import prepare_scores
 from packing import hold_out, pack, passes
 from preference_data import load_pairs
-from preference_rows import chosen_and_rejected
 from row_files import DataError, Malformed, Unusable, parse_row, read_rows
+from row_shapes import chosen_and_rejected
 
 TASKS = "helpful", "harmless"
 LENGTHS = 512, 256  # train_rm.py's --max-length and --max-prompt-length

@@ -228,7 +228,7 @@ def test_a_null_is_malformed_and_names_its_row(tmp_path):
 def test_columns_of_no_known_shape_are_named(tmp_path):
     folder = write(tmp_path / "pairs", {"data/train.parquet": parquet([{"text": "x", "label": 1}])})
     assert error(folder).startswith(
-        f"{folder}: row 0 has the fields text, label, which is no known shape: rename them to one of prompt/chosen/"
+        f'{folder}: row 0 has the fields text, label (a number), which is no known shape; the nearest are {{"prompt"'
     )
 
 

@@ -1,8 +1,10 @@
 """preference_data.py: rows of every shape -> texts -> token ids, cuts, malformed and unusable rows, files, hold-out."""
 
 import gzip
+import io
 import json
 import random
+import sys
 import time
 import zlib
 
@@ -15,7 +17,7 @@ from chat_text import as_messages
 from packing import hold_out
 from preference_data import Pair, fingerprint, load_pairs
 from preference_rows import Texts, recognise, row_texts
-from row_files import DataError, Malformed
+from row_files import DataError, Malformed, parse_row, read_rows
 
 SPECIAL = {"<s>": 0, "</s>": 1, "<|im_start|>": 2, "<|im_end|>": 3, "<unk>": 4}
 EOS = 1
@@ -298,7 +300,17 @@ def test_parts_of_a_message_are_its_text(tmp_path):
             P | {"role": "usar"},
             "a message of `prompt` has the role 'usar': it is one of system, user, assist",
         ),
-        ("prompt", {"from": "human", "value": "p"}, "`prompt` is not a list of messages with role and content"),
+        (
+            "prompt",
+            {"from": "human"},
+            "`prompt` is not a list of messages with role and content, or with from and value",
+        ),
+        (
+            "prompt",
+            {"from": "function_call", "value": "p"},
+            "a message of `prompt` has the role 'function_call': it is",
+        ),
+        ("prompt", {"from": "human", "value": None}, "`prompt` is not a list of messages with role and content, or"),
     ],
 )
 def test_a_message_without_a_known_role_and_a_text_is_malformed(tmp_path, field, message, what):
@@ -452,7 +464,9 @@ LOST = {  # columns that look like what is asked, beside a prompt or without one
     ids=["no prompt", "prompt", "messages"],
 )
 def test_a_column_that_looks_like_a_prompt_is_not_lost_in_any_row(tmp_path, name, first, shape):
-    for rows, place in (([first | {name: LOST[name]}], 1), ([first, first, first | {name: LOST[name]}], 3)):
+    alone = shape == "chosen/rejected strings" and name in ("input", "query", "conversations", "messages")
+    cases = [([first, first, first | {name: LOST[name]}], 3)] + [([first | {name: LOST[name]}], 1)] * (not alone)
+    for rows, place in cases:  # alone in the first row it is what the file asks
         path = write_rows(tmp_path / "rows.jsonl", rows)
         with pytest.raises(DataError) as error:
             load(path, char_tokenizer(template=CHATML))
@@ -482,10 +496,60 @@ def test_other_columns_of_text_are_named_once(tmp_path):
     assert not any("not read" in line for line in load(path, limit=1)[1])
 
 
-def test_unknown_shape_names_the_place_its_fields_and_the_known_shapes(tmp_path):
-    path = write_rows(tmp_path / "rows.jsonl", [{"text": "x", "label": 1}])
-    with pytest.raises(DataError, match=r"rows\.jsonl:1 has the fields text, label, .*question/response_j/response_k"):
+STRINGS = '{"prompt": "…", "chosen": "…", "rejected": "…"}'
+CHAT = '{"prompt": [ASKS], "chosen": [ANSWERS], "rejected": [ANSWERS]}'
+
+
+@pytest.mark.parametrize(
+    "row, fields, first, second",
+    [
+        ({"text": "x", "label": 1}, "text, label (a number)", STRINGS, CHAT),
+        ({}, "(none)", STRINGS, CHAT),
+        ({"prompt": None, "rejected": "r"}, "prompt (null), rejected", STRINGS, CHAT),
+        (
+            {"prompt": "p", "chosen": {"a": 1}, "rejected": True},
+            "prompt, chosen (an object), rejected (true or false)",
+            STRINGS,
+            CHAT,
+        ),
+        (
+            {"question": "q", "answers": ["a", "b"]},
+            "question, answers (a list)",
+            '{"question": "…", "response_j": "…", "response_k": "…"}',
+            '{"question": "…", "chosen": "…", "rejected": "…"}',
+        ),
+        (
+            {"instruction": "i", "input": "", "output": "o"},
+            "instruction, input, output",
+            '{"instruction": "…", "chosen": "…", "rejected": "…"}',
+            '{"instruction": "…", "chosen_response": "…", "rejected_response": "…"}',
+        ),
+        (
+            {"messages": [P, A]},
+            "messages (a list)",
+            '{"messages": [ASKS, ANSWERS], "rejected_messages": [ASKS, ANSWERS]}',
+            '{"messages": [ASKS, ANSWERS], "rejected_response": "…"}',
+        ),
+        (
+            {"prompt": "p", "completions": ["a", "b"]},
+            "prompt, completions (a list)",
+            '{"prompt": "…", "completions": [{"response": "…", "overall_score": 5}, …]}',
+            STRINGS,
+        ),
+    ],
+)
+def test_an_unknown_shape_names_its_fields_and_shows_the_two_nearest(tmp_path, row, fields, first, second):
+    path = write_rows(tmp_path / "rows.jsonl", [row])
+    with pytest.raises(DataError) as error:
         load(path)
+    words = {"ASKS": '{"role": "user", "content": "…"}', "ANSWERS": '{"role": "assistant", "content": "…"}'}
+    said = str(error.value)
+    for word, text in words.items():
+        said = said.replace(text, word)
+    assert said == (
+        f"{path}:1 has the fields {fields}, which is no known shape; the nearest are {first} or {second}: rename or "
+        "rewrite them (docs/data.md)"
+    )
 
 
 @pytest.mark.parametrize(
@@ -501,6 +565,315 @@ def test_a_prompt_of_the_wrong_type_in_the_first_row_is_not_dropped_silently(tmp
     # chosen and rejected alone are a known shape too; taking the file for that would train without any prompt.
     with pytest.raises(DataError, match=r"rows\.jsonl:1"):
         load(write_rows(tmp_path / "rows.jsonl", [row, row | {"chosen": "yes!"}]))
+
+
+# -- files that people have ------------------------------------------------------------------------------------------
+
+
+def lines_of(*rows):
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def parquet(*rows):
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    file = io.BytesIO()
+    parquet.write_table(pyarrow.Table.from_pylist(list(rows)), file)
+    return file.getvalue()
+
+
+def human(text):
+    return {"from": "human", "value": text}
+
+
+def gpt(text):
+    return {"from": "gpt", "value": text}
+
+
+def scored(text, score, **more):
+    return {"response": text, "overall_score": score, "model": "m"} | more
+
+
+HAVE, TWO = "name,prompt,chosen,rejected", {"chosen": "c", "rejected": "r"}
+ANSWERS_2 = {"chosen": [assistant("c")], "rejected": [assistant("r")]}
+ASKED = user("p")
+OPENAI = {
+    "input": {"messages": [system("s"), ASKED], "tools": [], "parallel_tool_calls": True},
+    "preferred_output": [assistant("c")],
+    "non_preferred_output": [assistant("r")],
+}
+FOUND = {  # file -> its content, the shape that is named, (prompt, chosen, rejected)
+    "pairs.csv": (
+        '\ufeffprompt,chosen,rejected,score\r\n"p, ""q""\r\nz",c,r,5\r\n',
+        "prompt/chosen/rejected",
+        ('p, "q"\r\nz', "c", "r"),
+    ),
+    "semicolons.csv": ("prompt;chosen;rejected\np;c, d;r\n", "prompt/chosen/rejected", ("p", "c, d", "r")),
+    "pandas.csv": (",prompt,chosen,rejected\n0,p,c,r\n1,p,d,r\n", "prompt/chosen/rejected", ("p", "c", "r")),
+    "pairs.tsv": ('question\tchosen\trejected\np, q\tc\t"r\ns"\n', "question/chosen/rejected", ("p, q", "c", "r\ns")),
+    "pairs.csv.gz": (gzip.compress(b"prompt,chosen,rejected\np,c,r\n"), "prompt/chosen/rejected", ("p", "c", "r")),
+    "pku.csv": (
+        "prompt,response_0,response_1,better_response_id,is_response_0_safe,is_response_1_safe\np,r,c,1,True,False\n",
+        "prompt/response_0/response_1/better_response_id",
+        ("p\n", "c", "r"),
+    ),
+    "messages.csv": (
+        "prompt,chosen,rejected\np,{0}c{1},{0}r{1}\n".format('"[{""role"": ""assistant"", ""content"": ""', '""}]"'),
+        "prompt string, messages",
+        ([ASKED], [assistant("c")], [assistant("r")]),
+    ),
+    "pairs.parquet": (
+        lambda: parquet({"prompt": "p", "system": None} | TWO),
+        "prompt/chosen/rejected",
+        ("p", "c", "r"),
+    ),
+    "messages.parquet": (
+        lambda: parquet(of_messages([S, P]) | {"score_chosen": 5.0}),
+        "prompt/chosen/rejected messages",
+        ([S, P], [assistant("c")], [assistant("r")]),
+    ),
+    "sharegpt.json": (
+        json.dumps([{"conversations": [human("p"), gpt("a"), human("b")], "chosen": gpt("c"), "rejected": gpt("r")}]),
+        "conversations messages, chosen/rejected as one message each",
+        ([P, A, B], [assistant("c")], [assistant("r")]),
+    ),
+    "sharegpt_with_system.json": (
+        json.dumps(
+            [{"system": "s", "conversations": [human("p")], "chosen": gpt("c"), "rejected": gpt("r")}], indent=1
+        ),
+        "conversations messages, chosen/rejected as one message each",
+        ([S, P], [assistant("c")], [assistant("r")]),
+    ),
+    "sharegpt_texts.jsonl": (
+        lines_of({"conversations": [{"from": "system", "value": "s"}, human("p")]} | TWO),
+        "conversations messages, chosen/rejected as texts",
+        ([S, P], [assistant("c")], [assistant("r")]),
+    ),
+    "sharegpt_whole.jsonl": (  # the conversation goes on to the chosen answer
+        lines_of({"conversations": [human("p"), gpt("c")], "chosen": gpt("c"), "rejected": gpt("r")}),
+        "conversations messages, chosen/rejected as one message each",
+        ([P], [assistant("c")], [assistant("r")]),
+    ),
+    "messages_and_answers.jsonl": (
+        lines_of({"messages": [S, P], "chosen": assistant("c"), "rejected": assistant("r")}),
+        "messages messages, chosen/rejected as one message each",
+        ([S, P], [assistant("c")], [assistant("r")]),
+    ),
+    "openai.jsonl": (
+        lines_of(OPENAI),
+        "input/preferred_output/non_preferred_output",
+        ([S, P], [assistant("c")], [assistant("r")]),
+    ),
+    "ms_swift.jsonl": (
+        lines_of({"messages": [S, P, assistant("c")], "rejected_response": "r"}),
+        "messages/rejected_response",
+        ([S, P], [assistant("c")], [assistant("r")]),
+    ),
+    "ms_swift_messages.jsonl": (
+        lines_of({"messages": [P, A, B, assistant("c")], "rejected_messages": [P, A, B, assistant("r")]}),
+        "messages/rejected_messages",
+        ([P, A, B], [assistant("c")], [assistant("r")]),
+    ),
+    "orca.jsonl": (
+        lines_of({"system": "s", "question": "p"} | TWO),
+        "question/chosen/rejected",
+        ("s\n\np", "c", "r"),
+    ),
+    "orca_argilla.jsonl": (
+        lines_of({"system": "s", "input": "p", "generations": ["c", "r"], "rating": [9, 3], "status": "tie"} | TWO),
+        "input/chosen/rejected",
+        ("s\n\np", "c", "r"),
+    ),
+    "query.jsonl": (lines_of({"query": "p", "source": "web"} | TWO), "query/chosen/rejected", ("p", "c", "r")),
+    "alpaca.json": (
+        json.dumps([{"instruction": "p", "input": "q"} | TWO]),
+        "instruction/chosen/rejected",
+        ("p\n\nq\n\n", "c", "r"),
+    ),
+    "argilla.jsonl": (
+        lines_of({"instruction": "p", "chosen_response": "c", "rejected_response": "r", "chosen-rating": "5"}),
+        "instruction/chosen_response/rejected_response",
+        ("p\n\n", "c", "r"),
+    ),
+    "ultrafeedback.jsonl": (
+        lines_of({"instruction": "p", "completions": [scored("r", 1.5), scored("c", 9), scored("d", 9)]}),
+        "instruction/completions with ratings",
+        ("p\n\n", "c", "r"),
+    ),
+    "ultrafeedback_ratings.jsonl": (
+        lines_of({"prompt": "p", "completions": ["x", "c", "r"], "ratings": [None, "5", "1"]}),
+        "prompt/completions with ratings",
+        ("p", "c", "r"),
+    ),
+    "distilabel.jsonl": (
+        lines_of({"instruction": "p", "generations": ["r", "c"], "ratings": [2, 4], "rationales": ["x", "y"]}),
+        "instruction/generations with ratings",
+        ("p\n\n", "c", "r"),
+    ),
+    "data.json": (
+        json.dumps({"version": "1.0", "data": [{"prompt": "p"} | TWO] * 2}, indent=2),
+        "prompt/chosen/rejected",
+        ("p", "c", "r"),
+    ),
+    "data_one_line.json": (json.dumps({"data": [{"prompt": "p"} | TWO]}), "prompt/chosen/rejected", ("p", "c", "r")),
+    "lines.json": (lines_of({"prompt": "p"} | TWO, {"prompt": "p"} | TWO), "prompt/chosen/rejected", ("p", "c", "r")),
+    "one_row.json": (json.dumps({"prompt": "p"} | TWO, indent=2), "prompt/chosen/rejected", ("p", "c", "r")),
+}
+
+
+def write_found(folder, name):
+    content = FOUND[name][0]
+    content = content() if callable(content) else content
+    (folder / name).write_bytes(content.encode() if isinstance(content, str) else content)
+    return folder / name
+
+
+@pytest.mark.parametrize("name", FOUND)
+def test_files_that_people_have_give_these_texts(tmp_path, name):
+    path, (_, shape, texts) = write_found(tmp_path, name), FOUND[name]
+    where, row = next(read_rows(str(path)))
+    row = parse_row(row)
+    assert row_texts(row, recognise(row, where))[:3] == texts
+    pairs, report = load(path, char_tokenizer(template=CHATML))
+    assert report[0].startswith(f"{path}: {shape}, ")
+    assert pairs
+
+
+KTO = (
+    "which is one response that is good or bad (KTO), and a pair is two responses to one prompt: write a good and a bad"
+)
+NO_SHAPE = "which is no known shape; the nearest are "
+REFUSED = {  # file -> its content, what is said of it behind its name
+    "gbk.csv": (
+        "prompt,chosen,rejected\n你好,c,r\n".encode("gbk"),
+        ":2: it is no UTF-8 (a spreadsheet saves it as CSV",
+    ),
+    "gbk_header.csv": (
+        "问题,c,r\n".encode("gbk"),
+        ":1 is no UTF-8 (a spreadsheet saves it as CSV UTF-8): mend the header",
+    ),
+    "utf16.csv": ("prompt,chosen,rejected\n".encode("utf-16"), " cannot be read (UTF-16): is it UTF-8 text"),
+    "open_quote.csv": ('prompt,chosen,rejected\np,c,r\n"p,c,r\n', ":3 cannot be parted into cells (unexpected end of"),
+    "bare_quote.tsv": ('prompt\tchosen\trejected\np\t"c" d\tr\n', ":2 cannot be parted into cells ("),
+    "huge.csv": (
+        "prompt,chosen,rejected\np,c,r\np,c," + "r" * 200_000,
+        ":3 cannot be parted into cells (field larger than field limit (131072)): close the quote there, double one "
+        "inside a quoted cell, or make a .jsonl file",
+    ),
+    "short_row.csv": ("prompt,chosen,rejected\np,c\n", ":2: it has 2 cells and the header 3; mend the row"),
+    "twice.csv": ("prompt,chosen,chosen\np,c,r\n", ":1 has the column chosen twice: mend the header"),
+    "no_header.csv": ("Why?,So.,No.\np,c,r\n", f":2 has the fields Why?, So., No., {NO_SHAPE}"),
+    "python_lists.csv": (
+        "prompt,chosen,rejected\np,\"[{'role': 'user', 'content': 'c'}]\",r\n",
+        ":2: the cell of `chosen` is no JSON (",
+    ),
+    "no.parquet": (b"PAR1 and no more", " cannot be read as parquet ("),
+    "table.xlsx": (b"PK\3\4 and so on", " is a spreadsheet or an archive: save it as CSV UTF-8, or unpack it"),
+    "openai_tools.jsonl": (
+        lines_of(OPENAI | {"input": {"messages": [P], "tools": [TOOL]}}),
+        ":1: `input` has `tools`, which is not read there: give the row a column of that name; mend the row",
+    ),
+    "openai_text.jsonl": (
+        lines_of(OPENAI | {"input": {"text": "p"}}),
+        ":1: `input` has `text`, which is not read there",
+    ),
+    "openai_empty.jsonl": (lines_of(OPENAI | {"input": {}}), ":1: `input.messages` is not a list of messages"),
+    "sharegpt_other_end.jsonl": (
+        lines_of({"conversations": [human("p"), gpt("a")], "chosen": gpt("c"), "rejected": gpt("r")}),
+        ":1: `conversations` ends in an answer that is not `chosen`: end it in what is asked; mend the row",
+    ),
+    "ms_swift_end.jsonl": (
+        lines_of({"messages": [P], "rejected_response": "r"}),
+        ":1: `messages` does not end in an answer of the assistant's, which would be the chosen one; mend the row",
+    ),
+    "query_and_input.jsonl": (
+        lines_of({"query": "p", "input": "q"} | TWO),
+        ":1: `input` is not read where a file's first row is query/chosen/rejected: call what is asked `prompt`",
+    ),
+    "equal_ratings.jsonl": (
+        lines_of({"prompt": "p", "completions": [scored("a", 5), scored("b", 5.0)]}),
+        " has 1 rows and no usable pair (1 because no two responses have different ratings)",
+    ),
+    "ratings_too_few.jsonl": (
+        lines_of({"prompt": "p", "completions": ["a", "b"], "ratings": [5]}),
+        ":1: `ratings` has 1 entries and `completions` has 2; mend the row",
+    ),
+    "ratings_in_words.jsonl": (
+        lines_of({"prompt": "p", "completions": ["a", "b"], "ratings": ["good", "bad"]}),
+        ":1: a rating of `completions` is 'good', and no number; mend the row",
+    ),
+    "other_prompts.jsonl": (
+        lines_of({"prompt": "p", "completions": [scored("a", 5, system_prompt="s"), scored("b", 1)]}),
+        ":1: `system_prompt` is not read where a file's first row is prompt/completions with ratings, in `completions`",
+    ),
+    "kto.jsonl": (
+        lines_of({"prompt": "p", "completion": "c", "label": True}),
+        f":1 has the fields prompt, completion, label (true or false), {KTO}",
+    ),
+    "kto_messages.jsonl": (
+        lines_of({"messages": [P, A], "label": False}),
+        ":1 has the fields messages (a list), label",
+    ),
+    "kto.csv": ("prompt,completion,label\np,c,True\n", f":2 has the fields prompt, completion, label, {KTO}"),
+    "answers.jsonl": (lines_of({"prompt": "p", "response": "c"}), f":1 has the fields prompt, response, {NO_SHAPE}"),
+    "two_lists.json": (
+        json.dumps({"train": [], "test": []}),
+        f":1 has the fields train (a list), test (a list), {NO_SHAPE}",
+    ),
+    "open.json": (
+        '{"data": [\n{"prompt": "p"},\n{"prompt": \n]}',
+        ":4 is not JSON (Expecting value): mend the list there",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_files_that_people_have_and_that_are_no_pairs_get_one_sentence(tmp_path, name):
+    content, sentence = REFUSED[name]
+    path = tmp_path / name
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    with pytest.raises(DataError) as error:
+        load(path, char_tokenizer(template=CHATML))
+    assert str(error.value).startswith(f"{path}{sentence}")
+    assert "\n" not in str(error.value)
+
+
+def test_a_parquet_file_without_its_reader_names_the_extra(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    (tmp_path / "rows.parquet").write_bytes(b"PAR1...")
+    with pytest.raises(DataError) as error:
+        load(tmp_path / "rows.parquet")
+    assert str(error.value) == (
+        f"{tmp_path}/rows.parquet is a parquet file, and what reads it is missing: install the extra hub "
+        "(bash setup.sh hub, or pip install pyarrow)"
+    )
+
+
+def test_every_row_of_a_table_is_checked_and_skipped_by_its_line(tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_bytes(b'prompt,chosen,rejected\n"a\nb",c,r\n\nshort\nq\xe9,c,r\nq,c,r,,\nq,c,r,more\n')
+    pairs, report = load(path, skip_invalid=True)
+    assert [pair.prompt_ids for pair in pairs] == [ids("a\nb"), ids("q")]
+    assert report[1] == (
+        f"  left out 3 rows: 3 because malformed; the first is {path}:5: it has 1 cells and the header 3"
+    )
+
+
+@pytest.mark.parametrize(
+    "change", [{"chosen": "c"}, {"conversations": "p"}, {"chosen": [gpt("c")]}, {"rejected": None}]
+)
+def test_a_later_row_of_sharegpt_has_the_shape_of_the_first(tmp_path, change):
+    row = {"conversations": [human("p")], "chosen": gpt("c"), "rejected": gpt("r")}
+    path = write_rows(tmp_path / "rows.jsonl", [row, row | change])
+    with pytest.raises(DataError, match=rf"rows.jsonl:2: `{list(change)[0]}` is not a (dict|list)"):
+        load(path, char_tokenizer(template=CHATML))
+
+
+def test_what_else_a_rated_response_says_is_named(tmp_path):
+    completions = [scored("a", 5, critique="good", custom_system_prompt="s"), scored("b", 1, critique="bad")]
+    path = write_rows(tmp_path / "rows.jsonl", [{"instruction": "p", "completions": completions}] * 2)
+    assert load(path)[1][1] == (
+        "  columns of text that are not read: completions.critique (2 rows), completions.custom_system_prompt (2 rows)"
+    )
 
 
 # -- texts -> token ids -----------------------------------------------------------------------------------------------
@@ -968,6 +1341,35 @@ def test_chat_template_strings_makes_turns_of_an_hh_transcript(tmp_path):
         "<|im_start|>user\nc?<|im_end|>\n<|im_start|>assistant\n"
     )
     assert [tokenizer.decode(part) for part in pair[1:3]] == ["Yes.<|im_end|>", "No.<|im_end|>"]
+
+
+HH_ROW = {"chosen": "\n\nHuman: a?\n\nAssistant: b", "rejected": "\n\nHuman: a?\n\nAssistant: c"}
+RENDERED = {"prompt": "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n", "chosen": "b", "rejected": "c"}
+AS_ANSWERED = "User: a\nAssistant: "  # a template without tokens of its own, as it renders a prompt
+PLAIN = "{% for m in messages %}{{ m.role | capitalize + ': ' + m.content + '\n' }}{% endfor %}"
+PLAIN += "{% if add_generation_prompt %}{{ 'Assistant: ' }}{% endif %}"
+
+
+@pytest.mark.parametrize(
+    "row, template, count",
+    [
+        (strings(1), CHATML, 2),
+        (HH_ROW, CHATML, 2),
+        (RENDERED, CHATML, 0),
+        (of_messages([P]), CHATML, 0),
+        (strings(1), None, 0),
+        (strings(1), PLAIN, 2),
+        ({"prompt": AS_ANSWERED, "chosen": "b", "rejected": "c"}, PLAIN, 0),
+    ],
+    ids=["strings", "HH", "rendered", "messages", "no template", "another template", "rendered without tokens"],
+)
+def test_strings_for_a_chat_model_are_said_once_with_the_flag(tmp_path, row, template, count):
+    path, tokenizer = write_rows(tmp_path / "rows.jsonl", [row, row]), char_tokenizer(template=template)
+    said = f"  {count} rows are strings and pass by the tokenizer's chat template: for a model that is to chat, train "
+    found = [line for line in load(path, tokenizer)[1] if "--chat-template-strings" in line]
+    assert found == [said + "with --chat-template-strings"] * (count > 0)
+    if template:
+        assert "--chat-template-strings" not in "\n".join(load(path, tokenizer, chat_template_strings=True)[1])
 
 
 def test_text_before_the_first_turn_keeps_a_prompt_whole():

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from test_bad_input import snapshot
 from test_flags import ROOT, one_line
-from test_preference_data import char_tokenizer, ids, user, write_rows
+from test_preference_data import CHATML, FOUND, assistant, char_tokenizer, ids, user, write_found, write_rows
 
 import flags
 import prepare_data
@@ -345,12 +345,80 @@ def test_other_columns_of_text_are_in_the_account(name, capsys):
     assert "  the column rationale is not read, in 1 rows" in capsys.readouterr().out.splitlines()
 
 
-def test_a_pair_without_a_prompt_is_not_a_prompt_in_another_column(capsys):
+def test_a_pair_whose_prompt_is_another_column_is_written_with_it():
     rows = [{"input": f"What is {n}?", "chosen": "a", "rejected": "b", "dimension": "helpful"} for n in range(3)]
-    write_rows(Path("rows.jsonl"), rows)
-    assert fails(capsys, "--input", "rows.jsonl").startswith(
-        "rows.jsonl:1: `input` is not read where a file's first row"
+    data, _ = prepare_rows(rows, *ALL_TRAIN)
+    assert sorted(row["prompt"] for row in data["train", "helpful"]) == ["What is 0?", "What is 1?", "What is 2?"]
+
+
+@pytest.mark.parametrize("name", FOUND)
+def test_files_that_people_have_are_prepared_as_training_reads_them(name):
+    path, (_, _, (prompt, chosen, rejected)) = write_found(Path(), name), FOUND[name]
+    prepare("--input", path, "--dimension", "helpful", *ALL_TRAIN)
+    row = read_data("data")["train", "helpful"][-1 if name == "pandas.csv" else 0]
+    names = ("chosen_response", "rejected_response") if isinstance(prompt, str) else ("chosen", "rejected")
+    if name != "pandas.csv":  # two rows to one prompt
+        assert (row["prompt"], *(row[side] for side in names)) == (prompt, chosen, rejected)
+    tokenizer = char_tokenizer(template=CHATML)
+    raw, prepared = (load_pairs(str(file), tokenizer, 512, 256)[0] for file in (path, "data/train/helpful_pairs.jsonl"))
+    assert {str(pair[:3]) for pair in prepared} == {str(pair[:3]) for pair in raw}
+
+
+# -- messages ---------------------------------------------------------------------------------------------------------
+
+
+def chat(number=0, **more):
+    turns = {"prompt": [user(f"q{number}")], "chosen": [assistant(f"a{number}")], "rejected": [assistant(f"b{number}")]}
+    return turns | {"dimension": "harmless"} | more
+
+
+def test_messages_stay_messages_with_their_labels_and_in_the_benchmark():
+    labels = {"safety_labels": {"chosen": -1, "rejected": 1}, "category": "theft"}
+    data, _ = prepare_rows([chat(1) | labels], *ALL_TEST, "--safety-benchmark", "b.jsonl")
+    assert data == {("test", "harmless"): [chat(1) | labels]}
+    assert read_jsonl(Path("b.jsonl")) == [{"prompt": [user("q1")], "category": "theft"}]
+
+
+def test_the_same_messages_are_one_prompt_whatever_their_ids_keys_and_white_space():
+    rows = []
+    for n in range(30):
+        said = {"content": f"q{n} ", "role": "user", "id": n}
+        rows += [chat(n), chat(n, prompt=[said], chosen=[assistant("other")]), chat(n, dimension="helpful")]
+    data, made = prepare_rows([*rows, chat(0, chosen=[assistant("a0") | {"id": 5}])])
+    prompts = {split: set() for split in SPLITS}
+    for (split, _), written_rows in data.items():
+        prompts[split] |= {row["prompt"][0]["content"].strip() for row in written_rows}
+    assert sum(map(len, prompts.values())) == len(set.union(*prompts.values())) == 30
+    assert len(prompts["test"]) > 0
+    assert counts(made["pairs"]["dropped"]) == {"the same pair is there already": 1}
+
+
+def test_messages_and_strings_are_not_prepared_into_one_file(capsys):
+    write_rows(Path("chat.jsonl"), [chat()])
+    write_rows(Path("rows.jsonl"), [pair(0, dimension="harmless")])
+    assert fails(capsys, "--input", "chat.jsonl", "rows.jsonl") == (
+        "chat.jsonl:1 holds messages and rows.jsonl:1 strings: prepare them one by one"
     )
+    write_rows(Path("chat.jsonl"), [chat(tools=[{"name": "f"}])])
+    assert fails(capsys, "--input", "chat.jsonl").startswith(
+        "chat.jsonl:1: `tools` is not written to the pairs: train on the file as it is"
+    )
+
+
+def test_all_kinds_of_files_of_a_folder_are_read():
+    Path("raw").mkdir()
+    write_rows(Path("raw/a.jsonl"), [pair(0)])
+    Path("raw/b.csv").write_text("prompt,chosen,rejected\nq1,a,b\n")
+    Path("raw/c.tsv").write_text("prompt\tchosen\trejected\nq2\ta\tb\n")
+    Path("raw/d.txt").write_text("no rows")
+    prepare("--input-dir", "raw", "--dimension", "helpful", *ALL_TRAIN)
+    assert {row["prompt"] for row in read_data("data")["train", "helpful"]} == {"q0", "q1", "q2"}
+
+
+def test_answers_with_labels_of_harm_in_a_table_are_paired():
+    Path("rows.csv").write_text("prompt,response,is_safe\nq?,a,True\nq?,b,False\n")
+    prepare("--input", "rows.csv", *ALL_TRAIN)
+    assert read_data("data")["train", "harmless"] == [written("q?\n", "a", "b", "harmless", (-1, 1))]
 
 
 # -- splits -----------------------------------------------------------------------------------------------------------
@@ -831,18 +899,33 @@ def test_a_malformed_list_of_responses(row, what, capsys):
     assert fails(capsys, "--input", "rows.jsonl") == f"rows.jsonl:1: {what}{MEND}"
 
 
-def test_the_message_about_a_row_of_no_known_kind_names_the_kinds(capsys):
-    write_rows(Path("rows.jsonl"), [{"text": "x", "is_safe": True}])
-    message = fails(capsys, "--input", "rows.jsonl")
-    assert message.startswith(
-        "rows.jsonl:1 has the fields text, is_safe, which is no known shape: rename them to one of "
+@pytest.mark.parametrize(
+    "row, fields, shapes",
+    [
+        (
+            {"text": "x", "is_safe": True},
+            "text, is_safe (true or false)",
+            '{"prompt": "…", "response": "…", "is_safe": true} or {"prompt": "…", "chosen": "…", "rejected": "…"}',
+        ),
+        (
+            {"prompt": "q", "response_chosen": "a"},
+            "prompt, response_chosen",
+            '{"prompt": "…", "response_chosen": "…", "response_rejected": "…"} or '
+            '{"prompt": "…", "chosen_response": "…", "rejected_response": "…"}',
+        ),
+    ],
+)
+def test_the_message_about_a_row_of_no_known_kind_shows_the_nearest(row, fields, shapes, capsys):
+    write_rows(Path("rows.jsonl"), [row])
+    assert fails(capsys, "--input", "rows.jsonl") == (
+        f"rows.jsonl:1 has the fields {fields}, which is no known shape; the nearest are {shapes}: rename or "
+        "rewrite them (docs/data.md)"
     )
-    for known in (
-        "prompt/response_0/response_1/better_response_id",
-        "prompt/chosen/rejected",
-        "prompt/response/is_safe",
-    ):
-        assert known in message
+
+
+def test_rows_of_one_response_are_refused_with_the_reason(capsys):
+    write_rows(Path("rows.jsonl"), [{"prompt": "p", "completion": "c", "label": True}])
+    assert "which is one response that is good or bad (KTO)" in fails(capsys, "--input", "rows.jsonl")
 
 
 def test_pairs_of_an_unknown_dimension_are_refused(capsys):
@@ -850,12 +933,6 @@ def test_pairs_of_an_unknown_dimension_are_refused(capsys):
     for name in ("rows.jsonl", "helpful_or_harmless.jsonl", "unhelpful.jsonl"):
         write_rows(Path(name), [pair()])
         assert fails(capsys, "--input", name) == said.format(f"{name}:1")
-
-
-def test_messages_are_refused(capsys):
-    write_rows(Path("rows.jsonl"), [{"prompt": [user("p")], "chosen": [user("a")], "rejected": [user("b")]}])
-    message = fails(capsys, "--input", "rows.jsonl", "--dimension", "helpful")
-    assert message == "rows.jsonl:1 holds messages, and pairs are written as strings: train on the file as it is"
 
 
 def test_no_usable_pair_is_an_error_that_says_why(capsys):
@@ -878,7 +955,10 @@ def test_no_harmful_prompt_is_an_error(capsys):
     [
         ("", "there is nothing to read: name raw rows with --input FILE or --input-dir DIR"),
         ("--input none.jsonl", "there is no file none.jsonl: check the path"),
-        ("--input-dir none", "--input-dir none is no folder with .jsonl, .json or .gz files in it: check the path"),
+        (
+            "--input-dir none",
+            "--input-dir none is no folder with .jsonl, .json, .csv, .tsv, .parquet, .gz files in it: check the path",
+        ),
         (
             "--input rows.jsonl --train-ratio 0.9",
             "--train-ratio, --val-ratio and --test-ratio add up to 1.1: make it 1",
