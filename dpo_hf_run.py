@@ -47,8 +47,7 @@ def get_args(argv=None):
     add("--nll-coeff", type=rate, default=0.0, metavar="C", help="weight of chosen's NLL in the loss")
     training_flags.add_common_flags(parser, output_dir="outputs/dpo_qwen_trl")
     parser.set_defaults(num_samples=1000)
-    args = parser.parse_args(argv)
-    training_flags.check_common_flags(parser, args)
+    args = training_flags.parse(parser, argv)
     training_flags.take_toy(args, "dataset")
     if args.label_smoothing and args.loss not in ("sigmoid", "robust"):
         parser.error(f"--label-smoothing has no effect on --loss {args.loss}: use sigmoid or robust")

@@ -181,16 +181,21 @@ class _Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpF
         super().__init__(prog, max_help_position=24 if width < 100 else 34, width=width)
 
     def _format_action_invocation(self, action):
-        names, action.option_strings = action.option_strings, action.option_strings[:1]
+        names = action.option_strings
+        action.option_strings = names if "-h" in names else names[:1]
         text = super()._format_action_invocation(action)
         action.option_strings = names
         return text
 
     def _get_help_string(self, action):
-        more = f" (also {', '.join(action.option_strings[1:])})" if action.option_strings[0] != "-h" else ""
-        text = action.help + more * (len(action.option_strings) > 1)
-        default = " (default: %(default)s)" if "(default" not in text else ""
-        return text + default * (action.default not in (None, False, argparse.SUPPRESS))
+        shown = action.default not in (None, False, argparse.SUPPRESS)
+        text = re.sub(r" \(default: .*\)$", "", action.help) if shown else action.help  # a script set another
+        others = [] if "-h" in action.option_strings else action.option_strings[1:]
+        behind = ["default: %(default)s"] * shown + [f"also {', '.join(others)}"] * bool(others)
+        return f"{text} ({'; '.join(behind)})" if behind else text
+
+    def _split_lines(self, text, width):
+        return textwrap.wrap(" ".join(text.split()), width, break_on_hyphens=False)  # a flag's name stays whole
 
     def _fill_text(self, text, width, indent):
         """The docstring: what is indented as it stands, the rest filled, without the files to copy."""

@@ -52,8 +52,7 @@ def get_args(argv=None):
     add("--beta", "--β-ori", type=flags.number(float, above=0), default=0.1, help="what the loss multiplies margins by")
     documented = dict(batch_size=4, gradient_accumulation_steps=4, learning_rate=1e-2)
     training_flags.add_common_flags(parser, **documented, output_dir="outputs/soft_prompt", adapter=False)
-    args = parser.parse_args(argv)
-    training_flags.check_common_flags(parser, args)
+    args = training_flags.parse(parser, argv)
     if (args.prompt_init == "text") != bool(args.preference_text):
         parser.error('--prompt-init text and --preference-text "..." go together: give the text, or vocab or random')
     training_flags.take_toy(args, "dataset_path", "test_dataset_path")

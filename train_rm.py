@@ -47,8 +47,7 @@ def get_args(argv=None):
     add("--center-rewards", type=positive, default=0.0, metavar="G", help="adds G x the mean squared score to the loss")
     documented = dict(batch_size=4, gradient_accumulation_steps=2, learning_rate=2e-5, lora_dropout=0.1)
     training_flags.add_common_flags(parser, **documented, output_dir=None)
-    args = parser.parse_args(argv)
-    training_flags.check_common_flags(parser, args)
+    args = training_flags.parse(parser, argv)
     if args.task is None:  # not argparse's `required`, which would want it in a --config file too
         parser.error("--task helpful or --task harmless has to be given")
     if args.task == "helpful" and args.classification_loss_weight:
@@ -111,32 +110,9 @@ def pair_losses(model, batch, labels, args):
     return losses, torch.stack([values.detach().to(losses.dtype) for values in metrics])
 
 
-def score_statistics(scores, labels):
-    """What a reward model says of held-out pairs: scores (N, 2) of chosen and rejected, labels (N, 2) in +1, -1, 0.
-
-    For labelled responses: the share of safe ones above zero and of harmful ones below it, the area under the ROC curve
-    (the chance that a safe response scores above a harmful one, ties half) and the Brier score of sigmoid(score).
-    """
-    scores, labels = scores.double(), labels.double()
-    margin = scores[:, 0] - scores[:, 1]
-    result = {"accuracy": (margin > 0).double().mean(), "margin": margin.mean(), "margin_std": margin.std(correction=0)}
-    result |= {"score": scores.mean(), "score_std": scores.std(correction=0)}
-    safe, harmful = scores[labels < 0], scores[labels > 0]
-    for name, part, sign in (("safe", safe, 1), ("harmful", harmful, -1)):
-        if len(part):
-            result |= {f"{name}_sign_accuracy": (sign * part > 0).double().mean(), f"{name}_score": part.mean()}
-            result[f"{name}_score_std"] = part.std(correction=0)
-    if len(safe) and len(harmful):
-        below = torch.searchsorted(harmful.sort().values, safe)
-        not_above = torch.searchsorted(harmful.sort().values, safe, right=True)
-        result["auroc"] = (below + not_above).double().mean() / 2 / len(harmful)
-        result["brier"] = (torch.cat((1 - safe.sigmoid(), harmful.sigmoid())) ** 2).mean()
-    return {name: value.item() for name, value in result.items()}
-
-
 @torch.no_grad()
 def evaluate(model, pairs, labels, held_out, share, args, world):
-    """The held-out losses and score_statistics, {name: number}; every rank scores its share."""
+    """The held-out losses and reward_models.score_statistics, {name: number}; every rank scores its share."""
     sums = torch.zeros(len(METRICS), dtype=torch.float64)
     scores = torch.zeros(len(pairs), 2, dtype=torch.float64)
     for indices in share(held_out):
@@ -146,7 +122,7 @@ def evaluate(model, pairs, labels, held_out, share, args, world):
         scores[indices] = metrics[-2:].t()  # chosen_score, rejected_score
     sums, scores = distributed.all_reduce_sum(sums, world), distributed.all_reduce_sum(scores, world)[held_out]
     result = dict(zip(METRICS[:2], (sums[:2] / len(held_out)).tolist(), strict=True))
-    result |= score_statistics(scores, labels[held_out])
+    result |= reward_models.score_statistics(scores, labels[held_out])
     result["accuracy_ci95"] = 1.96 * (result["accuracy"] * (1 - result["accuracy"]) / len(held_out)) ** 0.5
     return result
 

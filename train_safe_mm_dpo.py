@@ -70,8 +70,7 @@ def get_args(argv=None):
     documented = dict(epochs=2, batch_size=4, gradient_accumulation_steps=4, learning_rate=5e-7, lora_dropout=0.1)
     training_flags.add_common_flags(parser, **documented, output_dir="models/aligned")
     parser.set_defaults(logging_dir="logs/training/safe_mm_dpo")
-    args = parser.parse_args(argv)
-    training_flags.check_common_flags(parser, args)
+    args = training_flags.parse(parser, argv)
     if args.lambda_init and not args.lambda_min <= args.lambda_init <= args.lambda_max:
         parser.error(f"--lambda-init {args.lambda_init:g} is not within --lambda-min and --lambda-max")
     if args.combine != "additive" and (args.w or args.kl_coeff):

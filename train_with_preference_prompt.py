@@ -33,6 +33,8 @@ from functools import partial
 import flags
 import training_flags
 
+TEXT_POSITIONS, VECTOR_POSITIONS = ("system", "user"), ("prefix", "before-response")
+
 
 def get_args(argv=None):
     parser = flags.Parser(__doc__)
@@ -63,8 +65,7 @@ def get_args(argv=None):
     documented |= dict(max_length=300, max_prompt_length=128, output_dir="model_output/Preference_Guided_DPO")
     training_flags.add_common_flags(parser, **documented)
     parser.set_defaults(logging_dir="logs/Preference_Guided_DPO")
-    args = parser.parse_args(argv)
-    training_flags.check_common_flags(parser, args)
+    args = training_flags.parse(parser, argv)
     if args.use_prompt_embedding != bool(args.prompt_embedding_path):
         parser.error("--use-prompt-embedding and --prompt-embedding-path PATH go together: give both or neither")
     if args.use_prompt_embedding and args.preference_text is not None:
@@ -100,17 +101,9 @@ from model_files import ModelError, enable_checkpointing, load_model, load_skele
 from packed_model import TokenLogps, prepare_model
 from packing import epoch_plan, hold_out, largest_pass, pack, passes_of_rank, send
 from preference_data import DataError, Pair, fingerprint, load_pairs
-from preference_prompt import (
-    PromptError,
-    check_room,
-    read_soft_prompt,
-    use_soft_prompt,
-    with_text,
-    with_virtual_tokens,
-)
+from preference_prompt import PromptError, check_room, read_soft_prompt, use_soft_prompt, with_text, with_virtual_tokens
 
 TOY_FOLDER = "outputs/toy_world"
-TEXT_POSITIONS, VECTOR_POSITIONS = ("system", "user"), ("prefix", "before-response")
 TOY = {"model": "model", "dataset_path": "train/polite_pairs.jsonl", "test_dataset_path": "test/polite_pairs.jsonl"}
 
 

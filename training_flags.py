@@ -53,9 +53,10 @@ def add_common_flags(
     accumulation = gradient_accumulation_steps
     add("--gradient-accumulation-steps", type=natural, default=accumulation, metavar="N", help="passes per update")
     parser.rates = lora_learning_rate if adapter else learning_rate, learning_rate
-    what = f"{lora_learning_rate:g} with LoRA, {learning_rate:g} for all weights" if adapter else f"{learning_rate:g}"
-    what = f"AdamW's rate at its highest (default: {what})"
-    add("--learning-rate", type=positive, metavar="LR", help=what)
+    what = f"{learning_rate:.0e}".replace("e-0", "e-")
+    if adapter:
+        what = f"{lora_learning_rate:.0e} with LoRA, {what} for all weights".replace("e-0", "e-")
+    add("--learning-rate", type=positive, metavar="LR", help=f"AdamW's rate at its highest (default: {what})")
     add("--warmup-steps", type=count, default=0, metavar="N", help="updates over which the rate rises from 0")
     add("--lr-scheduler", choices=("linear", "cosine", "constant"), default="linear", help="how the rate falls")
     add("--weight-decay", type=rate, default=0.0, metavar="W", help="of AdamW")
@@ -66,7 +67,7 @@ def add_common_flags(
     add = parser.group("memory and device")
     what = "say what memory the run will take, from the model's config alone, and end"
     add("--estimate-memory", action="store_true", help=what)
-    what = "slower, less memory; auto: where it is needed"
+    what = "slower, less memory; auto: where it is needed; alone it means on"
     add("--gradient-checkpointing", choices=("auto", "on", "off"), default="auto", help=what)
     what = "passes of at most T tokens instead of B pairs; an update has the same pairs (0: off)"
     add("--tokens-per-microbatch", type=count, default=0, metavar="T", help=what)
@@ -91,11 +92,12 @@ def add_common_flags(
     add("--logging-dir", metavar="DIR", help="what --report-to writes (default: logs in the output folder)")
     what = "numbers of frozen models, kept for later runs (default: in the output folder)"
     add("--cache-dir", metavar="DIR", help=what)
-    parser.max_prompt_length = max_prompt_length  # as parser.rates: for check_common_flags
+    parser.max_prompt_length = max_prompt_length  # as parser.rates: for `parse` below
 
 
-def check_common_flags(parser, args):
-    """What no single flag can see, and the defaults that follow from another flag."""
+def parse(parser, argv=None):
+    """parser.parse_args, the defaults that follow from another flag, and refused what no single flag can see."""
+    args = parser.parse_args(argv)
     lora_rate, args.full_rate = parser.rates
     if args.learning_rate is None:
         args.learning_rate = lora_rate if getattr(args, "lora_r", None) else args.full_rate
@@ -118,6 +120,7 @@ def check_common_flags(parser, args):
         args.save_merged = False  # of a file for LoRA too; the model that is saved is whole
     if getattr(args, "lora_target_modules", None):  # q_proj,v_proj is how LLaMA-Factory writes two
         args.lora_target_modules = [name for word in args.lora_target_modules for name in word.split(",") if name]
+    return args
 
 
 def take_toy(args, *paths):
