@@ -122,7 +122,7 @@ INSTEAD = {
     "--adam-epsilon": (_AS_ADAMW,),
     "--neftune-noise-alpha": ("leave it out: no noise is added",),
     "--per-device-eval-batch-size": ("leave it out: evaluation has passes as large as training",),
-    "--auto-find-batch-size": ("--estimate-memory, which says what fits, and --batch-size",),
+    "--auto-find-batch-size": ("--batch-size B (--estimate-memory says what fits)",),
     "--deepspeed": (_SHARDS,),
     "--fsdp": (_SHARDS,),
     "--ddp-backend": ("leave it out: NCCL on GPUs, gloo elsewhere",),

@@ -200,7 +200,8 @@ class _Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpF
     def _fill_text(self, text, width, indent):
         """The docstring: what is indented as it stands, the rest filled, without the files to copy."""
         parts = [part for part in text.strip().split("\n\n") if not part.startswith("Copy with:")]
-        return "\n\n".join(part if "\n " in f"\n{part}" else textwrap.fill(part, width) for part in parts)
+        fill = lambda part: textwrap.fill(part, width, break_on_hyphens=False)
+        return "\n\n".join(part if "\n " in f"\n{part}" else fill(part) for part in parts)
 
 
 def _hyphens(word):
