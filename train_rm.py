@@ -46,7 +46,8 @@ def get_args(argv=None):
     add("--classification-loss-weight", type=positive, metavar="W", help="of the label terms (default: 1 for harmless)")
     add("--center-rewards", type=positive, default=0.0, metavar="G", help="adds G x the mean squared score to the loss")
     documented = dict(batch_size=4, gradient_accumulation_steps=2, learning_rate=2e-5, lora_dropout=0.1)
-    training_flags.add_common_flags(parser, **documented, output_dir=None)
+    what = "rows of the validation file; 0: none (default: all)"
+    training_flags.add_common_flags(parser, **documented, held_out=what, output_dir=None)
     args = training_flags.parse(parser, argv)
     if args.task is None:  # not argparse's `required`, which would want it in a --config file too
         parser.error("--task helpful or --task harmless has to be given")

@@ -68,7 +68,8 @@ def get_args(argv=None):
     add("--cost-every", type=flags.number(int, least=1), default=8, metavar="N", help="updates between two samples")
     add("--cost-prompts", choices=("harmless", "all"), default="harmless", help="whose rows' prompts E[cost] is over")
     documented = dict(epochs=2, batch_size=4, gradient_accumulation_steps=4, learning_rate=5e-7, lora_dropout=0.1)
-    training_flags.add_common_flags(parser, **documented, output_dir="models/aligned")
+    what = "rows of each validation file; 0: none (default: all)"
+    training_flags.add_common_flags(parser, **documented, held_out=what, output_dir="models/aligned")
     parser.set_defaults(logging_dir="logs/training/safe_mm_dpo")
     args = training_flags.parse(parser, argv)
     if args.lambda_init and not args.lambda_min <= args.lambda_init <= args.lambda_max:

@@ -13,6 +13,7 @@ def add_common_flags(
     lora_dropout=0.0,
     max_length=512,
     max_prompt_length=256,
+    held_out="pairs held out; 0: none (default: 10 %%, at most 100)",
     output_dir="outputs",
     adapter=True,
 ):
@@ -26,7 +27,7 @@ def add_common_flags(
 
     add = parser.group("data")
     add("--num-samples", type=count, default=0, metavar="N", help="rows to read; 0: all")
-    add("--eval-samples", type=count, metavar="N", help="pairs held out; 0: none (default: 10 %%, at most 100)")
+    add("--eval-samples", type=count, metavar="N", help=held_out)
     add("--max-length", type=length, default=max_length, metavar="N", help="tokens of prompt + response")
     half = "half of --max-length"
     half = half if max_prompt_length == max_length // 2 else f"{max_prompt_length}; {half} where that is given"
@@ -52,11 +53,11 @@ def add_common_flags(
     add("--batch-size", type=natural, default=batch_size, metavar="B", help="pairs per device and pass")
     accumulation = gradient_accumulation_steps
     add("--gradient-accumulation-steps", type=natural, default=accumulation, metavar="N", help="passes per update")
-    parser.rates = lora_learning_rate if adapter else learning_rate, learning_rate
-    what = f"{learning_rate:.0e}".replace("e-0", "e-")
+    what = "AdamW's rate at its highest"
     if adapter:
-        what = f"{lora_learning_rate:.0e} with LoRA, {what} for all weights".replace("e-0", "e-")
-    add("--learning-rate", type=positive, metavar="LR", help=f"AdamW's rate at its highest (default: {what})")
+        rates = f"{lora_learning_rate:.0e} with LoRA, {learning_rate:.0e} for all weights".replace("e-0", "e-")
+        what = f"{what} (default: {rates})"
+    add("--learning-rate", type=positive, default=None if adapter else learning_rate, metavar="LR", help=what)
     add("--warmup-steps", type=count, default=0, metavar="N", help="updates over which the rate rises from 0")
     add("--lr-scheduler", choices=("linear", "cosine", "constant"), default="linear", help="how the rate falls")
     add("--weight-decay", type=rate, default=0.0, metavar="W", help="of AdamW")
@@ -92,7 +93,8 @@ def add_common_flags(
     add("--logging-dir", metavar="DIR", help="what --report-to writes (default: logs in the output folder)")
     what = "numbers of frozen models, kept for later runs (default: in the output folder)"
     add("--cache-dir", metavar="DIR", help=what)
-    parser.max_prompt_length = max_prompt_length  # as parser.rates: for `parse` below
+    parser.rates = lora_learning_rate, learning_rate  # for `parse` below
+    parser.max_prompt_length = max_prompt_length
 
 
 def parse(parser, argv=None):
