@@ -12,11 +12,11 @@ Deviations from the paper: AdamW instead of RMSprop; label smoothing, robust, hi
     python dpo_hf_run.py --model Qwen/Qwen3-0.6B --dataset pairs.jsonl --learning-rate 1e-4    # one GPU
     torchrun --nproc_per_node=4 dpo_hf_run.py --dataset pairs.jsonl --learning-rate 1e-4       # four GPUs
 
-Copy with: charts.py chat_text.py checkpoints.py distributed.py flags.py lora.py lora_targets.py losses.py
-    memory_estimate.py memory_report.py model_files.py optimizers.py packed_attention.py packed_model.py
+Copy with: charts.py chat_text.py checkpoints.py distributed.py flag_names.py flags.py lora.py lora_targets.py
+    losses.py memory_estimate.py memory_report.py model_files.py optimizers.py packed_attention.py packed_model.py
     packed_probe.py packing.py preference_data.py preference_rows.py row_files.py row_prompts.py row_shapes.py
     run_files.py score_cache.py speed.py tensor_files.py toy_world.py trackers.py training_curves.py
-    written_files.py
+    training_flags.py written_files.py
 """
 
 import gc
@@ -24,13 +24,47 @@ import itertools
 import sys
 from functools import partial
 
+import flags
+import training_flags
+
+
+def get_args(argv=None):
+    parser = flags.Parser(__doc__)
+    positive, rate = flags.number(float, above=0), flags.number(float, least=0)
+    below_half = flags.number(float, least=0, below=0.5)
+    add = parser.group("model")
+    names = "--model", "--base-model-path", "--policy-model-path"
+    add(*names, default="Qwen/Qwen3-0.6B", help="folder, hub id or `toy`, data too")
+    add("--ref-model-path", "--reference-model-path", metavar="MODEL", help="the reference, where it is another model")
+    add("--adapter", metavar="DIR", help="start from this LoRA adapter (PEFT files); the reference has it too, frozen")
+    add = parser.group("data")
+    add("--dataset", default="lvwerra/stack-exchange-paired", help="pairs: file, folder, hub id or `toy`")
+    add("--eval-dataset", metavar="DATASET", help="evaluate on these pairs instead of holding some out")
+    add = parser.group("method")
+    add("--beta", "--β-ori", type=positive, default=0.1, help="strength of the pull to the reference")
+    add("--loss", choices=("sigmoid", "robust", "hinge", "ipo"), default="sigmoid", help="losses.py has the equations")
+    add("--label-smoothing", type=below_half, default=0.0, metavar="E", help="share of wrong labels: sigmoid, robust")
+    add("--nll-coeff", type=rate, default=0.0, metavar="C", help="weight of chosen's NLL in the loss")
+    training_flags.add_common_flags(parser, output_dir="outputs/dpo_qwen_trl")
+    parser.set_defaults(num_samples=1000)
+    args = training_flags.parse(parser, argv)
+    training_flags.take_toy(args, "dataset")
+    if args.label_smoothing and args.loss not in ("sigmoid", "robust"):
+        parser.error(f"--label-smoothing has no effect on --loss {args.loss}: use sigmoid or robust")
+    lora_flags = {"lora_r", "lora_alpha", "lora_dropout", "lora_target_modules"} & args.typed
+    if args.adapter and lora_flags:
+        parser.error(f"--{min(lora_flags).replace('_', '-')} has no effect with --adapter, which brings its own")
+    return args
+
+
+if __name__ == "__main__":
+    ARGS = get_args()  # before torch is loaded, which takes seconds: --help and a wrong flag are answered at once
+
 import torch
 from tqdm import tqdm
-from transformers.optimization import get_scheduler
 
 import checkpoints
 import distributed
-import flags
 import lora
 import memory_estimate
 import memory_report
@@ -39,40 +73,13 @@ import run_files
 import score_cache
 import speed
 import toy_world
-from losses import DPO_LOSSES, PAIR_METRICS, displacement, dpo_loss, nll_loss, pair_metrics
+from losses import PAIR_METRICS, displacement, dpo_loss, nll_loss, pair_metrics
 from model_files import ModelError, enable_checkpointing, load_model, load_skeleton, load_tokenizer, save_whole
 from packed_model import TokenLogps, prepare_model
 from packing import epoch_plan, hold_out, largest_pass, pack, passes_of_rank, send
 from preference_data import DataError, fingerprint, load_pairs
 
 TOY_FOLDER = "outputs/toy_world"
-
-
-def get_args(argv=None):
-    parser = flags.Parser(__doc__)
-    add, positive, rate = parser.add_argument, flags.number(float, above=0), flags.number(float, least=0)
-    below_half = flags.number(float, least=0, below=0.5)
-    names = "--model", "--base-model-path", "--policy-model-path"
-    add(*names, default="Qwen/Qwen3-0.6B", help="folder, hub id or `toy`, data too")
-    add("--ref-model-path", "--reference-model-path", metavar="MODEL", help="the reference, where it is another model")
-    add("--adapter", metavar="DIR", help="start from this LoRA adapter (PEFT files); the reference has it too, frozen")
-    add("--dataset", default="lvwerra/stack-exchange-paired", help="pairs: file, folder, hub id or `toy`")
-    add("--eval-dataset", metavar="DATASET", help="evaluate on these pairs instead of holding some out")
-    add("--beta", "--β-ori", type=positive, default=0.1, help="strength of the pull to the reference")
-    add("--loss", choices=DPO_LOSSES, default="sigmoid", help="losses.py has the equations")
-    add("--label-smoothing", type=below_half, default=0.0, metavar="E", help="share of wrong labels: sigmoid, robust")
-    add("--nll-coeff", type=rate, default=0.0, metavar="C", help="weight of chosen's NLL in the loss")
-    flags.add_common_flags(parser, output_dir="outputs/dpo_qwen_trl")
-    parser.set_defaults(num_samples=1000)
-    args = parser.parse_args(argv)
-    flags.check_common_flags(parser, args)
-    flags.take_toy(args, "dataset")
-    if args.label_smoothing and args.loss not in ("sigmoid", "robust"):
-        parser.error(f"--label-smoothing has no effect on --loss {args.loss}: use sigmoid or robust")
-    lora_flags = {"lora_r", "lora_alpha", "lora_dropout", "lora_target_modules"} & args.typed
-    if args.adapter and lora_flags:
-        parser.error(f"--{min(lora_flags).replace('_', '-')} has no effect with --adapter, which brings its own")
-    return args
 
 
 METRICS = ["loss", *PAIR_METRICS, "nll_loss"]  # in the order of pair_losses
@@ -154,7 +161,7 @@ def main(args):
         chat_template_strings=args.chat_template_strings,
     )
     watch.phase("tokenise")
-    pairs, report = read(args.dataset, limit=args.num_samples)
+    pairs, report = read(args.dataset, limit=args.num_samples, by_default="num_samples" not in args.given)
     train, held_out = list(range(len(pairs))), []  # places in pairs
     if args.eval_dataset and args.eval_samples != 0:
         eval_pairs, eval_report = read(args.eval_dataset, limit=args.eval_samples or 0)
@@ -221,7 +228,7 @@ def main(args):
     watch.phase("other")
     reference = None  # frozen: it has said all it has to say
     gc.collect()  # a sharded model has methods that hold it
-    say(*memory_report.start_lines("policy model", parameters, policy, args, world, slow_rate=2e-5), sep="\n")
+    say(*memory_report.start_lines("policy model", parameters, policy, args, world), sep="\n")
 
     # 4 optimiser
     accumulation = args.gradient_accumulation_steps
@@ -229,7 +236,7 @@ def main(args):
     updates_per_epoch = len(plan_epoch(epoch=0))
     num_updates = min(args.epochs * updates_per_epoch, args.max_steps or sys.maxsize)
     optimizer = optimizers.make_optimizer(parameters, args)
-    scheduler = get_scheduler(args.lr_scheduler, optimizer, args.warmup_steps, num_updates)
+    scheduler = optimizers.make_scheduler(optimizer, args, num_updates, say)
     scaler = torch.amp.GradScaler(world.device.type, enabled=dtype == torch.float16)
     distributed.assert_same_on_all_ranks(parameters, world)
     distributed.seed_everything(args.seed + world.rank)  # from here on chance (dropout) differs between ranks
@@ -352,4 +359,4 @@ USER_ERRORS = (DataError, ModelError, lora.AdapterError, distributed.DeviceError
 USER_ERRORS += checkpoints.CheckpointError, memory_estimate.EstimateError, optimizers.OptimizerError
 
 if __name__ == "__main__":
-    flags.run(main, get_args(), *USER_ERRORS)
+    flags.run(main, ARGS, *USER_ERRORS)

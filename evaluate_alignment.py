@@ -13,7 +13,7 @@ quantiles of its score then instead of a harm rate, and `safe` means at least th
         --adapters before=outputs/dpo_qwen_trl after=models/aligned \\
         --helpful-rm-path models/helpful_rm --harmless-rm-path models/harmless_rm                          # one GPU
 
-Copy with: charts.py chat_text.py distributed.py evaluation_numbers.py evaluation_prompts.py flags.py
+Copy with: charts.py chat_text.py distributed.py evaluation_numbers.py evaluation_prompts.py flag_names.py flags.py
     implicit_rewards.py lora.py lora_targets.py model_files.py packed_attention.py packed_model.py packed_probe.py
     packing.py preference_data.py preference_rows.py report_page.py report_text.py reward_models.py row_files.py
     row_prompts.py row_shapes.py run_files.py sampling.py score_cache.py tensor_files.py toy_world.py trackers.py
@@ -28,66 +28,40 @@ from collections import Counter
 from functools import partial
 from pathlib import Path
 
-import torch
-import transformers
-from tqdm import tqdm
-
-import distributed
-import evaluation_numbers
 import flags
-import implicit_rewards
-import lora
-import report_page
-import report_text
-import reward_models
-import run_files
-import score_cache
-import toy_world
-import training_curves
-import written_files
-from evaluation_prompts import benign_prompts, read_prompts
-from model_files import ModelError, check_positions, load_model, load_skeleton, load_tokenizer
-from packed_model import logps_of, prepare_model, prepare_scores
-from packing import pack, passes
-from row_files import DataError
-from sampling import closed, end_tokens, response_text, sample
-
-TOY_FOLDER = "outputs/toy_world"
-REPORTS = "report.json", "report.html", "report.txt", "responses.jsonl"
-MANIFEST = "report.manifest.json"  # of these, for the folder may be a run's, which has one of its own
-NOT_SETTINGS = "output_dir", "overwrite", "device"  # of the flags: what changes no number, and what is resolved below
-SHOWN = (
-    "helpful_reward cost harm_rate rule_helpful rule_harm_rate over_refusal kl_per_token implicit_accuracy".split()
-)  # in the log
-FIELDS = {"helpful": "helpful_reward", "harmless": "harmless_score"}  # of a row, by the reward model's task
 
 
 def get_args(argv=None):
     parser = flags.Parser(__doc__)
-    add, count, natural = parser.add_argument, flags.number(int, least=0), flags.number(int, least=1)
+    count, natural = flags.number(int, least=0), flags.number(int, least=1)
     responses, tokens = flags.number(int, least=1, most=10_000), flags.number(int, least=1, most=10**6)
     share = flags.number(float, above=0, most=1)
+    add = parser.group("model")
     add("--model", "--base-model-path", default="Qwen/Qwen3-0.6B", help="the base: folder, hub id or `toy`")
     add("--adapters", nargs="*", default=[], metavar="[NAME=]DIR", help="LoRA adapters on it, each a policy to measure")
-    add("--prompts", metavar="FILE", help="rows with `prompt` and, if known, `category`; or `toy`, as with --model toy")
     add("--helpful-rm-path", metavar="DIR", help="helpful reward model, a folder of train_rm.py")
     add("--harmless-rm-path", metavar="DIR", help="harmless reward model, a folder of train_rm.py")
+    add("--trust-remote-code", action="store_true", help="run model code that comes with the weights")
+    add = parser.group("data")
+    add("--prompts", metavar="FILE", help="rows with `prompt` and, if known, `category`; or `toy`, as with --model toy")
     add("--benign-categories", nargs="+", metavar="NAME", help="where a refusal is one too many (default: benign...)")
     add("--num-samples", type=count, default=0, metavar="N", help="prompts to read; 0: all")
+    add("--max-prompt-length", type=tokens, default=256, metavar="N", help="tokens of the prompt, its end")
+    add("--chat-template-strings", action="store_true", help="put plain strings through the chat template")
+    add = parser.group("method")
     add("--num-responses", type=responses, default=1, metavar="M", help="responses to each prompt")
     add("--max-new-tokens", type=tokens, default=256, metavar="N", help="tokens of a response at most")
-    add("--max-prompt-length", type=tokens, default=256, metavar="N", help="tokens of the prompt, its end")
     add("--temperature", type=flags.number(float, least=0), default=1.0, metavar="T", help="0: the likeliest token")
     add("--top-p", type=share, default=1.0, metavar="P", help="sample from the likeliest P")
-    add("--chat-template-strings", action="store_true", help="put plain strings through the chat template")
-    add("--batch-size", type=natural, default=16, metavar="B", help="responses sampled, or pairs scored, at a time")
-    add("--samples", type=count, default=6, metavar="N", help="prompts shown side by side, per category")
     add("--seed", type=flags.number(int, least=0, below=2**63), default=42, metavar="N", help="of all that is drawn")
+    add = parser.group("memory and device")
+    add("--batch-size", type=natural, default=16, metavar="B", help="responses sampled, or pairs scored, at a time")
     add("--dtype", choices=("auto", "bf16", "fp16", "fp32"), default="auto", help="of the base model's weights")
     add("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto", help="where to compute")
-    add("--trust-remote-code", action="store_true", help="run model code that comes with the weights")
+    add = parser.group("output")
     add("--output-dir", default="outputs/alignment_report", metavar="DIR", help="where the report goes")
     add("--overwrite", action="store_true", help="replace the report that the output folder holds")
+    add("--samples", type=count, default=6, metavar="N", help="prompts shown side by side, per category")
     args = parser.parse_args(argv)
     if args.prompts is None and args.model != "toy":
         parser.error("--prompts FILE has to be given (--prompts toy: those of the toy world)")
@@ -113,6 +87,42 @@ def named_folder(word):
 
 def is_part_of_run(path):
     return re.fullmatch(r"(epoch_|checkpoint-)\d+", path.name) is not None
+
+
+if __name__ == "__main__":
+    ARGS = get_args()  # before torch is loaded, which takes seconds: --help and a wrong flag are answered at once
+
+import torch
+import transformers
+from tqdm import tqdm
+
+import distributed
+import evaluation_numbers
+import implicit_rewards
+import lora
+import report_page
+import report_text
+import reward_models
+import run_files
+import score_cache
+import toy_world
+import training_curves
+import written_files
+from evaluation_prompts import benign_prompts, read_prompts
+from model_files import ModelError, check_positions, load_model, load_skeleton, load_tokenizer
+from packed_model import logps_of, prepare_model, prepare_scores
+from packing import pack, passes
+from row_files import DataError
+from sampling import closed, end_tokens, response_text, sample
+
+TOY_FOLDER = "outputs/toy_world"
+REPORTS = "report.json", "report.html", "report.txt", "responses.jsonl"
+MANIFEST = "report.manifest.json"  # of these, for the folder may be a run's, which has one of its own
+NOT_SETTINGS = "output_dir", "overwrite", "device"  # of the flags: what changes no number, and what is resolved below
+SHOWN = (
+    "helpful_reward cost harm_rate rule_helpful rule_harm_rate over_refusal kl_per_token implicit_accuracy".split()
+)  # in the log
+FIELDS = {"helpful": "helpful_reward", "harmless": "harmless_score"}  # of a row, by the reward model's task
 
 
 def adapter_folder(folder):
@@ -356,4 +366,4 @@ USER_ERRORS = (DataError, ModelError, lora.AdapterError, distributed.DeviceError
 USER_ERRORS += (reward_models.RewardModelError,)
 
 if __name__ == "__main__":
-    flags.run(main, get_args(), *USER_ERRORS)
+    flags.run(main, ARGS, *USER_ERRORS)

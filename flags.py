@@ -1,4 +1,4 @@
-"""The flags of the scripts: `--output-dir` and `--output_dir` are the same flag, a YAML file can hold flags, and a
+"""How scripts read flags: `--output-dir` and `--output_dir` are the same flag, a YAML file can hold flags, and a
 user's mistake is one sentence and exit code 2 (3 when a run goes non-finite), without a traceback.
 """
 
@@ -8,13 +8,18 @@ import glob
 import math
 import os
 import re
+import shutil
 import signal
 import sys
+import textwrap
 import time
 
 import yaml
 
+from flag_names import INSTEAD, SAME, VALUES
+
 MOST = {int: 2**31 - 1, float: 1e30}  # of a flag that names no bound of its own: what no run has, and fp32 still holds
+NUMBER = r"\d[\d.]*?(?:[eE][-+]?\d+)?"
 ADVICE = "nothing is saved; try a smaller --learning-rate, --dtype fp32, or look for broken weights or data"
 
 
@@ -23,27 +28,37 @@ class NonFinite(FloatingPointError):
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse without abbreviations, with both spellings, --config FILE.yaml, and errors of one sentence."""
+    """argparse without abbreviations, with both spellings, other trainers' names (flag_names.py), --config FILE.yaml,
+    and errors of one sentence.
+    """
 
     def __init__(self, doc):
         super().__init__(
+            usage="%(prog)s [--config FILE.yaml] [--flag value ...]",
             description=doc,
+            epilog="--a-flag and --a_flag are the same; so are names of TRL and LLaMA-Factory that mean the same.",
             allow_abbrev=False,
-            formatter_class=lambda prog: _Help(prog, max_help_position=36, width=110),
+            formatter_class=_Help,
         )
         self.where = ""
         self.add_argument("--config", metavar="FILE.yaml", help="a file with flags; the command line wins")
         # Launchers append it; the environment they also set is what counts.
         self.add_argument("--local-rank", type=number(int, least=-1), help=argparse.SUPPRESS)
 
+    def group(self, title):
+        """add_argument of the part of --help with that title."""
+        found = [group for group in self._action_groups if group.title == title]
+        return (found or [self.add_argument_group(title)])[0].add_argument
+
     def parse_args(self, argv=None):
         """Namespace of the flags; `args.typed` names those on the command line, `args.given` those in the file too."""
-        argv = [_hyphens(word) for word in (sys.argv[1:] if argv is None else argv)]
+        argv = self._ours(map(str, sys.argv[1:] if argv is None else argv))
         args, words = argparse.Namespace(), []
         for index, word in enumerate(argv):
             if word.partition("=")[0] == "--config":
                 file = word.partition("=")[2] or "".join(argv[index + 1 : index + 2])
-                in_file, self.where = self._read_config(file), f"{file}: "
+                self.where = f"{file}: "
+                in_file = self._read_config(file)
                 args, self.where = self._parse(in_file, args), ""
                 words += in_file
         args = self._parse(argv, args)
@@ -54,20 +69,61 @@ class Parser(argparse.ArgumentParser):
         words = {word.partition("=")[0] for word in words}
         return {action.dest for action in self._actions if words.intersection(action.option_strings)}
 
+    def _has(self, words):
+        return all(word in self._option_string_actions for word in words.split() if word.startswith("--"))
+
+    def _name(self, word):
+        """The flag that a word is in this script: hyphens for underscores, ours for the name of another trainer."""
+        name = _hyphens(word).partition("=")[0]
+        return SAME[name] if name in SAME and not self._has(name) and self._has(SAME[name]) else name
+
+    def _values(self, name):
+        """{value: our words} of a switch, and of a flag that flag_names.VALUES knows, where this script has them."""
+        action = self._option_string_actions.get(name)
+        values = {"true": name, "false": ""} if action and action.nargs == 0 else VALUES.get(name, {})
+        return values if self._has(" ".join(values.values())) else {}
+
+    def _ours(self, words):
+        """The words with our names and values in the place of other trainers', and switches without a value."""
+        ours, words = [], list(words)
+        while words:
+            word = words.pop(0)
+            name, equals, value = self._name(word), *word.partition("=")[1:]
+            values, action = self._values(name), self._option_string_actions.get(name)
+            follows = bool(words) and not equals and not words[0].startswith("--")
+            said = value if equals else words[0] if follows else "true"
+            said = said if said in values else str(SWITCHES.get(said.lower(), said)).lower()
+            if said in values:
+                ours += values[said].split()
+                del words[:follows]
+            elif not values or action and action.nargs != 0:
+                ours.append(name + equals + value)
+            elif "true" in values and not equals:  # the word behind is no value
+                ours += values["true"].split()
+            else:
+                self.error(f"{name} is {' or '.join(values)}, not {said!r}{self._hint(name)}")
+        return ours
+
     def _parse(self, words, args):
         for name, _, value in (word.partition("=") for word in words):
             if value == "--" and name in self._option_string_actions:  # argparse would make it an empty list
                 self.error(f"{name}: expected a value, got '--'")
         args, unknown = self.parse_known_args(words, args)
         if unknown:
-            self.error(f"unknown flag {unknown[0]}{self._nearest(unknown[0].partition('=')[0])}")
+            unknown = [word for word in unknown if word.startswith("--")] or unknown[:1]
+            self.error("; ".join(f"unknown flag {word}{self._nearest(word.partition('=')[0])}" for word in unknown))
         return args
+
+    def _hint(self, name):
+        """`: use --ours N` for a name of another trainer, of what this script has; else nothing."""
+        fitting = [what for what in INSTEAD.get(name, ()) if not what.startswith("--") or self._has(what.split()[0])]
+        return f": {'use ' * fitting[0].startswith('--')}{fitting[0]}" if fitting else ""
 
     def _nearest(self, word):
         shown = [action for action in self._actions if action.help != argparse.SUPPRESS]
         known = [option for action in shown for option in action.option_strings]
         nearest = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
-        return f"; did you mean {nearest[0]}?" if nearest else "; --help lists them"
+        return self._hint(word) or (f"; did you mean {nearest[0]}?" if nearest else "; --help lists them")
 
     def _read_config(self, file):
         """A YAML file as command-line words; `lora: {r: 8}` is --lora-r 8, `use_lora: false` is --lora-r 0."""
@@ -75,33 +131,29 @@ class Parser(argparse.ArgumentParser):
             with open(file, encoding="utf-8") as text:
                 config = yaml.load(text, AsWritten) or {}
         except Exception as error:  # PyYAML's own, and what `!!int x`, `!!timestamp x` or 5,000 brackets raise in it
+            self.where = ""
             self.error(f"--config {file} cannot be read ({' '.join(str(error).split())})")
         if not isinstance(config, dict):
-            self.error(f"--config {file} is not a list of `flag: value` lines")
+            self.error("not a list of `flag: value` lines")
         lora = config.pop("lora", None) or {}
         if not isinstance(lora, dict):
-            self.error(f"{file}: `lora:` is not a block of `r:`, `alpha:`, `dropout:`, `target_modules:`")
+            self.error("`lora:` is not a block of `r:`, `alpha:`, `dropout:`, `target_modules:`")
         config |= {f"lora_{key}": value for key, value in lora.items()}
-        if not self._switch(file, "use_lora", config.pop("use_lora", "true")):
-            config["lora_r"] = 0
-        words = []
+        if "use_lora" in config:  # behind the block, whose rank it overrules
+            config["use_lora"] = config.pop("use_lora")
+        words, unknown = [], []
         for key, value in config.items():
-            option = _hyphens(f"--{key}")
-            action = self._option_string_actions.get(option)
-            if action is None:
-                self.error(f"{file}: unknown key {key}{self._nearest(option)}")
-            if action.nargs == 0:
-                words += [option] if self._switch(file, key, value) else []
-            elif isinstance(value, list):
-                words += [option, *map(str, value)]
-            elif value is not None:
-                words.append(f"{option}={value}")
+            name = self._name(f"--{key}")
+            action = self._option_string_actions.get(name)
+            if not action and not self._values(name):
+                unknown.append(f"unknown key {key}{self._nearest(name)}")
+            elif isinstance(value, list) and not (action and action.nargs):
+                self.error(f"{key}: pick one of {', '.join(map(str, value))}")
+            elif value is not None or not action or action.nargs == 0:
+                words += self._ours([name, *map(str, value)] if isinstance(value, list) else [f"{name}={value}"])
+        if unknown:
+            self.error("; ".join(unknown))
         return words
-
-    def _switch(self, file, key, value):
-        if str(value).lower() not in SWITCHES:
-            self.error(f"{file}: {key} is true or false, not {value!r}")
-        return SWITCHES[value.lower()]
 
     def error(self, message):
         message = re.sub(r"^argument (--[^/:]+)[^:]*", r"\1", message)  # the canonical name, without the aliases
@@ -122,10 +174,34 @@ SWITCHES = {"true": True, "yes": True, "on": True, "false": False, "no": False, 
 
 
 class _Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
-    """The script's docstring as it stands, and behind every flag's help its default where there is one."""
+    """As wide as the terminal; a flag under its first name, the others behind its help, then its default if any."""
+
+    def __init__(self, prog):
+        width = min(shutil.get_terminal_size().columns, 120)
+        super().__init__(prog, max_help_position=24 if width < 100 else 34, width=width)
+
+    def _format_action_invocation(self, action):
+        names = action.option_strings
+        action.option_strings = names if "-h" in names else names[:1]
+        text = super()._format_action_invocation(action)
+        action.option_strings = names
+        return text
 
     def _get_help_string(self, action):
-        return action.help if action.default in (None, False) else super()._get_help_string(action)
+        shown = action.default not in (None, False, argparse.SUPPRESS)
+        text = re.sub(r" \(default: .*\)$", "", action.help) if shown else action.help  # a script set another
+        others = [] if "-h" in action.option_strings else action.option_strings[1:]
+        behind = ["default: %(default)s"] * shown + [f"also {', '.join(others)}"] * bool(others)
+        return f"{text} ({'; '.join(behind)})" if behind else text
+
+    def _split_lines(self, text, width):
+        return textwrap.wrap(" ".join(text.split()), width, break_on_hyphens=False)  # a flag's name stays whole
+
+    def _fill_text(self, text, width, indent):
+        """The docstring: what is indented as it stands, the rest filled, without the files to copy."""
+        parts = [part for part in text.strip().split("\n\n") if not part.startswith("Copy with:")]
+        fill = lambda part: textwrap.fill(part, width, break_on_hyphens=False)
+        return "\n\n".join(part if "\n " in f"\n{part}" else fill(part) for part in parts)
 
 
 def _hyphens(word):
@@ -147,8 +223,10 @@ def number(kind, above=None, least=None, below=None, most=None):
     def parse(text):
         shown = text if len(text) <= 40 else f"{text[:30]}... ({len(text)} characters)"
         try:
-            value = kind(text)
+            value = kind(re.sub(r"\.0*$", "", text) if kind is int else text)  # 3.0 of other trainers' files
         except ValueError:
+            if re.fullmatch(rf"{NUMBER}\s*(-|–|~|\.\.|,|to|至|到)\s*{NUMBER}", text.strip()):  # a document's advice
+                raise argparse.ArgumentTypeError(f"pick one number of {shown}") from None
             if kind is not int or not re.fullmatch(r"\s*[-+]?[\d_]+\s*", text):
                 what = "a whole number" if kind is int else "a number"
                 raise argparse.ArgumentTypeError(f"expected {what}, got {shown!r}") from None
@@ -166,116 +244,6 @@ def number(kind, above=None, least=None, below=None, most=None):
         return value
 
     return parse
-
-
-def add_common_flags(
-    parser,
-    epochs=1,
-    batch_size=2,
-    gradient_accumulation_steps=4,
-    learning_rate=5e-6,
-    lora_dropout=0.0,
-    max_length=512,
-    max_prompt_length=256,
-    output_dir="outputs",
-    adapter=True,
-):
-    """The flags that every training script has, with that script's documented defaults; adapter: those of LoRA too."""
-    add, count, natural = parser.add_argument, number(int, least=0), number(int, least=1)
-    rate, positive, share = number(float, least=0), number(float, above=0), number(float, least=0, below=1)
-    length, tokens = number(int, least=2, most=10**7), number(int, least=1, most=10**7)  # as of the longest contexts
-    # data
-    add("--num-samples", type=count, default=0, metavar="N", help="rows to read; 0: all")
-    add("--eval-samples", type=count, metavar="N", help="pairs held out; 0: none (default: 10 %%, at most 100)")
-    add("--max-length", type=length, default=max_length, metavar="N", help="tokens of prompt + response")
-    add("--max-prompt-length", type=tokens, default=max_prompt_length, metavar="N", help="tokens of the prompt")
-    add("--chat-template-strings", action="store_true", help="put plain strings through the chat template")
-    add("--skip-invalid", action="store_true", help="leave malformed rows out instead of stopping at the first")
-    if adapter:
-        rank = number(int, least=0, most=65_536)
-        add("--lora-r", type=rank, default=16, metavar="R", help="rank; 0: train all weights")
-        add("--lora-alpha", type=positive, default=32, metavar="A", help="the adapter is scaled by A / R")
-        add("--lora-dropout", type=share, default=lora_dropout, metavar="P", help="on the adapter's input")
-        what = "layers to adapt (default: all linears of the blocks)"
-        add("--lora-target-modules", nargs="+", metavar="NAME", help=what)
-        what = "also write a whole model, adapter merged, to OUTPUT_DIR/merged"
-        add("--save-merged", action="store_true", help=what)
-    # optimisation
-    names = "--epochs", "--num-epochs", "--num-train-epochs"
-    add(*names, type=natural, default=epochs, metavar="N", help="passes over the data")
-    add("--max-steps", type=count, default=0, metavar="N", help="updates at most; 0: all of the epochs")
-    add("--batch-size", type=natural, default=batch_size, metavar="B", help="pairs per device and pass")
-    accumulation = gradient_accumulation_steps
-    add("--gradient-accumulation-steps", type=natural, default=accumulation, metavar="N", help="passes per update")
-    add(
-        "--tokens-per-microbatch",
-        type=count,
-        default=0,
-        metavar="T",
-        help="passes of at most T tokens instead of B pairs; an update has the same pairs (0: off)",
-    )
-    add("--learning-rate", type=positive, default=learning_rate, metavar="LR", help="AdamW's rate at its highest")
-    add("--warmup-steps", type=count, default=0, metavar="N", help="updates over which the rate rises from 0")
-    add("--lr-scheduler", choices=("linear", "cosine", "constant"), default="linear", help="how the rate falls")
-    add("--weight-decay", type=rate, default=0.0, metavar="W", help="of AdamW")
-    add("--optimizer", choices=("adamw", "adamw8bit"), default="adamw", help="adamw8bit: 8-bit moments (bitsandbytes)")
-    add("--optimizer-offload", action="store_true", help="AdamW's moments in the CPU's memory: slower")
-    add("--max-grad-norm", type=rate, default=1.0, metavar="G", help="clip the gradient's norm; 0: no clipping")
-    # machine
-    add(
-        "--seed", type=number(int, least=0, below=2**63), default=42, metavar="N", help="of shuffle, split and LoRA's A"
-    )
-    add("--dtype", choices=("auto", "bf16", "fp16", "fp32"), default="auto", help="of the base model's weights")
-    add("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto", help="where to train")
-    modes = "auto", "on", "off"
-    what = "how long a rank waits for the others before it ends"
-    add("--ddp-timeout", type=number(int, least=1, most=10**6), default=600, metavar="SECONDS", help=what)
-    add("--gradient-checkpointing", choices=modes, default="auto", help="slower, less memory; auto: where it is needed")
-    what = "say what memory the run will take, from the model's config alone, and end"
-    add("--estimate-memory", action="store_true", help=what)
-    add("--trust-remote-code", action="store_true", help="run model code that comes with the weights")
-    # what the run leaves
-    add("--output-dir", default=output_dir, metavar="DIR", help="where the run goes")
-    add(
-        "--cache-dir",
-        metavar="DIR",
-        help="numbers of frozen models, kept for later runs (default: in the output folder)",
-    )
-    add("--logging-dir", metavar="DIR", help="what --report-to writes (default: logs in the output folder)")
-    reporters = "auto", "tensorboard", "wandb", "swanlab", "none"
-    what = f"some of {', '.join(reporters)}; auto: TensorBoard where it is installed"
-    add("--report-to", nargs="+", choices=reporters, default="auto", metavar="TRACKER", help=what)
-    add("--logging-steps", type=natural, default=10, metavar="N", help="updates between two log lines")
-    add("--eval-steps", type=count, default=0, metavar="N", help="updates between evaluations; 0: first and last only")
-    add("--save-steps", type=count, default=0, metavar="N", help="updates between checkpoints; 0: none")
-    add("--save-total-limit", type=count, default=0, metavar="N", help="checkpoints to keep, the newest; 0: all")
-    add("--resume", default="none", metavar="none|auto|DIR", help="go on from the newest whole checkpoint, or from DIR")
-    add("--overwrite", action="store_true", help="replace the run that the output folder holds")
-
-
-def check_common_flags(parser, args):
-    """What no single flag can see."""
-    if len(args.report_to) > 1 and "none" in args.report_to:
-        parser.error("--report-to none goes alone: leave it out, or the others")
-    if args.max_prompt_length >= args.max_length:
-        parser.error(
-            f"--max-prompt-length {args.max_prompt_length} leaves no room for a response within "
-            f"--max-length {args.max_length}: make it smaller"
-        )
-    if getattr(args, "lora_r", None) == 0:
-        idle = {"lora_target_modules", "lora_dropout", "lora_alpha", "save_merged", "adapter"} & args.typed
-        if idle:  # a flag that does nothing is a misunderstanding: say so
-            parser.error(
-                f"--{min(idle).replace('_', '-')} has no effect with --lora-r 0 (no LoRA): leave one of them out"
-            )
-        args.save_merged = False  # of a file for LoRA too; the model that is saved is whole
-
-
-def take_toy(args, *paths):
-    """Set the `paths` to `toy` with --model toy, unless they were given with it: those of a file go with its model."""
-    if args.model == "toy":
-        given = args.typed if "model" in args.typed else args.given
-        vars(args).update((name, "toy") for name in paths if name not in given)
 
 
 # -- numbers that are not finite -----------------------------------------------------------------------------------

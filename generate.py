@@ -10,8 +10,8 @@ among all rows alone: the same flags give the same bytes, and a file that was le
     python generate.py --model Qwen/Qwen3-0.6B --adapter outputs/dpo_qwen_trl --chat             # /base to compare
     python generate.py --prompts p.jsonl --num-responses 8 --pairs --reward-model models/helpful_rm --output pairs.jsonl
 
-Copy with: batch_file.py chat_text.py distributed.py flags.py generated_rows.py lora.py lora_targets.py
-    model_files.py packed_attention.py packed_model.py packed_probe.py packing.py preference_data.py
+Copy with: batch_file.py chat_text.py distributed.py flag_names.py flags.py generated_rows.py lora.py
+    lora_targets.py model_files.py packed_attention.py packed_model.py packed_probe.py packing.py preference_data.py
     preference_rows.py reward_function.py reward_models.py row_files.py row_prompts.py row_shapes.py sampling.py
     score_cache.py tensor_files.py toy_world.py written_files.py
 """
@@ -27,60 +27,41 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
-from transformers import TextStreamer
-
-import distributed
 import flags
-import generated_rows
-import lora
-import reward_function
-import reward_models
-import score_cache
-import toy_world
-import written_files
-from batch_file import BatchFile, OutputError, files_sha256
-from chat_text import as_messages, note, note_lines, prompt_ids, prompt_text, response_end
-from model_files import ModelError, check_positions, load_model, load_skeleton, load_tokenizer
-from packed_model import prepare_model, prepare_scores
-from packing import pack, passes
-from preference_rows import recognise
-from row_files import DataError, Malformed, Unusable, parse_row, read_rows
-from row_prompts import shortened, with_context
-from sampling import closed, end_tokens, response_text, sample
-
-TOY_FOLDER = "outputs/toy_world"
-SECONDS_PER_LINE = 30  # of the log
-MATTER = "pairs num_responses min_reward max_new_tokens temperature top_p batch_size seed".split()
 
 
 def get_args(argv=None):
     parser = flags.Parser(__doc__)
-    add, natural, number = parser.add_argument, flags.number(int, least=1), flags.number(float)
+    natural, number = flags.number(int, least=1), flags.number(float)
     responses, tokens = flags.number(int, least=1, most=10_000), flags.number(int, least=1, most=10**6)
     count, seed = flags.number(int, least=0), flags.number(int, least=0, below=2**63)
+    temperature, share = flags.number(float, least=0), flags.number(float, above=0, most=1)
+    add = parser.group("model")
     add("--model", "--base-model-path", default="Qwen/Qwen3-0.6B", help="folder, hub id or `toy`")
     add("--adapter", metavar="DIR", help="a LoRA adapter on it (PEFT files)")
+    add("--trust-remote-code", action="store_true", help="run model code that comes with the weights")
+    add = parser.group("data")
     add("--prompts", metavar="FILE", help="rows with `prompt` (text or messages), or pairs: file, hub id or `toy`")
-    add("--output", metavar="FILE.jsonl", help="where the rows go; an unfinished file is gone on with")
-    add("--chat", action="store_true", help="answer what is typed instead; /base, /reset, /quit")
     add("--num-samples", type=count, default=0, metavar="N", help="prompts to read; 0: all")
+    add("--max-prompt-length", type=tokens, default=256, metavar="N", help="tokens of a prompt, its last ones")
+    add("--chat-template-strings", action="store_true", help="put plain strings through the chat template")
+    add("--chat", action="store_true", help="answer what is typed instead; /base, /reset, /quit")
+    add = parser.group("method")
     add("--num-responses", type=responses, default=1, metavar="K", help="responses to each prompt")
+    add("--max-new-tokens", type=tokens, default=256, metavar="N", help="tokens of a response")
+    add("--temperature", type=temperature, default=1.0, metavar="T", help="0: the likeliest token each time")
+    add("--top-p", type=share, default=1.0, metavar="P", help="draw from the likeliest tokens that make up P; 1: all")
     add("--pairs", action="store_true", help="write the best against the worst response to each prompt, ties dropped")
     add("--reward-model", metavar="DIR", help="scores the responses: a folder of train_rm.py")
     add("--reward-fn", metavar="FILE.py:FUNCTION", help="function(prompt, response) -> number: your code, which is run")
     add("--min-reward", type=number, metavar="X", help="leave out responses with a lower reward")
-    add("--max-new-tokens", type=tokens, default=256, metavar="N", help="tokens of a response")
-    add("--max-prompt-length", type=tokens, default=256, metavar="N", help="tokens of a prompt, its last ones")
-    temperature, share = flags.number(float, least=0), flags.number(float, above=0, most=1)
-    add("--temperature", type=temperature, default=1.0, metavar="T", help="0: the likeliest token each time")
-    add("--top-p", type=share, default=1.0, metavar="P", help="draw from the likeliest tokens that make up P; 1: all")
-    add("--batch-size", type=natural, default=16, metavar="B", help="responses at once; those to one prompt together")
     add("--seed", type=seed, default=42, metavar="N", help="of the draws")
+    add = parser.group("memory and device")
+    add("--batch-size", type=natural, default=16, metavar="B", help="responses at once; those to one prompt together")
     add("--dtype", choices=("auto", "bf16", "fp16", "fp32"), default="auto", help="of the weights")
     add("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto", help="where to run")
-    add("--chat-template-strings", action="store_true", help="put plain strings through the chat template")
-    add("--trust-remote-code", action="store_true", help="run model code that comes with the weights")
+    add = parser.group("output")
+    add("--output", metavar="FILE.jsonl", help="where the rows go; an unfinished file is gone on with")
     add("--overwrite", action="store_true", help="begin anew where the output is there already")
     args = parser.parse_args(argv)
     names = "prompts output num_samples num_responses pairs reward_model reward_fn min_reward batch_size overwrite"
@@ -107,6 +88,35 @@ def get_args(argv=None):
         other = "top-p" if "top_p" in args.given else "num-responses"
         parser.error(f"--temperature 0 takes the likeliest token each time: leave out --{other}")
     return args
+
+
+if __name__ == "__main__":
+    ARGS = get_args()  # before torch is loaded, which takes seconds: --help and a wrong flag are answered at once
+
+import torch
+from transformers import TextStreamer
+
+import distributed
+import generated_rows
+import lora
+import reward_function
+import reward_models
+import score_cache
+import toy_world
+import written_files
+from batch_file import BatchFile, OutputError, files_sha256
+from chat_text import as_messages, note, note_lines, prompt_ids, prompt_text, response_end
+from model_files import ModelError, check_positions, load_model, load_skeleton, load_tokenizer
+from packed_model import prepare_model, prepare_scores
+from packing import pack, passes
+from preference_rows import recognise
+from row_files import DataError, Malformed, Unusable, parse_row, read_rows
+from row_prompts import shortened, with_context
+from sampling import closed, end_tokens, response_text, sample
+
+TOY_FOLDER = "outputs/toy_world"
+SECONDS_PER_LINE = 30  # of the log
+MATTER = "pairs num_responses min_reward max_new_tokens temperature top_p batch_size seed".split()
 
 
 class Row(NamedTuple):
@@ -336,4 +346,4 @@ USER_ERRORS = (DataError, Malformed, Unusable, ModelError, lora.AdapterError, di
 USER_ERRORS += (reward_models.RewardModelError, reward_function.RewardFunctionError)
 
 if __name__ == "__main__":
-    flags.run(main, get_args(), *USER_ERRORS)
+    flags.run(main, ARGS, *USER_ERRORS)

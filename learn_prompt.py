@@ -12,24 +12,61 @@ Deviations from prompt tuning's paper: preference pairs instead of targets; Adam
     python learn_prompt.py --model Qwen/Qwen2.5-1.5B-Instruct --dataset-path pairs.jsonl --prompt-init vocab  # one GPU
     torchrun --nproc_per_node=4 learn_prompt.py --dataset-path pairs.jsonl --prompt-init vocab             # four GPUs
 
-Copy with: charts.py chat_text.py checkpoints.py distributed.py flags.py lora_targets.py losses.py
+Copy with: charts.py chat_text.py checkpoints.py distributed.py flag_names.py flags.py lora_targets.py losses.py
     memory_estimate.py memory_report.py model_files.py optimizers.py packed_attention.py packed_model.py
     packed_probe.py packing.py preference_data.py preference_prompt.py preference_rows.py row_files.py
     row_prompts.py row_shapes.py run_files.py score_cache.py speed.py tensor_files.py toy_world.py trackers.py
-    training_curves.py written_files.py
+    training_curves.py training_flags.py written_files.py
 """
 
 import itertools
 import sys
 from functools import partial
 
+import flags
+import training_flags
+
+
+def get_args(argv=None):
+    parser = flags.Parser(__doc__)
+    vectors = flags.number(int, least=1, most=10**5)
+    add = parser.group("model")
+    names = "--model", "--base-model-path", "--policy-model-path"
+    add(*names, default="Qwen/Qwen2.5-1.5B-Instruct", help="folder, hub id or `toy`, data too")
+    add = parser.group("data")
+    pairs = "data/train/helpful_pairs.jsonl"
+    add("--dataset-path", "--dataset", default=pairs, metavar="DATASET", help="pairs: file, folder, hub id or `toy`")
+    names = "--test-dataset-path", "--eval-dataset"
+    add(*names, metavar="DATASET", help="evaluate on these pairs instead of holding some out")
+    add = parser.group("method")
+    add("--num-virtual-tokens", type=vectors, metavar="N", help="vectors (default: 20; of a text, its tokens)")
+    inits = "text", "vocab", "random"
+    add("--prompt-init", choices=inits, default="text", help="start from --preference-text, random tokens, or noise")
+    add("--preference-text", metavar="TEXT", help="what --prompt-init text starts from, repeated or cut to N tokens")
+    add(
+        "--preference-position",
+        choices=("prefix", "before-response"),
+        default="prefix",
+        help="where in a prompt the vectors stand",
+    )
+    add("--beta", "--β-ori", type=flags.number(float, above=0), default=0.1, help="what the loss multiplies margins by")
+    documented = dict(batch_size=4, gradient_accumulation_steps=4, learning_rate=1e-2)
+    training_flags.add_common_flags(parser, **documented, output_dir="outputs/soft_prompt", adapter=False)
+    args = training_flags.parse(parser, argv)
+    if (args.prompt_init == "text") != bool(args.preference_text):
+        parser.error('--prompt-init text and --preference-text "..." go together: give the text, or vocab or random')
+    training_flags.take_toy(args, "dataset_path", "test_dataset_path")
+    return args
+
+
+if __name__ == "__main__":
+    ARGS = get_args()  # before torch is loaded, which takes seconds: --help and a wrong flag are answered at once
+
 import torch
 from tqdm import tqdm
-from transformers.optimization import get_scheduler
 
 import checkpoints
 import distributed
-import flags
 import memory_estimate
 import memory_report
 import optimizers
@@ -42,35 +79,10 @@ from model_files import ModelError, check_positions, enable_checkpointing, load_
 from packed_model import TokenLogps, prepare_model
 from packing import epoch_plan, hold_out, largest_pass, pack, passes_of_rank, send
 from preference_data import DataError, Pair, fingerprint, load_pairs
-from preference_prompt import VECTOR_POSITIONS, PromptError, save_soft_prompt, use_soft_prompt, with_virtual_tokens
+from preference_prompt import PromptError, save_soft_prompt, use_soft_prompt, with_virtual_tokens
 
 TOY_FOLDER = "outputs/toy_world"
 TOY = {"model": "model", "dataset_path": "train/polite_pairs.jsonl", "test_dataset_path": "test/polite_pairs.jsonl"}
-
-
-def get_args(argv=None):
-    parser = flags.Parser(__doc__)
-    add, vectors = parser.add_argument, flags.number(int, least=1, most=10**5)
-    names = "--model", "--base-model-path", "--policy-model-path"
-    add(*names, default="Qwen/Qwen2.5-1.5B-Instruct", help="folder, hub id or `toy`, data too")
-    pairs = "data/train/helpful_pairs.jsonl"
-    add("--dataset-path", "--dataset", default=pairs, metavar="DATASET", help="pairs: file, folder, hub id or `toy`")
-    names = "--test-dataset-path", "--eval-dataset"
-    add(*names, metavar="DATASET", help="evaluate on these pairs instead of holding some out")
-    add("--num-virtual-tokens", type=vectors, metavar="N", help="vectors (default: 20; of a text, its tokens)")
-    inits = "text", "vocab", "random"
-    add("--prompt-init", choices=inits, default="text", help="start from --preference-text, random tokens, or noise")
-    add("--preference-text", metavar="TEXT", help="what --prompt-init text starts from, repeated or cut to N tokens")
-    add("--preference-position", choices=VECTOR_POSITIONS, default="prefix", help="where in a prompt the vectors stand")
-    add("--beta", "--β-ori", type=flags.number(float, above=0), default=0.1, help="what the loss multiplies margins by")
-    documented = dict(batch_size=4, gradient_accumulation_steps=4, learning_rate=1e-2)
-    flags.add_common_flags(parser, **documented, max_length=512, output_dir="outputs/soft_prompt", adapter=False)
-    args = parser.parse_args(argv)
-    flags.check_common_flags(parser, args)
-    if (args.prompt_init == "text") != bool(args.preference_text):
-        parser.error('--prompt-init text and --preference-text "..." go together: give the text, or vocab or random')
-    flags.take_toy(args, "dataset_path", "test_dataset_path")
-    return args
 
 
 METRICS = ["loss", *PAIR_METRICS]  # in the order of pair_losses
@@ -207,7 +219,7 @@ def main(args):
     use_soft_prompt(model, vectors)
     insert = partial(with_virtual_tokens, num_vectors=len(vectors), position=args.preference_position)
     pairs = [Pair(insert(pair.prompt_ids), pair.chosen_ids, pair.rejected_ids) for pair in pairs]
-    say(*memory_report.start_lines("soft prompt", parameters, model, args, world, slow_rate=0), sep="\n")
+    say(*memory_report.start_lines("soft prompt", parameters, model, args, world), sep="\n")
 
     # 4 optimiser
     accumulation = args.gradient_accumulation_steps
@@ -215,7 +227,7 @@ def main(args):
     updates_per_epoch = len(plan_epoch(epoch=0))
     num_updates = min(args.epochs * updates_per_epoch, args.max_steps or sys.maxsize)
     optimizer = optimizers.make_optimizer(parameters, args)
-    scheduler = get_scheduler(args.lr_scheduler, optimizer, args.warmup_steps, num_updates)
+    scheduler = optimizers.make_scheduler(optimizer, args, num_updates, say)
     scaler = torch.amp.GradScaler(world.device.type, enabled=dtype == torch.float16)
     distributed.assert_same_on_all_ranks(parameters, world)
     distributed.seed_everything(args.seed + world.rank)  # from here on chance (dropout) differs between ranks
@@ -323,4 +335,4 @@ USER_ERRORS = (DataError, ModelError, PromptError, distributed.DeviceError, run_
 USER_ERRORS += checkpoints.CheckpointError, memory_estimate.EstimateError, optimizers.OptimizerError
 
 if __name__ == "__main__":
-    flags.run(main, get_args(), *USER_ERRORS)
+    flags.run(main, ARGS, *USER_ERRORS)

@@ -124,7 +124,7 @@ def memory_lines(world):
     return [f"CPU memory, highest so far: {peak / 1e9:.2f} GB"]
 
 
-def start_lines(what, parameters, model, args, world, slow_rate):
+def start_lines(what, parameters, model, args, world):
     """What a run says before its first update: how much it trains, memory, and pairs per update."""
     trainable, total = sum(p.numel() for p in parameters), sum(p.numel() for p in model.parameters())
     how, lora_r = f"Full fine-tuning{what and ' of ' + what}", getattr(args, "lora_r", None)  # None: a soft prompt
@@ -134,8 +134,14 @@ def start_lines(what, parameters, model, args, world, slow_rate):
         how = f"LoRA enabled{what and ' for ' + what}"
     lines = [f"{how}: {trainable:,} trainable / {total:,} total parameters ({100 * trainable / total:.2f}%)"]
     lines += lora_targets.left_out(model) or []
-    if lora_r and "learning_rate" not in args.given and args.learning_rate < slow_rate:
-        lines.append(f"--learning-rate {args.learning_rate:g} is a rate for training all weights: with LoRA try 1e-4")
+    if lora_r and "learning_rate" not in args.given:
+        lines.append(
+            f"--learning-rate {args.learning_rate:g}, the default with LoRA ({args.full_rate:g} is for all weights)"
+        )
+    elif lora_r and args.learning_rate <= args.full_rate:
+        lines.append(
+            f"--learning-rate {args.learning_rate:g} is for all weights: with LoRA a start is 1e-4, the default"
+        )
     batch = effective_batch_line(args.batch_size, args.gradient_accumulation_steps, world)
     return [*lines, *memory_lines(world), batch]
 

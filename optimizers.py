@@ -14,6 +14,7 @@ GradScaler and checkpoints treat all three alike.
 import logging
 
 import torch
+from transformers.optimization import get_scheduler
 
 
 class OptimizerError(ValueError):
@@ -70,6 +71,18 @@ def make_optimizer(parameters, args):
         if not isinstance(parameters[0], DTensor):
             _offload(optimizer, parameters)
     return optimizer
+
+
+def make_scheduler(optimizer, args, num_updates, say):
+    """The schedule over num_updates that args.lr_scheduler and args.warmup_steps name; say: prints a line."""
+    name = "constant_with_warmup" if args.lr_scheduler == "constant" else args.lr_scheduler  # "constant" has no warm-up
+    if args.warmup_steps > num_updates:
+        reached = args.learning_rate * num_updates / args.warmup_steps
+        say(
+            f"--warmup-steps {args.warmup_steps} is longer than the run of {num_updates} updates: its rate ends at "
+            f"{reached:.2g}, not {args.learning_rate:g}"
+        )
+    return get_scheduler(name, optimizer, args.warmup_steps, num_updates)
 
 
 # -- moments in the CPU's memory -------------------------------------------------------------------------------------

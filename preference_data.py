@@ -69,10 +69,12 @@ def load_pairs(
     skip_invalid=False,
     chat_template_strings=False,
     prefer=None,
+    by_default=False,
 ):
     """Pairs of the first `limit` rows (0: all) of a file or hub dataset, and a report: (pairs, lines to print).
 
     prefer: puts a preference into a prompt, a string or messages; the pairs then have prompted_ids too.
+    by_default: nobody asked for that limit, which the report then says.
     Raises DataError at the first malformed row (skip_invalid counts it instead), for an unknown shape, and when no
     usable pair is left.  Unusable rows are counted by reason, and the first one left out is named.
     Needs max_prompt_length < max_length, so that a cut leaves something of every response.
@@ -132,7 +134,8 @@ def load_pairs(
     reasons = ", ".join(f"{count} because {reason}" for reason, count in left_out.most_common())
     if not pairs:
         raise DataError(f"{source} has {num_rows} rows and no usable pair ({reasons or 'the file is empty'})")
-    enough = " (as many as asked for)" if num_rows == limit else ""
+    enough = " (as many as are read by default; --num-samples 0: all)" if by_default else " (as many as asked for)"
+    enough = enough if num_rows == limit else ""
     report = [f"{source}: {shape.name}, {num_rows:,} rows{enough}, {len(pairs):,} pairs"]
     if left_out:
         report.append(f"  left out {sum(left_out.values())} rows: {reasons}; the first is {first}")

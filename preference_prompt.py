@@ -22,7 +22,6 @@ import written_files
 from model_files import check_positions
 from tensor_files import save_file
 
-TEXT_POSITIONS = "system", "user"
 VECTOR_POSITIONS = "prefix", "before-response"
 KEYS = "prompt_embeddings", "embeddings", "weight"  # where a file may hold the vectors
 

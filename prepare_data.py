@@ -18,7 +18,8 @@ The seed and a prompt alone decide its split: it is the same for both dimensions
     python prepare_data.py --input helpful-base.jsonl.gz harmless-base.jsonl.gz --output-dir data/hh
     python prepare_data.py --input_dir raw --output_dir data --train_ratio 0.8 --val_ratio 0.1 --test_ratio 0.1
 
-Copy with: flags.py preference_rows.py raw_pairs.py row_files.py row_prompts.py row_shapes.py written_files.py
+Copy with: flag_names.py flags.py preference_rows.py raw_pairs.py row_files.py row_prompts.py row_shapes.py
+    written_files.py
 """
 
 import contextlib
@@ -47,20 +48,23 @@ PAIR_FILES = [f"{split}/{dimension}_pairs.jsonl" for split in SPLITS for dimensi
 
 def get_args(argv=None):
     parser = flags.Parser(__doc__)
-    add, ratio, count = parser.add_argument, flags.number(float, least=0, most=1), flags.number(int, least=0)
+    ratio, count = flags.number(float, least=0, most=1), flags.number(int, least=0)
     seed = flags.number(int, least=0, below=2**63)
+    add = parser.group("data")
     add("--input", "--raw-data-paths", nargs="+", metavar="FILE", help="raw rows: .jsonl, .json, .csv, .tsv, .parquet")
     add("--input-dir", metavar="DIR", help="all such files, and gzip of them, in it and in its folders")
-    add("--output-dir", default="data", metavar="DIR", help="where train, val, test and account.json go")
     add("--dimension", choices=DIMENSIONS, help="of pairs that do not say it (default: what the file's name says)")
+    add("--skip-invalid", action="store_true", help="leave malformed rows out instead of stopping at the first")
+    add = parser.group("splits")
     add("--train-ratio", type=ratio, default=0.8, metavar="R", help="share of the prompts")
     add("--val-ratio", type=ratio, default=0.1, metavar="R", help="share of the prompts")
     add("--test-ratio", type=ratio, default=0.1, metavar="R", help="share of the prompts")
     add("--seed", type=seed, default=42, metavar="N", help="of split, order and pairing")
+    add = parser.group("output")
+    add("--output-dir", default="data", metavar="DIR", help="where train, val, test and account.json go")
+    add("--overwrite", action="store_true", help="replace the prepared files that the output folder holds")
     add("--safety-benchmark", metavar="FILE", help="also write harmful prompts of the test split with their categories")
     add("--max-prompts", type=count, default=200, metavar="N", help="of the benchmark; 0: all")
-    add("--skip-invalid", action="store_true", help="leave malformed rows out instead of stopping at the first")
-    add("--overwrite", action="store_true", help="replace the prepared files that the output folder holds")
     args = parser.parse_args(argv)
     args.ratios = args.train_ratio, args.val_ratio, args.test_ratio
     if abs(sum(args.ratios) - 1) > 1e-6:

@@ -140,3 +140,26 @@ def as_pairs(prompts, responses):
         places.append([(m % 2, len(triples) + m // 2) for m in range(len(answers))])
         triples += [(prompt, answers[m], answers[min(m + 1, len(answers) - 1)]) for m in range(0, len(answers), 2)]
     return triples, places
+
+
+def score_statistics(scores, labels):
+    """What a reward model says of held-out pairs: scores (N, 2) of chosen and rejected, labels (N, 2) in +1, -1, 0.
+
+    For labelled responses: the share of safe ones above zero and of harmful ones below it, the area under the ROC curve
+    (the chance that a safe response scores above a harmful one, ties half) and the Brier score of sigmoid(score).
+    """
+    scores, labels = scores.double(), labels.double()
+    margin = scores[:, 0] - scores[:, 1]
+    result = {"accuracy": (margin > 0).double().mean(), "margin": margin.mean(), "margin_std": margin.std(correction=0)}
+    result |= {"score": scores.mean(), "score_std": scores.std(correction=0)}
+    safe, harmful = scores[labels < 0], scores[labels > 0]
+    for name, part, sign in (("safe", safe, 1), ("harmful", harmful, -1)):
+        if len(part):
+            result |= {f"{name}_sign_accuracy": (sign * part > 0).double().mean(), f"{name}_score": part.mean()}
+            result[f"{name}_score_std"] = part.std(correction=0)
+    if len(safe) and len(harmful):
+        below = torch.searchsorted(harmful.sort().values, safe)
+        not_above = torch.searchsorted(harmful.sort().values, safe, right=True)
+        result["auroc"] = (below + not_above).double().mean() / 2 / len(harmful)
+        result["brier"] = (torch.cat((1 - safe.sigmoid(), harmful.sigmoid())) ** 2).mean()
+    return {name: value.item() for name, value in result.items()}

@@ -42,7 +42,9 @@ OF_A_MACHINE = """model tokenizer_name dataset train_helpful_path train_harmless
 HARMLESS = """num_samples eval_samples max_length max_prompt_length chat_template_strings skip_invalid dtype
     overwrite save_steps save_total_limit save_merged logging_steps eval_steps
     batch_size gradient_accumulation_steps tokens_per_microbatch""".split()
-NOT_FLAGS = "config given typed local_rank estimate_memory".split()  # of a parsed command line, not to be repeated
+NOT_FLAGS = (
+    "config given typed full_rate local_rank estimate_memory".split()
+)  # of a parsed command line, not to be repeated
 
 
 class RunFolderError(ValueError):

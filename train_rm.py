@@ -14,11 +14,11 @@ Deviations: the label terms are per row, so rows without labels train the rankin
     python train_rm.py --task helpful --config configs/rm_config.yaml                          # one GPU
     torchrun --nproc_per_node=8 train_rm.py --task harmless --config configs/rm_config.yaml    # eight GPUs
 
-Copy with: charts.py chat_text.py checkpoints.py distributed.py flags.py lora.py lora_targets.py losses.py
-    memory_estimate.py memory_report.py model_files.py optimizers.py packed_attention.py packed_model.py
+Copy with: charts.py chat_text.py checkpoints.py distributed.py flag_names.py flags.py lora.py lora_targets.py
+    losses.py memory_estimate.py memory_report.py model_files.py optimizers.py packed_attention.py packed_model.py
     packed_probe.py packing.py preference_data.py preference_rows.py reward_models.py row_files.py row_prompts.py
     row_shapes.py run_files.py score_cache.py speed.py tensor_files.py toy_world.py trackers.py training_curves.py
-    written_files.py
+    training_flags.py written_files.py
 """
 
 import itertools
@@ -26,13 +26,51 @@ import json
 import sys
 from functools import partial
 
+import flags
+import training_flags
+
+
+def get_args(argv=None):
+    parser = flags.Parser(__doc__)
+    positive = flags.number(float, least=0)
+    add = parser.group("model")
+    add("--task", choices=("helpful", "harmless"), help="which of the two reward models: has to be given")
+    add("--model", "--base-model-path", default="Qwen/Qwen3-0.6B", help="base: folder, hub id or `toy`, data too")
+    add("--tokenizer-name", metavar="DIR", help="tokenizer, where it is not the model's")
+    add = parser.group("data")
+    for part in ("train", "val"):
+        for task in ("helpful", "harmless"):
+            path = f"data/{part}/{task}_pairs.jsonl"
+            add(f"--{part}-{task}-path", default=path, metavar="FILE", help=f"pairs of --task {task}, or `toy`")
+    add = parser.group("method")
+    add("--classification-loss-weight", type=positive, metavar="W", help="of the label terms (default: 1 for harmless)")
+    add("--center-rewards", type=positive, default=0.0, metavar="G", help="adds G x the mean squared score to the loss")
+    documented = dict(batch_size=4, gradient_accumulation_steps=2, learning_rate=2e-5, lora_dropout=0.1)
+    what = "rows of the validation file; 0: none (default: all)"
+    training_flags.add_common_flags(parser, **documented, held_out=what, output_dir=None)
+    args = training_flags.parse(parser, argv)
+    if args.task is None:  # not argparse's `required`, which would want it in a --config file too
+        parser.error("--task helpful or --task harmless has to be given")
+    if args.task == "helpful" and args.classification_loss_weight:
+        parser.error("--classification-loss-weight is for --task harmless: helpful rows have no labels of harm")
+    if "cache_dir" in args.typed:
+        parser.error("--cache-dir has no effect here (no frozen model is scored): leave it out")
+    training_flags.take_toy(args, f"train_{args.task}_path", f"val_{args.task}_path")
+    if args.classification_loss_weight is None:
+        args.classification_loss_weight = float(args.task == "harmless")
+    args.output_dir = args.output_dir or f"models/{args.task}_rm"
+    args.logging_dir = args.logging_dir or f"logs/training/rm/{args.task}"
+    return args
+
+
+if __name__ == "__main__":
+    ARGS = get_args()  # before torch is loaded, which takes seconds: --help and a wrong flag are answered at once
+
 import torch
 from tqdm import tqdm
-from transformers.optimization import get_scheduler
 
 import checkpoints
 import distributed
-import flags
 import lora
 import memory_estimate
 import memory_report
@@ -59,36 +97,6 @@ from preference_data import DataError, fingerprint, load_pairs
 TOY_FOLDER = "outputs/toy_world"
 
 
-def get_args(argv=None):
-    parser = flags.Parser(__doc__)
-    add, positive = parser.add_argument, flags.number(float, least=0)
-    add("--task", choices=("helpful", "harmless"), help="which of the two reward models: has to be given")
-    add("--model", "--base-model-path", default="Qwen/Qwen3-0.6B", help="base: folder, hub id or `toy`, data too")
-    add("--tokenizer-name", metavar="DIR", help="tokenizer, where it is not the model's")
-    for part in ("train", "val"):
-        for task in ("helpful", "harmless"):
-            path = f"data/{part}/{task}_pairs.jsonl"
-            add(f"--{part}-{task}-path", default=path, metavar="FILE", help=f"pairs of --task {task}, or `toy`")
-    add("--classification-loss-weight", type=positive, metavar="W", help="of the label terms (default: 1 for harmless)")
-    add("--center-rewards", type=positive, default=0.0, metavar="G", help="adds G x the mean squared score to the loss")
-    documented = dict(batch_size=4, gradient_accumulation_steps=2, learning_rate=2e-5, lora_dropout=0.1)
-    flags.add_common_flags(parser, **documented, output_dir=None)
-    args = parser.parse_args(argv)
-    flags.check_common_flags(parser, args)
-    if args.task is None:  # not argparse's `required`, which would want it in a --config file too
-        parser.error("--task helpful or --task harmless has to be given")
-    if args.task == "helpful" and args.classification_loss_weight:
-        parser.error("--classification-loss-weight is for --task harmless: helpful rows have no labels of harm")
-    if "cache_dir" in args.typed:
-        parser.error("--cache-dir has no effect here (no frozen model is scored): leave it out")
-    flags.take_toy(args, f"train_{args.task}_path", f"val_{args.task}_path")
-    if args.classification_loss_weight is None:
-        args.classification_loss_weight = float(args.task == "harmless")
-    args.output_dir = args.output_dir or f"models/{args.task}_rm"
-    args.logging_dir = args.logging_dir or f"logs/training/rm/{args.task}"
-    return args
-
-
 METRICS = "loss ranking_loss accuracy margin chosen_score rejected_score".split()  # in the order of pair_losses
 
 
@@ -103,32 +111,9 @@ def pair_losses(model, batch, labels, args):
     return losses, torch.stack([values.detach().to(losses.dtype) for values in metrics])
 
 
-def score_statistics(scores, labels):
-    """What a reward model says of held-out pairs: scores (N, 2) of chosen and rejected, labels (N, 2) in +1, -1, 0.
-
-    For labelled responses: the share of safe ones above zero and of harmful ones below it, the area under the ROC curve
-    (the chance that a safe response scores above a harmful one, ties half) and the Brier score of sigmoid(score).
-    """
-    scores, labels = scores.double(), labels.double()
-    margin = scores[:, 0] - scores[:, 1]
-    result = {"accuracy": (margin > 0).double().mean(), "margin": margin.mean(), "margin_std": margin.std(correction=0)}
-    result |= {"score": scores.mean(), "score_std": scores.std(correction=0)}
-    safe, harmful = scores[labels < 0], scores[labels > 0]
-    for name, part, sign in (("safe", safe, 1), ("harmful", harmful, -1)):
-        if len(part):
-            result |= {f"{name}_sign_accuracy": (sign * part > 0).double().mean(), f"{name}_score": part.mean()}
-            result[f"{name}_score_std"] = part.std(correction=0)
-    if len(safe) and len(harmful):
-        below = torch.searchsorted(harmful.sort().values, safe)
-        not_above = torch.searchsorted(harmful.sort().values, safe, right=True)
-        result["auroc"] = (below + not_above).double().mean() / 2 / len(harmful)
-        result["brier"] = (torch.cat((1 - safe.sigmoid(), harmful.sigmoid())) ** 2).mean()
-    return {name: value.item() for name, value in result.items()}
-
-
 @torch.no_grad()
 def evaluate(model, pairs, labels, held_out, share, args, world):
-    """The held-out losses and score_statistics, {name: number}; every rank scores its share."""
+    """The held-out losses and reward_models.score_statistics, {name: number}; every rank scores its share."""
     sums = torch.zeros(len(METRICS), dtype=torch.float64)
     scores = torch.zeros(len(pairs), 2, dtype=torch.float64)
     for indices in share(held_out):
@@ -138,7 +123,7 @@ def evaluate(model, pairs, labels, held_out, share, args, world):
         scores[indices] = metrics[-2:].t()  # chosen_score, rejected_score
     sums, scores = distributed.all_reduce_sum(sums, world), distributed.all_reduce_sum(scores, world)[held_out]
     result = dict(zip(METRICS[:2], (sums[:2] / len(held_out)).tolist(), strict=True))
-    result |= score_statistics(scores, labels[held_out])
+    result |= reward_models.score_statistics(scores, labels[held_out])
     result["accuracy_ci95"] = 1.96 * (result["accuracy"] * (1 - result["accuracy"]) / len(held_out)) ** 0.5
     return result
 
@@ -247,7 +232,7 @@ def main(args):
         }
     if sharded:
         parameters = distributed.shard(model, model, world, dtype, say, args.optimizer_offload)
-    say(*memory_report.start_lines("", parameters, model, args, world, slow_rate=5e-5), sep="\n")
+    say(*memory_report.start_lines("", parameters, model, args, world), sep="\n")
 
     # 4 optimiser
     accumulation = args.gradient_accumulation_steps
@@ -255,7 +240,7 @@ def main(args):
     updates_per_epoch = len(plan_epoch(epoch=0))
     num_updates = min(args.epochs * updates_per_epoch, args.max_steps or sys.maxsize)
     optimizer = optimizers.make_optimizer(parameters, args)
-    scheduler = get_scheduler(args.lr_scheduler, optimizer, args.warmup_steps, num_updates)
+    scheduler = optimizers.make_scheduler(optimizer, args, num_updates, say)
     scaler = torch.amp.GradScaler(world.device.type, enabled=dtype == torch.float16)
     autocast = torch.autocast(world.device.type, dtype, enabled=weights_dtype != dtype)
     distributed.assert_same_on_all_ranks(parameters, world)
@@ -394,4 +379,4 @@ USER_ERRORS = (DataError, ModelError, lora.AdapterError, distributed.DeviceError
 USER_ERRORS += checkpoints.CheckpointError, memory_estimate.EstimateError, optimizers.OptimizerError
 
 if __name__ == "__main__":
-    flags.run(main, get_args(), *USER_ERRORS)
+    flags.run(main, ARGS, *USER_ERRORS)

@@ -17,11 +17,11 @@ Deviations from the papers: E[cost] is of offline prompts, sampled every few upd
     python train_safe_mm_dpo.py --config configs/dpo_config.yaml                            # one GPU
     torchrun --nproc_per_node=8 train_safe_mm_dpo.py --config configs/dpo_config.yaml       # eight GPUs
 
-Copy with: charts.py chat_text.py checkpoints.py distributed.py expected_cost.py flags.py lora.py lora_targets.py
-    losses.py memory_estimate.py memory_report.py model_files.py optimizers.py packed_attention.py packed_model.py
-    packed_probe.py packing.py preference_data.py preference_rows.py reward_models.py row_files.py row_prompts.py
-    row_shapes.py run_files.py sampling.py score_cache.py speed.py tensor_files.py toy_world.py trackers.py
-    training_curves.py written_files.py
+Copy with: charts.py chat_text.py checkpoints.py distributed.py expected_cost.py flag_names.py flags.py lora.py
+    lora_targets.py losses.py memory_estimate.py memory_report.py model_files.py optimizers.py packed_attention.py
+    packed_model.py packed_probe.py packing.py preference_data.py preference_rows.py reward_models.py row_files.py
+    row_prompts.py row_shapes.py run_files.py sampling.py score_cache.py speed.py tensor_files.py toy_world.py
+    trackers.py training_curves.py training_flags.py written_files.py
 """
 
 import gc
@@ -30,13 +30,67 @@ import math
 import sys
 from functools import partial
 
+import flags
+import training_flags
+
+TASKS = "helpful", "harmless"
+TOY = {f"{part}_{task}_path": f"{part}/{task}_pairs.jsonl" for part in ("train", "val") for task in TASKS}
+
+
+def get_args(argv=None):
+    parser = flags.Parser(__doc__)
+    positive, rate = flags.number(float, above=0), flags.number(float, least=0)
+    add = parser.group("model")
+    names = "--model", "--base-model-path", "--policy-model-path"
+    add(*names, default="Qwen/Qwen3-0.6B", help="folder, hub id or `toy`, data too")
+    add("--ref-model-path", "--reference-model-path", metavar="MODEL", help="the reference, where it is another model")
+    for task in TASKS:
+        add(f"--{task}-rm-path", default=f"models/{task}_rm", metavar="DIR", help=f"{task} model of train_rm.py")
+    add = parser.group("data")
+    for name, file in TOY.items():
+        add(f"--{name.replace('_', '-')}", default=f"data/{file}", metavar="FILE", help="pairs, or `toy`")
+    add = parser.group("method")
+    modes = "additive", "margin", "soft"
+    add("--combine", choices=modes, default="additive", help="how lambda weighs the two: the equations above")
+    add("--beta", "--β-ori", type=positive, default=0.1, help="strength of the pull to the reference")
+    add("--w", type=rate, help="beta rises by this share where a reward model is sure (default: 0.5 for additive)")
+    add("--k", type=rate, default=0.5, help="how fast it rises with the reward model's margin")
+    add("--kl-coeff", type=rate, metavar="C", help="weight of the KL to the reference (default: 0.1 for additive)")
+    add("--nll-coeff", type=rate, default=0.0, metavar="C", help="weight of the preferred response's NLL in the loss")
+    add("--lambda-init", "--λ-init", type=rate, default=1.0, metavar="L", help="0: helpful rows alone, no constraint")
+    add("--lambda-lr", "--λ-lr", type=rate, default=0.01, metavar="R", help="rate of log lambda; 0: lambda is fixed")
+    add("--lambda-min", type=positive, default=1e-6, metavar="L", help="lambda is at least this")
+    add("--lambda-max", type=positive, default=10.0, metavar="L", help="lambda is at most this")
+    number_or_auto = lambda text: text if text == "auto" else flags.number(float)(text)  # noqa: E731
+    add("--cost-threshold", type=number_or_auto, default=0.0, metavar="T", help="of E[cost]; auto: docs/safe_mm_dpo.md")
+    what = "E[cost] from sampled responses, or from the pairs by importance weights: those have to be the reference's"
+    add("--cost-estimate", choices=("policy", "snis"), default="policy", help=what)
+    add("--cost-every", type=flags.number(int, least=1), default=8, metavar="N", help="updates between two samples")
+    add("--cost-prompts", choices=("harmless", "all"), default="harmless", help="whose rows' prompts E[cost] is over")
+    documented = dict(epochs=2, batch_size=4, gradient_accumulation_steps=4, learning_rate=5e-7, lora_dropout=0.1)
+    what = "rows of each validation file; 0: none (default: all)"
+    training_flags.add_common_flags(parser, **documented, held_out=what, output_dir="models/aligned")
+    parser.set_defaults(logging_dir="logs/training/safe_mm_dpo")
+    args = training_flags.parse(parser, argv)
+    if args.lambda_init and not args.lambda_min <= args.lambda_init <= args.lambda_max:
+        parser.error(f"--lambda-init {args.lambda_init:g} is not within --lambda-min and --lambda-max")
+    if args.combine != "additive" and (args.w or args.kl_coeff):
+        what = f"--w {args.w or 0:g} and --kl-coeff {args.kl_coeff or 0:g}"
+        flags.say(f"note: {what}: --combine {args.combine} is exact for ref exp((r - lambda c) / beta) with both 0")
+    training_flags.take_toy(args, *TOY)
+    args.w = args.w if args.w is not None else 0.5 * (args.combine == "additive")
+    args.kl_coeff = args.kl_coeff if args.kl_coeff is not None else 0.1 * (args.combine == "additive")
+    return args
+
+
+if __name__ == "__main__":
+    ARGS = get_args()  # before torch is loaded, which takes seconds: --help and a wrong flag are answered at once
+
 import torch
 from tqdm import tqdm
-from transformers.optimization import get_scheduler
 
 import checkpoints
 import distributed
-import flags
 import lora
 import memory_estimate
 import memory_report
@@ -64,52 +118,7 @@ from packing import epoch_plan, joined, largest_pass, pack, passes, passes_of_ra
 from preference_data import DataError, fingerprint, load_pairs
 
 TOY_FOLDER = "outputs/toy_world"
-TASKS = "helpful", "harmless"
-TOY = {f"{part}_{task}_path": f"{part}/{task}_pairs.jsonl" for part in ("train", "val") for task in TASKS}
 AT_CAP = 50  # updates that lambda may be at its cap before the log says so
-
-
-def get_args(argv=None):
-    parser = flags.Parser(__doc__)
-    add, positive, rate = parser.add_argument, flags.number(float, above=0), flags.number(float, least=0)
-    names = "--model", "--base-model-path", "--policy-model-path"
-    add(*names, default="Qwen/Qwen3-0.6B", help="folder, hub id or `toy`, data too")
-    add("--ref-model-path", "--reference-model-path", metavar="MODEL", help="the reference, where it is another model")
-    for name, file in TOY.items():
-        add(f"--{name.replace('_', '-')}", default=f"data/{file}", metavar="FILE", help="pairs, or `toy`")
-    for task in TASKS:
-        add(f"--{task}-rm-path", default=f"models/{task}_rm", metavar="DIR", help=f"{task} model of train_rm.py")
-    modes = "additive", "margin", "soft"
-    add("--combine", choices=modes, default="additive", help="how lambda weighs the two: the equations above")
-    add("--beta", "--β-ori", type=positive, default=0.1, help="strength of the pull to the reference")
-    add("--w", type=rate, help="beta rises by this share where a reward model is sure (default: 0.5 for additive)")
-    add("--k", type=rate, default=0.5, help="how fast it rises with the reward model's margin")
-    add("--kl-coeff", type=rate, metavar="C", help="weight of the KL to the reference (default: 0.1 for additive)")
-    add("--nll-coeff", type=rate, default=0.0, metavar="C", help="weight of the preferred response's NLL in the loss")
-    add("--lambda-init", "--λ-init", type=rate, default=1.0, metavar="L", help="0: helpful rows alone, no constraint")
-    add("--lambda-lr", "--λ-lr", type=rate, default=0.01, metavar="R", help="rate of log lambda; 0: lambda is fixed")
-    add("--lambda-min", type=positive, default=1e-6, metavar="L", help="lambda is at least this")
-    add("--lambda-max", type=positive, default=10.0, metavar="L", help="lambda is at most this")
-    number_or_auto = lambda text: text if text == "auto" else flags.number(float)(text)  # noqa: E731
-    add("--cost-threshold", type=number_or_auto, default=0.0, metavar="T", help="of E[cost]; auto: docs/safe_mm_dpo.md")
-    what = "E[cost] from sampled responses, or from the pairs by importance weights: those have to be the reference's"
-    add("--cost-estimate", choices=("policy", "snis"), default="policy", help=what)
-    add("--cost-every", type=flags.number(int, least=1), default=8, metavar="N", help="updates between two samples")
-    add("--cost-prompts", choices=("harmless", "all"), default="harmless", help="whose rows' prompts E[cost] is over")
-    documented = dict(epochs=2, batch_size=4, gradient_accumulation_steps=4, learning_rate=5e-7, lora_dropout=0.1)
-    flags.add_common_flags(parser, **documented, output_dir="models/aligned")
-    parser.set_defaults(logging_dir="logs/training/safe_mm_dpo")
-    args = parser.parse_args(argv)
-    flags.check_common_flags(parser, args)
-    if args.lambda_init and not args.lambda_min <= args.lambda_init <= args.lambda_max:
-        parser.error(f"--lambda-init {args.lambda_init:g} is not within --lambda-min and --lambda-max")
-    if args.combine != "additive" and (args.w or args.kl_coeff):
-        what = f"--w {args.w or 0:g} and --kl-coeff {args.kl_coeff or 0:g}"
-        flags.say(f"note: {what}: --combine {args.combine} is exact for ref exp((r - lambda c) / beta) with both 0")
-    flags.take_toy(args, *TOY)
-    args.w = args.w if args.w is not None else 0.5 * (args.combine == "additive")
-    args.kl_coeff = args.kl_coeff if args.kl_coeff is not None else 0.1 * (args.combine == "additive")
-    return args
 
 
 COUNTS = "H", "S", "tokens", "pairs"  # what sums are divided by: rows of either label, response tokens, rows
@@ -315,7 +324,7 @@ def main(args):
     frozen = judges = ask = weights = None  # the others leave memory
     reference = reference if args.kl_coeff or (args.lora_r and reference is policy) else None
     gc.collect()  # a sharded model has methods that hold it
-    say(*memory_report.start_lines("policy model", parameters, policy, args, world, slow_rate=2e-5), sep="\n")
+    say(*memory_report.start_lines("policy model", parameters, policy, args, world), sep="\n")
 
     # 4 optimiser
     accumulation = args.gradient_accumulation_steps
@@ -323,7 +332,7 @@ def main(args):
     updates_per_epoch = len(plan_epoch(epoch=0))
     num_updates = min(args.epochs * updates_per_epoch, args.max_steps or sys.maxsize)
     optimizer = optimizers.make_optimizer(parameters, args)
-    scheduler = get_scheduler(args.lr_scheduler, optimizer, args.warmup_steps, num_updates)
+    scheduler = optimizers.make_scheduler(optimizer, args, num_updates, say)
     scaler = torch.amp.GradScaler(world.device.type, enabled=dtype == torch.float16)
     multiplier = Multiplier(args.lambda_init, args.lambda_lr, args.lambda_min, args.lambda_max)
     distributed.assert_same_on_all_ranks(parameters, world)
@@ -517,4 +526,4 @@ USER_ERRORS += checkpoints.CheckpointError, memory_estimate.EstimateError, optim
 USER_ERRORS += (reward_models.RewardModelError,)
 
 if __name__ == "__main__":
-    flags.run(main, get_args(), *USER_ERRORS)
+    flags.run(main, ARGS, *USER_ERRORS)

@@ -17,11 +17,11 @@ Deviations from DPO's paper: the two terms behind it; AdamW instead of RMSprop.
     torchrun --nproc_per_node=4 train_with_preference_prompt.py --dataset-path pairs.jsonl \\
         --use-prompt-embedding --prompt-embedding-path outputs/soft_prompt                      # four GPUs
 
-Copy with: charts.py chat_text.py checkpoints.py distributed.py flags.py lora.py lora_targets.py losses.py
-    memory_estimate.py memory_report.py model_files.py optimizers.py packed_attention.py packed_model.py
+Copy with: charts.py chat_text.py checkpoints.py distributed.py flag_names.py flags.py lora.py lora_targets.py
+    losses.py memory_estimate.py memory_report.py model_files.py optimizers.py packed_attention.py packed_model.py
     packed_probe.py packing.py preference_data.py preference_prompt.py preference_rows.py row_files.py
     row_prompts.py row_shapes.py run_files.py score_cache.py speed.py tensor_files.py toy_world.py trackers.py
-    training_curves.py written_files.py
+    training_curves.py training_flags.py written_files.py
 """
 
 import gc
@@ -30,13 +30,64 @@ import math
 import sys
 from functools import partial
 
+import flags
+import training_flags
+
+TEXT_POSITIONS, VECTOR_POSITIONS = ("system", "user"), ("prefix", "before-response")
+
+
+def get_args(argv=None):
+    parser = flags.Parser(__doc__)
+    positive, rate = flags.number(float, above=0), flags.number(float, least=0)
+    add = parser.group("model")
+    names = "--model", "--base-model-path", "--policy-model-path"
+    add(*names, default="Qwen/Qwen2.5-1.5B-Instruct", help="folder, hub id or `toy`, data too")
+    add("--ref-model-path", "--reference-model-path", metavar="MODEL", help="the reference, where it is another model")
+    add = parser.group("data")
+    pairs = "data/train/helpful_pairs.jsonl"
+    add("--dataset-path", "--dataset", default=pairs, metavar="DATASET", help="pairs: file, folder, hub id or `toy`")
+    names = "--test-dataset-path", "--eval-dataset"
+    add(*names, metavar="DATASET", help="evaluate on these pairs instead of holding some out")
+    add = parser.group("preference")
+    add("--preference-text", metavar="TEXT", help="the preference, in words")
+    add("--use-prompt-embedding", action="store_true", help="the preference is a soft prompt")
+    add("--prompt-embedding-path", metavar="PATH", help="its folder or file: .safetensors, .pt")
+    positions = (*TEXT_POSITIONS, *VECTOR_POSITIONS)
+    what = "where the preference goes (default: system for a text in messages, a soft prompt where it was trained)"
+    add("--preference-position", choices=positions, help=what)
+    add = parser.group("method")
+    add("--teacher", choices=("policy", "ref"), default="policy", help="whose margin behind the preference is the aim")
+    add("--alpha", type=rate, default=0.1, metavar="A", help="weight of the pull to the teacher's margin")
+    add("--lambda-kl", type=rate, default=0.1, metavar="L", help="weight of the KL to the reference, on plain prompts")
+    add("--beta", "--β-ori", type=positive, default=0.05, help="strength of DPO's pull to the reference")
+    add("--nll-coeff", type=rate, default=0.0, metavar="C", help="weight of chosen's NLL in the loss")
+    documented = dict(batch_size=1, gradient_accumulation_steps=512, lora_learning_rate=5e-4, lora_dropout=0.1)
+    documented |= dict(max_length=300, max_prompt_length=128, output_dir="model_output/Preference_Guided_DPO")
+    training_flags.add_common_flags(parser, **documented)
+    parser.set_defaults(logging_dir="logs/Preference_Guided_DPO")
+    args = training_flags.parse(parser, argv)
+    if args.use_prompt_embedding != bool(args.prompt_embedding_path):
+        parser.error("--use-prompt-embedding and --prompt-embedding-path PATH go together: give both or neither")
+    if args.use_prompt_embedding and args.preference_text is not None:
+        parser.error("--preference-text and --use-prompt-embedding are two ways to say the preference: choose one")
+    if not args.use_prompt_embedding and args.preference_text is None:
+        parser.error('there is no preference: give --preference-text "...", or --use-prompt-embedding with its path')
+    fitting = VECTOR_POSITIONS if args.use_prompt_embedding else TEXT_POSITIONS
+    if args.preference_position and args.preference_position not in fitting:
+        what = "a soft prompt" if args.use_prompt_embedding else "a text"
+        parser.error(f"--preference-position {args.preference_position} is not for {what}: {' or '.join(fitting)}")
+    training_flags.take_toy(args, "dataset_path", "test_dataset_path")
+    return args
+
+
+if __name__ == "__main__":
+    ARGS = get_args()  # before torch is loaded, which takes seconds: --help and a wrong flag are answered at once
+
 import torch
 from tqdm import tqdm
-from transformers.optimization import get_scheduler
 
 import checkpoints
 import distributed
-import flags
 import lora
 import memory_estimate
 import memory_report
@@ -50,60 +101,10 @@ from model_files import ModelError, enable_checkpointing, load_model, load_skele
 from packed_model import TokenLogps, prepare_model
 from packing import epoch_plan, hold_out, largest_pass, pack, passes_of_rank, send
 from preference_data import DataError, Pair, fingerprint, load_pairs
-from preference_prompt import (
-    TEXT_POSITIONS,
-    VECTOR_POSITIONS,
-    PromptError,
-    check_room,
-    read_soft_prompt,
-    use_soft_prompt,
-    with_text,
-    with_virtual_tokens,
-)
+from preference_prompt import PromptError, check_room, read_soft_prompt, use_soft_prompt, with_text, with_virtual_tokens
 
 TOY_FOLDER = "outputs/toy_world"
 TOY = {"model": "model", "dataset_path": "train/polite_pairs.jsonl", "test_dataset_path": "test/polite_pairs.jsonl"}
-
-
-def get_args(argv=None):
-    parser = flags.Parser(__doc__)
-    add, positive, rate = parser.add_argument, flags.number(float, above=0), flags.number(float, least=0)
-    names = "--model", "--base-model-path", "--policy-model-path"
-    add(*names, default="Qwen/Qwen2.5-1.5B-Instruct", help="folder, hub id or `toy`, data too")
-    add("--ref-model-path", "--reference-model-path", metavar="MODEL", help="the reference, where it is another model")
-    pairs = "data/train/helpful_pairs.jsonl"
-    add("--dataset-path", "--dataset", default=pairs, metavar="DATASET", help="pairs: file, folder, hub id or `toy`")
-    names = "--test-dataset-path", "--eval-dataset"
-    add(*names, metavar="DATASET", help="evaluate on these pairs instead of holding some out")
-    add("--preference-text", metavar="TEXT", help="the preference, in words")
-    add("--use-prompt-embedding", action="store_true", help="the preference is a soft prompt")
-    add("--prompt-embedding-path", metavar="PATH", help="its folder or file: .safetensors, .pt")
-    positions = (*TEXT_POSITIONS, *VECTOR_POSITIONS)
-    what = "where the preference goes (default: system for a text in messages, a soft prompt where it was trained)"
-    add("--preference-position", choices=positions, help=what)
-    add("--teacher", choices=("policy", "ref"), default="policy", help="whose margin behind the preference is the aim")
-    add("--alpha", type=rate, default=0.1, metavar="A", help="weight of the pull to the teacher's margin")
-    add("--lambda-kl", type=rate, default=0.1, metavar="L", help="weight of the KL to the reference, on plain prompts")
-    add("--beta", "--β-ori", type=positive, default=0.05, help="strength of DPO's pull to the reference")
-    add("--nll-coeff", type=rate, default=0.0, metavar="C", help="weight of chosen's NLL in the loss")
-    documented = dict(batch_size=1, gradient_accumulation_steps=512, learning_rate=5e-4, lora_dropout=0.1)
-    documented |= dict(max_length=300, max_prompt_length=128, output_dir="model_output/Preference_Guided_DPO")
-    flags.add_common_flags(parser, **documented)
-    parser.set_defaults(logging_dir="logs/Preference_Guided_DPO")
-    args = parser.parse_args(argv)
-    flags.check_common_flags(parser, args)
-    if args.use_prompt_embedding != bool(args.prompt_embedding_path):
-        parser.error("--use-prompt-embedding and --prompt-embedding-path PATH go together: give both or neither")
-    if args.use_prompt_embedding and args.preference_text is not None:
-        parser.error("--preference-text and --use-prompt-embedding are two ways to say the preference: choose one")
-    if not args.use_prompt_embedding and args.preference_text is None:
-        parser.error('there is no preference: give --preference-text "...", or --use-prompt-embedding with its path')
-    fitting = VECTOR_POSITIONS if args.use_prompt_embedding else TEXT_POSITIONS
-    if args.preference_position and args.preference_position not in fitting:
-        what = "a soft prompt" if args.use_prompt_embedding else "a text"
-        parser.error(f"--preference-position {args.preference_position} is not for {what}: {' or '.join(fitting)}")
-    flags.take_toy(args, "dataset_path", "test_dataset_path")
-    return args
 
 
 OWN = """loss_components/dpo_loss loss_components/aligned_loss preference_metrics/pref_delta_chosen
@@ -323,7 +324,7 @@ def main(args):
     watch.phase("other")
     reference = reference if args.lambda_kl else None  # else it has said all it has to say
     gc.collect()  # a sharded model has methods that hold it
-    say(*memory_report.start_lines("policy model", parameters, policy, args, world, slow_rate=2e-5), sep="\n")
+    say(*memory_report.start_lines("policy model", parameters, policy, args, world), sep="\n")
 
     # 4 optimiser
     accumulation = args.gradient_accumulation_steps
@@ -331,7 +332,7 @@ def main(args):
     updates_per_epoch = len(plan_epoch(epoch=0))
     num_updates = min(args.epochs * updates_per_epoch, args.max_steps or sys.maxsize)
     optimizer = optimizers.make_optimizer(parameters, args)
-    scheduler = get_scheduler(args.lr_scheduler, optimizer, args.warmup_steps, num_updates)
+    scheduler = optimizers.make_scheduler(optimizer, args, num_updates, say)
     scaler = torch.amp.GradScaler(world.device.type, enabled=dtype == torch.float16)
     distributed.assert_same_on_all_ranks(parameters, world)
     distributed.seed_everything(args.seed + world.rank)  # from here on chance (dropout) differs between ranks
@@ -463,4 +464,4 @@ USER_ERRORS = (DataError, ModelError, lora.AdapterError, distributed.DeviceError
 USER_ERRORS += (checkpoints.CheckpointError, memory_estimate.EstimateError, optimizers.OptimizerError, PromptError)
 
 if __name__ == "__main__":
-    flags.run(main, get_args(), *USER_ERRORS)
+    flags.run(main, ARGS, *USER_ERRORS)

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Safe-MM-DPO on N GPUs of this machine, or on those of GPU_NODES: train_safe_mm_dpo.py with configs/dpo_config.yaml.
 #   bash scripts/train_dpo_distributed.sh 8
-#   bash scripts/train_dpo_distributed.sh 8 --learning-rate 1e-4            further flags come last and win
+#   bash scripts/train_dpo_distributed.sh 8 --max-steps 100                 further flags come last and win
 #   bash scripts/train_dpo_distributed.sh 8 --dry-run                       prints the exact command, runs nothing
 #   bash scripts/train_dpo_distributed.sh --help                            prints these lines
 #   GPU_NODES=localhost:1,2 bash scripts/train_dpo_distributed.sh           gpu_nodes.sh has all forms

@@ -11,6 +11,8 @@ import pytest
 from test_copy import ROOT, SCRIPTS
 from test_flags import parser_actions
 
+import flag_names
+
 READMES = ["README.md", "README.zh.md"]
 DOCUMENTS = [*READMES, *sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("docs/*.md"))]
 SHELL = sorted(str(path.relative_to(ROOT)) for folder in ("", "scripts/") for path in ROOT.glob(f"{folder}*.sh"))
@@ -117,6 +119,7 @@ def options_of(script):
 def test_every_flag_in_inline_code_exists(name):
     text = re.sub(r"^\s*```.*?^\s*```", "", text_of(name), flags=re.MULTILINE | re.DOTALL)
     known = set.union(*(options_of(script) for script in SCRIPTS)) | FOREIGN_FLAGS | {"--local-rank"}
+    known |= {*flag_names.SAME, *flag_names.VALUES, *flag_names.INSTEAD}
     named = {flag.replace("_", "-") for code in re.findall(r"`([^`\n]+)`", text) for flag in flags_in(code)}
     assert named - known == set()
 

@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -19,8 +20,11 @@ from test_preference_data import CHATML, char_tokenizer, write_rows
 
 import dpo_hf_run
 import evaluate_alignment
+import flag_names
 import generate
 import learn_prompt
+import losses
+import preference_prompt
 import prepare_data
 import train_rm
 import train_safe_mm_dpo
@@ -86,7 +90,7 @@ DEFAULTS = dict(
     batch_size=2,
     gradient_accumulation_steps=4,
     tokens_per_microbatch=0,
-    learning_rate=5e-6,
+    learning_rate=1e-4,  # with LoRA
     warmup_steps=0,
     lr_scheduler="linear",
     weight_decay=0.0,
@@ -129,7 +133,7 @@ DEFAULTS = dict(
 def test_documented_defaults_and_nothing_else_without_any_flag():
     defaults = vars(parse())
     assert {name: defaults.pop(name) for name in DEFAULTS} == DEFAULTS
-    assert defaults == dict(config=None, local_rank=None, typed=set(), given=set())
+    assert defaults == dict(config=None, local_rank=None, typed=set(), given=set(), full_rate=5e-6)
 
 
 @pytest.mark.parametrize(
@@ -171,13 +175,19 @@ def test_given_names_what_the_user_set_here_or_in_the_file(tmp_path):
     [
         (["--num-sample", "3"], "unknown flag --num-sample; did you mean --num-samples?"),
         (["--learning-rte=1"], "unknown flag --learning-rte=1; did you mean --learning-rate?"),
-        (["--lora_rank", "3"], "unknown flag --lora-rank; did you mean --lora-r?"),
+        (["--lora_rang", "3"], "unknown flag --lora-rang; did you mean --lora-r?"),
         (["--zzzzzz"], "unknown flag --zzzzzz; --help lists them"),
         (["--overwrite", "toy"], "unknown flag toy; --help lists them"),
         (["--beta"], "--beta: expected one argument"),
         (["--beta", "high"], "--beta: expected a number, got 'high'"),
         (["--beta", "0"], "--beta: has to be above 0, got 0"),
         (["--beta", "nan"], "--beta: has to be finite, got nan"),
+        (["--batch-size", "2-4"], "--batch-size: pick one number of 2-4"),
+        (["--learning-rate", "5e-7-1e-6"], "--learning-rate: pick one number of 5e-7-1e-6"),
+        (
+            ["--zzzzzz", "--qqqqqq", "3"],
+            "unknown flag --zzzzzz; --help lists them; unknown flag --qqqqqq; --help lists them",
+        ),
         (["--batch-size", "1.5"], "--batch-size: expected a whole number, got '1.5'"),
         (["--tokens-per-microbatch", "-1"], "--tokens-per-microbatch: has to be at least 0, got -1"),
         (["--batch-size", "0"], "--batch-size: has to be at least 1, got 0"),
@@ -251,21 +261,257 @@ def test_a_wrong_choice_names_the_choices(capsys, flag):
     assert flag in line and all(choice in line for choice in action.choices)
 
 
-def test_help_shows_the_docstring_and_every_default(capsys):
+GROUPS = ["model", "data", "method", "LoRA", "updates", "memory and device", "output"]
+
+
+@pytest.mark.parametrize("columns", [80, 120])
+@pytest.mark.parametrize("script", ALL_SCRIPTS, ids=lambda script: script.__name__)
+def test_help_fits_the_terminal_in_groups_behind_one_line_of_usage(capsys, monkeypatch, script, columns):
+    monkeypatch.setenv("COLUMNS", str(columns))
     with pytest.raises(SystemExit) as exit:
-        parse("--help")
+        script.get_args(["--help"])
     assert exit.value.code == 0
     text = capsys.readouterr().out
-    assert dpo_hf_run.__doc__.strip() in text
-    assert "(default: outputs/dpo_qwen_trl)" in text and "(default: 5e-06)" in text
-    assert "--local-rank" not in text
+    lines = text.splitlines()
+    assert lines[0].startswith("usage: ") and lines[1] == ""
+    assert [line for line in lines if len(line) > columns and not line.startswith("    ")] == []  # but for code
+    flat = " ".join(text.split())
+    for part in script.__doc__.split("\n\n"):
+        assert (" ".join(part.split()) in flat) != part.startswith("Copy with:")
+    for action in parser_actions(script):
+        shown = [option for option in action.option_strings if re.search(rf"(?<![\w-]){option}(?![\w-])", text)]
+        assert shown == ([] if action.help == argparse.SUPPRESS else action.option_strings)
+    titles = [line.rstrip(":") for line in lines if re.fullmatch(r"[A-Za-z ]+:", line)]
+    wanted = GROUPS if script in SCRIPTS else [title for title in GROUPS if title in titles]
+    wanted = [title for title in wanted if title in titles or script is not learn_prompt]  # it has no LoRA
+    assert [title for title in titles if title in GROUPS] == wanted and len(wanted) >= 2
+
+
+def test_help_shows_defaults(capsys):
+    with pytest.raises(SystemExit):
+        parse("--help")
+    text = " ".join(capsys.readouterr().out.split())
+    for default in ("outputs/dpo_qwen_trl)", "1e-4 with LoRA, 5e-6 for all weights)", "half of --max-length)"):
+        assert f"(default: {default}" in text
+
+
+@pytest.mark.parametrize("words", [["--help"], ["--no-such-flag"]])
+@pytest.mark.parametrize("script", ALL_SCRIPTS, ids=lambda script: script.__name__)
+def test_help_and_a_wrong_flag_are_answered_before_torch_is_loaded(script, words):
+    """Started as a person would, with a torch that cannot be imported."""
+    code = "import runpy, sys; sys.modules |= dict(torch=None, transformers=None); del sys.argv[0]; "
+    code += "runpy.run_path(sys.argv[0], run_name='__main__')"
+    done = subprocess.run([sys.executable, "-c", code, script.__file__, *words], capture_output=True, text=True)
+    assert done.returncode == (0 if words == ["--help"] else 2), done.stderr
+    assert len(done.stderr.splitlines()) == (0 if words == ["--help"] else 1)
+
+
+def test_choices_that_a_script_writes_out_are_those_of_the_module_behind():
+    choices = lambda script: {action.dest: action.choices for action in parser_actions(script)}
+    assert choices(dpo_hf_run)["loss"] == losses.DPO_LOSSES
+    assert choices(learn_prompt)["preference_position"] == preference_prompt.VECTOR_POSITIONS
+    assert train_with_preference_prompt.VECTOR_POSITIONS == preference_prompt.VECTOR_POSITIONS
+
+
+# -- names of other trainers ------------------------------------------------------------------------------------------
+
+EXAMPLES = {"--nll-coeff": "0.5", "--beta": "0.5", "--label-smoothing": "0.1", "--loss": "ipo", "--dtype": "bf16"}
+EXAMPLES |= {"--learning-rate": "0.5", "--lr-scheduler": "cosine", "--optimizer": "adamw8bit", "--resume": "auto"}
+EXAMPLES |= {"--lora-target-modules": "x"}
+TAKERS = {"--reward-model": generate, "--max-new-tokens": generate, "--num-responses": generate}
+TAKERS |= {"--tokenizer-name": train_rm, "--temperature": generate}
+NEEDED = {train_rm: ["--task", "helpful"], generate: ["--prompts", "p", "--output", "o"], dpo_hf_run: []}
+
+
+def differences(script, words):
+    """Flags with other values than without the words."""
+    plain, args = (vars(script.get_args([*NEEDED[script], *some])) for some in ([], words))
+    return {name: value for name, value in args.items() if value != plain[name] and name not in ("given", "typed")}
+
+
+@pytest.mark.parametrize("theirs", flag_names.SAME)
+def test_a_name_of_the_same_meaning_is_the_flag(tmp_path, theirs):
+    ours = flag_names.SAME[theirs]
+    script, value = TAKERS.get(ours, dpo_hf_run), EXAMPLES.get(ours, "8")
+    expected = differences(script, [ours, value])
+    assert len(expected) >= 1
+    assert differences(script, [theirs, value]) == expected
+    assert differences(script, [f"{theirs.replace('-', '_').replace('__', '--', 1)}={value}"]) == expected
+    (tmp_path / "c.yaml").write_text(f"{theirs[2:].replace('-', '_')}: {value}\n")
+    in_file = differences(script, ["--config", str(tmp_path / "c.yaml")])
+    assert in_file.pop("config") and in_file == expected
+    assert ours in {option for action in parser_actions(script) for option in action.option_strings}
+
+
+def table_of_values():
+    return [(flag, value, words) for flag, values in flag_names.VALUES.items() for value, words in values.items()]
+
+
+@pytest.mark.parametrize("flag, value, words", table_of_values())
+def test_a_value_of_another_trainer_is_ours(tmp_path, flag, value, words):
+    script = TAKERS.get(next(iter(words.split()), flag), dpo_hf_run) if flag != "--do-sample" else generate
+    expected = differences(script, words.split())
+    assert differences(script, [flag, value]) == differences(script, [f"{flag}={value}"]) == expected
+    if value == "true":
+        assert differences(script, [flag]) == differences(script, [flag, "True", "--seed", "42"]) == expected
+    (tmp_path / "c.yaml").write_text(f"{flag[2:].replace('-', '_')}: {value}\n")
+    in_file = differences(script, ["--config", str(tmp_path / "c.yaml")])
+    in_file.pop("config")
+    assert in_file == expected
+
+
+@pytest.mark.parametrize("theirs", flag_names.INSTEAD)
+@pytest.mark.parametrize("script", ALL_SCRIPTS, ids=lambda script: script.__name__)
+def test_a_name_of_another_meaning_is_answered_with_what_there_is(capsys, script, theirs):
+    known = {option for action in parser_actions(script) for option in action.option_strings}
+    if theirs in known or flag_names.SAME.get(theirs) in known:
+        return
+    with pytest.raises(SystemExit) as exit:
+        script.get_args([f"{theirs}=epoch"])
+    assert exit.value.code == 2
+    line = one_line(capsys)
+    fitting = [what for what in flag_names.INSTEAD[theirs] if what.split()[0] in known or not what.startswith("--")]
+    assert theirs in line and (not fitting or line.endswith(fitting[0]))
+    of_some = "--rpo-alpha", "--dataset-test-split", "--center-rewards-coefficient", "--adapter-name-or-path"
+    assert fitting or script not in (dpo_hf_run, train_rm) or theirs in of_some, line
+    named = set(re.findall(r"--[a-z][\w-]*", line.partition(theirs)[2]))
+    every = {option for each in ALL_SCRIPTS for action in parser_actions(each) for option in action.option_strings}
+    assert named <= every, f"{theirs} is answered with a flag that no script has"
+
+
+LLAMA_FACTORY = """
+model_name_or_path: m
+trust_remote_code: true
+stage: dpo
+do_train: true
+finetuning_type: lora
+lora_rank: 8
+lora_target: all
+pref_beta: 0.2
+pref_loss: sigmoid
+dataset: d
+template: llama3
+cutoff_len: 2048
+max_samples: 500
+overwrite_cache: true
+preprocessing_num_workers: 16
+output_dir: o
+logging_steps: 5
+save_steps: 500
+plot_loss: true
+overwrite_output_dir: true
+save_only_model: false
+report_to: none
+per_device_train_batch_size: 1
+gradient_accumulation_steps: 8
+learning_rate: 5.0e-6
+num_train_epochs: 3.0
+lr_scheduler_type: cosine
+warmup_ratio: 0.1
+bf16: true
+ddp_timeout: 10000
+resume_from_checkpoint: null
+"""
+
+
+def test_a_file_of_llama_factory(capsys, tmp_path):
+    """What has no counterpart is named at once, and without it the file is a config here."""
+    (tmp_path / "c.yaml").write_text(LLAMA_FACTORY)
+    line = refused(capsys, "--config", tmp_path / "c.yaml")
+    left = "stage do_train template overwrite_cache preprocessing_num_workers plot_loss save_only_model warmup_ratio"
+    assert re.findall(r"unknown key (\w+): ", line) == left.split()
+    kept = [row for row in LLAMA_FACTORY.splitlines() if row.partition(":")[0] not in left.split()]
+    (tmp_path / "c.yaml").write_text("\n".join(kept))
+    args = parse("--config", tmp_path / "c.yaml")
+    expected = dict(model="m", trust_remote_code=True, lora_r=8, lora_target_modules=["all-linear"], beta=0.2)
+    expected |= dict(loss="sigmoid", dataset="d", max_length=2048, max_prompt_length=1024, num_samples=500)
+    expected |= dict(output_dir="o", logging_steps=5, save_steps=500, overwrite=True, report_to=["none"], batch_size=1)
+    expected |= dict(gradient_accumulation_steps=8, learning_rate=5e-6, epochs=3, lr_scheduler="cosine", dtype="bf16")
+    expected |= dict(ddp_timeout=10000, resume="none")
+    assert {name: getattr(args, name) for name in expected} == expected
+
+
+@pytest.mark.parametrize(
+    "words, sentence",
+    [
+        (["--warmup_ratio", "0.1"], "unknown flag --warmup-ratio: use --warmup-steps N (updates)"),
+        (["--bf16=maybe"], "--bf16 is true or false, not 'maybe'"),
+        (["--overwrite=maybe"], "--overwrite is true or false, not 'maybe'"),
+        (["--finetuning_type", "freeze"], "--finetuning-type is lora or full, not 'freeze'"),
+        (["--save_strategy", "epoch"], "--save-strategy is no or steps, not 'epoch': use --save-steps N (updates)"),
+        (["--optim", "lion"], "--optimizer: invalid choice: 'lion' (choose from"),
+    ],
+)
+def test_a_value_that_means_nothing_here(capsys, words, sentence):
+    assert refused(capsys, *words).startswith(f"dpo_hf_run.py: {sentence}")
+
+
+def test_switches_take_true_and_false_and_names_a_comma():
+    assert parse("--overwrite", "True", "--trust_remote_code=false").overwrite is True
+    assert parse("--overwrite", "False").given == set()
+    assert parse("--lora_target", "q_proj,v_proj").lora_target_modules == ["q_proj", "v_proj"]
+    assert parse("--gradient_checkpointing", "--seed", "1").gradient_checkpointing == "on"
+
+
+# -- defaults that follow from another flag ---------------------------------------------------------------------------
+
+RATES = {dpo_hf_run: (1e-4, 5e-6), train_rm: (1e-4, 2e-5), train_safe_mm_dpo: (1e-4, 5e-7)}
+RATES |= {train_with_preference_prompt: (5e-4, 5e-6), learn_prompt: (1e-2, 1e-2)}
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
+def test_the_rate_where_none_is_given(tmp_path, script):
+    needed = {train_rm: ["--task", "helpful"], train_with_preference_prompt: ["--preference-text", "x"]}
+    needed |= {learn_prompt: ["--preference-text", "x"]}
+    rate = lambda *words: script.get_args([*needed.get(script, []), *words]).learning_rate
+    (tmp_path / "c.yaml").write_text("learning_rate: 3e-5\n")
+    assert (rate(), rate("--learning-rate", "7e-7"), rate("--config", str(tmp_path / "c.yaml"))) == (
+        RATES[script][0],
+        7e-7,
+        3e-5,
+    )
+    if script is not learn_prompt:
+        assert rate("--lora-r", "0") == RATES[script][1]
+
+
+def test_the_configs_leave_the_rate_to_the_weights_that_are_trained():
+    for words, rate in (([], 1e-4), (["--lora-r", "0"], 5e-7)):
+        assert train_safe_mm_dpo.get_args(["--config", f"{ROOT}/configs/dpo_config.yaml", *words]).learning_rate == rate
+    for file, words, rate in (
+        ("rm_config", [], 1e-4),
+        ("rm_config", ["--lora-r", "0"], 2e-5),
+        ("rm_config_full", [], 2e-5),
+    ):
+        words = ["--task", "helpful", "--config", f"{ROOT}/configs/{file}.yaml", *words]
+        assert train_rm.get_args(words).learning_rate == rate
+
+
+@pytest.mark.parametrize(
+    "script, words, prompt",
+    [
+        (dpo_hf_run, [], 256),
+        (dpo_hf_run, ["--max-length", "256"], 128),
+        (dpo_hf_run, ["--max-length", "1024"], 512),
+        (dpo_hf_run, ["--max-length", "2"], 1),
+        (dpo_hf_run, ["--max-length", "256", "--max-prompt-length", "200"], 200),
+        (train_with_preference_prompt, ["--preference-text", "x"], 128),
+        (train_with_preference_prompt, ["--preference-text", "x", "--max-length", "100"], 50),
+        (train_rm, ["--task", "helpful", "--config", f"{ROOT}/configs/rm_config_full.yaml"], 128),
+        (train_rm, ["--task", "helpful", "--config", f"{ROOT}/configs/rm_config.yaml", "--max-length", "256"], 128),
+    ],
+)
+def test_the_prompt_s_length_follows_the_length(script, words, prompt):
+    assert script.get_args(words).max_prompt_length == prompt
 
 
 @pytest.mark.parametrize(
     "words, sentence",
     [
         (["--max-length", "64", "--max-prompt-length", "64"], "--max-prompt-length 64 leaves no room for a response"),
-        (["--max-length", "100"], "--max-prompt-length 256 leaves no room for a response within --max-length 100"),
+        (
+            ["--max-length", "100", "--max-prompt-length", "256"],
+            "--max-prompt-length 256 leaves no room for a response within --max-length 100",
+        ),
         (["--lora-r", "0", "--lora-alpha", "3"], "--lora-alpha has no effect with --lora-r 0"),
         (["--lora-r", "0", "--lora-dropout", "0"], "--lora-dropout has no effect with --lora-r 0"),
         (["--lora-r", "0", "--lora-target-modules", "x"], "--lora-target-modules has no effect with --lora-r 0"),
@@ -363,18 +609,20 @@ def test_a_later_file_wins_over_an_earlier_one(tmp_path):
     "text, sentence",
     [
         ("learning_rat: 1e-4\n", "unknown key learning_rat; did you mean --learning-rate?"),
-        ("lora: {rank: 8}\n", "unknown key lora_rank; did you mean --lora-r"),
+        ("lora: {rang: 8}\n", "unknown key lora_rang; did you mean --lora-r"),
+        ("batch_size: [2, 4]\n", "batch_size: pick one of 2, 4"),
+        ("gradient_accumulation_steps: 4 - 8\n", "--gradient-accumulation-steps: pick one number of 4 - 8"),
         ("beta: 0\n", "--beta: has to be above 0, got 0"),
-        ("batch_size: 2-4\n", "--batch-size: expected a whole number, got '2-4'"),
+        ("batch_size: 2-4\n", "--batch-size: pick one number of 2-4"),
         ("beta: false\n", "--beta"),
         ("lora: 8\n", "lora"),
         ("lora: [r, 8]\n", "lora"),
-        ("- beta\n", "is not a list of `flag: value` lines"),
-        ("just words\n", "is not a list of `flag: value` lines"),
+        ("- beta\n", "not a list of `flag: value` lines"),
+        ("just words\n", "not a list of `flag: value` lines"),
         ("a: [1\n", "cannot be read"),
         ("overwrite: maybe\n", "overwrite is true or false"),
-        ("use_lora:\n", "use_lora is true or false, not None"),
-        ("use_lora: [yes]\n", "use_lora is true or false"),
+        ("use_lora:\n", "--use-lora is true or false, not 'none'"),
+        ("use_lora: [yes]\n", "use_lora: pick one of yes"),
         ("max_steps: 1:30\n", "--max-steps: expected a whole number, got '1:30'"),  # no 90
         ("seed: 0x10\n", "--seed: expected a whole number, got '0x10'"),
         (f"seed: {'9' * 5000}\n", "--seed: has to be below"),
@@ -708,21 +956,38 @@ def test_a_log_line_is_the_mean_over_its_updates(run):
         (dict(lr_scheduler="constant"), [0.01] * 4),
         (dict(lr_scheduler="cosine"), [0.01 * 0.8535534, 0.005, 0.01 * 0.1464466, 0]),
         (dict(warmup_steps=2), [0.005, 0.01, 0.005, 0]),
+        (dict(warmup_steps=2, lr_scheduler="constant"), [0.005, 0.01, 0.01, 0.01]),
     ],
-    ids=["linear", "constant", "cosine", "warmup"],
+    ids=["linear", "constant", "cosine", "warmup", "constant behind a warm-up"],
 )
 def test_learning_rate_over_the_updates(run, changes, rates):
     logged = [line["learning_rate"] for line in run(max_steps=4, **changes).train]
     assert logged == pytest.approx(rates, abs=1e-8)
 
 
-def test_learning_rate_without_a_flag_is_the_documented_one_and_a_line_names_a_better_one(run, capsys):
-    result = run(learning_rate=None, lr_scheduler="constant")
-    assert [line["learning_rate"] for line in result.train] == [5e-6, 5e-6]
-    text = "--learning-rate 5e-06 is a rate for training all weights: with LoRA try 1e-4"
-    assert text in capsys.readouterr().out
-    run(learning_rate=5e-6)
-    assert text not in capsys.readouterr().out
+@pytest.mark.parametrize(
+    "changes, rate, line",
+    [
+        (dict(learning_rate=None), 1e-4, "--learning-rate 0.0001, the default with LoRA (5e-06 is for all weights)"),
+        (dict(learning_rate=5e-6), 5e-6, "--learning-rate 5e-06 is for all weights: with LoRA a start is 1e-4"),
+        (dict(learning_rate=6e-6), 6e-6, None),
+        (dict(learning_rate=None, lora_r=0), 5e-6, None),
+    ],
+)
+def test_the_rate_of_lora_and_of_all_weights_and_what_is_said_of_it(run, capsys, changes, rate, line):
+    result = run(lr_scheduler="constant", **changes)
+    assert [logged["learning_rate"] for logged in result.train] == [rate, rate]
+    said = [row for row in capsys.readouterr().out.splitlines() if "all weights" in row]
+    assert [row.startswith(line) for row in said] == [True] if line else said == []
+
+
+def test_a_warm_up_that_is_longer_than_the_run_is_said(run, capsys):
+    result = run(warmup_steps=8, max_steps=2)
+    assert result.train[-1]["learning_rate"] == pytest.approx(0.01 * 2 / 8)
+    said = "--warmup-steps 8 is longer than the run of 2 updates: its rate ends at 0.0025, not 0.01\n"
+    assert said in capsys.readouterr().out
+    run(warmup_steps=2, max_steps=2)
+    assert "--warmup-steps" not in capsys.readouterr().out
 
 
 def test_weight_decay_shrinks_a(plain, run):
@@ -933,7 +1198,7 @@ def test_args_json_of_a_run_is_a_config_for_the_same_run(run, plain, changes):
     result = run(**changes)
     written = json.loads((result.folder / "args.json").read_text())
     args = parse("--config", result.folder / "args.json")
-    others = ("config", "given", "typed", "local_rank", "estimate_memory")
+    others = ("config", "given", "typed", "full_rate", "local_rank", "estimate_memory")
     again = {name: value for name, value in vars(args).items() if name not in others}
     assert again == written
     again = run(**dict.fromkeys(BASE), model=None, dataset=None, config=result.folder / "args.json")

@@ -1313,6 +1313,13 @@ def test_limit_reads_that_many_rows(tmp_path, limit, count):
     assert report[0].endswith(f": prompt/chosen/rejected, {rows}, {count} pairs")
 
 
+def test_a_limit_that_nobody_asked_for_is_called_the_default(tmp_path):
+    path = write_rows(tmp_path / "rows.jsonl", [strings(n) for n in range(5)])
+    [first, *_] = load(path, limit=3, by_default=True)[1]
+    assert first.endswith(", 3 rows (as many as are read by default; --num-samples 0: all), 3 pairs")
+    assert ", 5 rows, 5 pairs" in load(path, limit=9, by_default=True)[1][0]
+
+
 def test_limit_does_not_reach_a_malformed_row_behind_it(tmp_path):
     path = write_rows(tmp_path / "rows.jsonl", [strings(0), strings(1), "not JSON"])
     assert len(load(path, limit=2)[0]) == 2

@@ -29,8 +29,8 @@ from model_files import load_model
 from packed_model import prepare_scores
 from packing import pack
 from preference_data import fingerprint, load_pairs
+from reward_models import score_statistics
 from score_cache import base_sha256, weights_sha256
-from train_rm import score_statistics
 
 HERE = Path(__file__).parent
 
@@ -70,7 +70,7 @@ DEFAULTS = dict(
     batch_size=4,
     gradient_accumulation_steps=2,
     tokens_per_microbatch=0,
-    learning_rate=2e-5,
+    learning_rate=1e-4,  # with LoRA
     lora_r=16,
     lora_alpha=32,
     lora_dropout=0.1,
@@ -544,12 +544,13 @@ def test_args_json_is_a_config_for_the_same_run(run):
     assert again.bytes == first.bytes
 
 
-def test_a_low_rate_with_lora_is_named(run, capsys):
-    text = "--learning-rate 2e-05 is a rate for training all weights: with LoRA try 1e-4"
+def test_the_rate_of_lora_is_said_and_so_is_one_for_all_weights(run, capsys):
     run(learning_rate=None)
-    assert text in capsys.readouterr().out
+    assert "--learning-rate 0.0001, the default with LoRA (2e-05 is for all weights)" in capsys.readouterr().out
     run(learning_rate=2e-5)
-    assert text not in capsys.readouterr().out
+    assert "--learning-rate 2e-05 is for all weights: with LoRA a start is 1e-4" in capsys.readouterr().out
+    run(learning_rate=3e-5)
+    assert "all weights" not in capsys.readouterr().out
 
 
 # -- labels -------------------------------------------------------------------------------------------------------

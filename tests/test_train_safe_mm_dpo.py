@@ -355,7 +355,7 @@ def test_the_shipped_config_has_the_documents_values(monkeypatch):
     documented = dict(
         beta=0.1, w=0.5, k=0.5, kl_coeff=0.1, lambda_init=1.0, lambda_lr=0.01, cost_threshold=0.0, epochs=2
     )
-    documented |= dict(batch_size=4, gradient_accumulation_steps=4, learning_rate=5e-7, lora_r=16, lora_alpha=32)
+    documented |= dict(batch_size=4, gradient_accumulation_steps=4, learning_rate=1e-4, lora_r=16, lora_alpha=32)
     documented |= dict(
         lora_dropout=0.1, warmup_steps=100, max_length=512, max_grad_norm=1.0, lambda_max=10, lambda_min=1e-6
     )
