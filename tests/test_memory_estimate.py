@@ -234,6 +234,17 @@ def test_activations_are_those_of_a_real_pass_over_packed_pairs(name, lora_r):
     assert sum(counted.saved) == pytest.approx(real, rel=0.1)
 
 
+@pytest.mark.parametrize("with_kl", [False, True])
+def test_beyond_some_chunks_the_head_is_reckoned_and_not_counted(with_kl):
+    """To the byte; and at once for more tokens than anything has."""
+    estimate, many = estimate_of("qwen3", 4), memory_estimate.MANY
+    how = 4, 0.0, torch.float32
+    for tokens in (many + 1, 3 * many + 517):
+        counted = memory_estimate.head_bytes(estimate.model(*how), TokenLogps, tokens, torch.float32, with_kl)
+        assert estimate.head(*how, tokens, with_kl) == pytest.approx(counted, abs=1)
+    assert estimate.head(*how, 10**16, with_kl)[0] > 10**16
+
+
 def test_twice_the_tokens_take_twice_and_checkpointing_takes_less():
     skeleton = skeleton_of(tiny_model("qwen3"))
     lora.add_adapter(skeleton, "policy", 4, 32)
