@@ -31,10 +31,13 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from optimizers import moments_bytes
+
 CUDA = 0.8e9  # what CUDA's context and the libraries' workspaces take, about
 WIDE = 4  # bytes of fp32
 HEAD_CHUNK = 1024  # packed_model's
 USABLE = 0.9  # of a device; the rest is for fragmentation and for what is left out here
+MANY = 16 * HEAD_CHUNK  # tokens that are counted chunk by chunk
 SOME = 1024  # tokens that are measured: with fused attention memory grows in line with them
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -256,15 +259,6 @@ def of_shards(model, reference, width, with_kl, samples):
     }
 
 
-def moments_bytes(sizes, optimizer):
-    """Bytes of AdamW's two moments of tensors of these sizes.
-
-    adamw8bit (bitsandbytes): a byte for each number and 4 for the largest of each 256; fp32 in tensors below 4,096.
-    """
-    narrow = [size for size in sizes if optimizer == "adamw8bit" and size >= 4096]
-    return 2 * (WIDE * (sum(sizes) - sum(narrow)) + sum(size + WIDE * -(-size // 256) for size in narrow))
-
-
 class Estimate:
     """The memory of runs of one script on one model.
 
@@ -321,8 +315,14 @@ class Estimate:
         return Pass(saved, casts, passed.inputs + passed.inputs[-1:] * more, passed.passing, passed.ungraded)
 
     def _head(self, lora_r, dropout, dtype, num_tokens, with_kl):
+        """head_bytes; beyond MANY tokens, which the head takes chunk by chunk, it grows in line with them."""
+        if not self.log_probs:
+            return 0, 0
         model = self.model(lora_r, dropout, dtype)
-        return head_bytes(model, self.log_probs, num_tokens, dtype, with_kl) if self.log_probs else (0, 0)
+        at = lambda tokens: head_bytes(model, self.log_probs, tokens, dtype, with_kl)
+        if num_tokens <= MANY:
+            return at(num_tokens)
+        return [many + (num_tokens / MANY - 1) * 2 * (many - half) for half, many in zip(at(MANY // 2), at(MANY))]
 
     def rows(self, args, tokens=None):
         """{term: its bytes at each of the four moments}, with checkpointing `auto` as off.  Raises EstimateError."""

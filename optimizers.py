@@ -16,6 +16,8 @@ import logging
 import torch
 from transformers.optimization import get_scheduler
 
+WIDE = 4  # bytes of fp32
+
 
 class OptimizerError(ValueError):
     """An optimiser that cannot step here, in one sentence for the user."""
@@ -53,6 +55,15 @@ def check(args, device_type, sharded=False):
             f"--optimizer adamw8bit: bitsandbytes {bitsandbytes.__version__} cannot step on {device_type} ({reason}): "
             "use --optimizer adamw"
         ) from None
+
+
+def moments_bytes(sizes, optimizer):
+    """Bytes of AdamW's two moments of tensors of these sizes.
+
+    adamw8bit (bitsandbytes): a byte for each number and 4 for the largest of each 256; fp32 in tensors below 4,096.
+    """
+    narrow = [size for size in sizes if optimizer == "adamw8bit" and size >= 4096]
+    return 2 * (WIDE * (sum(sizes) - sum(narrow)) + sum(size + WIDE * -(-size // 256) for size in narrow))
 
 
 def make_optimizer(parameters, args):

@@ -85,7 +85,7 @@ def passes_of_rank(indices, rank, ranks, batch_size, lengths=None, budget=0):
 
 def largest_pass(ranks, batch_size, lengths, budget):
     """The most tokens that a pass can have, whatever the shuffle, on any number of ranks."""
-    return max(budget, *lengths, 0) if budget else sum(sorted(lengths)[-batch_size:])
+    return min(max(budget, *lengths, 0), sum(lengths)) if budget else sum(sorted(lengths)[-batch_size:])
 
 
 def hold_out(pairs, num_samples, seed):

@@ -244,6 +244,17 @@ def test_keys_of_chosen_are_repeated_where_flash_attention_does_not_run(dtype, c
     assert [shape[1] for shape in kept if len(shape) == 4] == [4, chosen_heads, chosen_heads, 4] + [4] * 4
 
 
+@pytest.mark.parametrize("with_kl", [False, True])
+def test_beyond_some_chunks_the_head_is_reckoned_and_not_counted(with_kl):
+    """To the byte; and at once for more tokens than anything has."""
+    estimate, many = estimate_of("qwen3", 4), memory_estimate.MANY
+    how = 4, 0.0, torch.float32
+    for tokens in (many + 1, 3 * many + 517):
+        counted = memory_estimate.head_bytes(estimate.model(*how), TokenLogps, tokens, torch.float32, with_kl)
+        assert estimate.head(*how, tokens, with_kl) == pytest.approx(counted, abs=1)
+    assert estimate.head(*how, 10**16, with_kl)[0] > 10**16
+
+
 def test_twice_the_tokens_take_twice_and_checkpointing_takes_less():
     skeleton = skeleton_of(tiny_model("qwen3"))
     lora.add_adapter(skeleton, "policy", 4, 32)
