@@ -26,7 +26,8 @@ class ModelError(ValueError):
 
 def load_tokenizer(path, trust_remote_code=False):
     """Tokenizer of a folder or hub id.  Raises ModelError."""
-    tokenizer = _loaded("tokenizer", path, partial(AutoTokenizer.from_pretrained, trust_remote_code=trust_remote_code))
+    load = partial(AutoTokenizer.from_pretrained, path, trust_remote_code=trust_remote_code)
+    tokenizer = _loaded("tokenizer", path, load)
     if tokenizer.eos_token_id is None:
         raise ModelError(
             f"the tokenizer of {path} has no end-of-sequence token: set eos_token in tokenizer_config.json"
@@ -46,11 +47,12 @@ def load_model(path, dtype, device, trust_remote_code=False, scores=False, max_l
         transformers_logging.disable_progress_bar()
     check_positions(_config(path, trust_remote_code), max_length, f"a text of {max_length} tokens", path)
     kind, options = (AutoModelForSequenceClassification, {"num_labels": 1}) if scores else (AutoModelForCausalLM, {})
-    options |= {"dtype": dtype, "trust_remote_code": trust_remote_code, "ignore_mismatched_sizes": True}
+    options |= {"dtype": dtype, "trust_remote_code": trust_remote_code}
+    options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()  # its report of the weights is many lines, and below it is one
     try:
-        model, found = _loaded("model", path, partial(kind.from_pretrained, output_loading_info=True, **options))
+        model, found = _loaded("model", path, partial(kind.from_pretrained, path, **options))
     finally:
         transformers_logging.set_verbosity(verbosity)
     if found["mismatched_keys"]:
@@ -61,6 +63,9 @@ def load_model(path, dtype, device, trust_remote_code=False, scores=False, max_l
     missing = set(found["missing_keys"]) - ({"score.weight"} if scores else set())
     if missing:  # transformers would go on with random numbers
         raise ModelError(f"the weights of {path} lack {min(missing)}: is it a whole causal language model?")
+    if found["unexpected_keys"] and not scores:  # of a base the language-model head
+        extra = f"{len(found['unexpected_keys'])} weights (first: {min(found['unexpected_keys'])})"
+        print(f"{path} has {extra} that its config.json has no place for: they are left out", file=sys.stderr)
     if scores:
         head = getattr(model, "score", None)
         if type(head) is not nn.Linear or head.bias is not None:
@@ -82,7 +87,7 @@ def load_skeleton(path, tokenizer, args, scores=False):
     kind = AutoModelForSequenceClassification if scores else AutoModelForCausalLM
     with torch.device("meta"):
         build = partial(kind.from_config, config, trust_remote_code=trust)
-        model = _loaded("model", path, lambda _: build())
+        model = _loaded("model", path, build)
     causal = [module.is_causal for module in model.modules() if hasattr(module, "is_causal")]
     if causal and not any(causal):
         raise not_causal(path)
@@ -110,10 +115,11 @@ def check_positions(config, tokens, what, path):
 
 def _config(path, trust_remote_code):
     """config.json of a causal language model whose weights are whole.  Raises ModelError."""
-    config = _loaded("model", path, partial(AutoConfig.from_pretrained, trust_remote_code=trust_remote_code))
+    load = partial(AutoConfig.from_pretrained, path, trust_remote_code=trust_remote_code)
+    config = _loaded("model", path, load)
     if getattr(config, "is_encoder_decoder", False):
         raise not_causal(path)
-    for part in (config, _loaded("model", path, lambda _: config.get_text_config())):
+    for part in (config, _loaded("model", path, config.get_text_config)):
         if how := getattr(part, "quantization_config", None):
             method = how.get("quant_method") if isinstance(how, dict) else getattr(how, "quant_method", None)
             raise ModelError(
@@ -124,12 +130,12 @@ def _config(path, trust_remote_code):
 
 
 def _loaded(what, path, load):
-    """load(path), a from_pretrained of transformers, with all that a foreign folder can make it raise as a ModelError.
+    """load(), a from_pretrained of transformers, with all that a foreign folder can make it raise as a ModelError.
 
     That is anything: tokenizers raises plain Exception, pickle and the checks of configs have errors of their own.
     """
     try:
-        return load(path)
+        return load()
     except Exception as error:
         if "trust_remote_code" in str(error):
             raise ModelError(

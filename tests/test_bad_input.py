@@ -26,7 +26,7 @@ from transformers import TrainerState
 import dpo_hf_run
 import reward_models
 import run_files
-from model_files import ModelError
+from model_files import ModelError, load_model
 from packing import hold_out
 from preference_data import fingerprint, load_pairs
 
@@ -256,6 +256,17 @@ def test_a_reference_folder_that_cannot_be_used(fails, world, tmp_path, breaking
     damage(model)
     line = fails("--ref-model-path", model)
     assert str(model) in line and said in line
+
+
+def test_weights_that_the_config_has_no_place_for_are_said_in_one_line(world, tmp_path, capsys):
+    model = shutil.copytree(world / "model", tmp_path / "model")
+    edit(model / "config.json", num_hidden_layers=1, layer_types=None, max_window_layers=None)
+    number = sum(".layers.1." in name for name in load_file(model / "model.safetensors"))
+    load_model(str(model), torch.float32, "cpu")
+    said = (
+        f"{model} has {number} weights (first: model.layers.1.input_layernorm.weight) that its config.json has no place"
+    )
+    assert said in one_line(capsys)
 
 
 SCRIPTS = {
