@@ -88,7 +88,8 @@ def asked_and_answers(asked, chosen, rejected, kind):
         return parted(turns, *answers)
 
     name = {list: "messages", dict: "as one message each", str: "as texts"}[kind]
-    return Shape(f"{asked} messages, {chosen}/{rejected} {name}", {asked: list, chosen: kind, rejected: kind}, texts)
+    start = "prompt messages" if asked == "prompt" else asked
+    return Shape(f"{start}, {chosen}/{rejected} {name}", {asked: list, chosen: kind, rejected: kind}, texts)
 
 
 def openai_preference(row):

@@ -633,29 +633,29 @@ FOUND = {  # file -> its content, the shape that is named, (prompt, chosen, reje
     ),
     "sharegpt.json": (
         json.dumps([{"conversations": [human("p"), gpt("a"), human("b")], "chosen": gpt("c"), "rejected": gpt("r")}]),
-        "conversations messages, chosen/rejected as one message each",
+        "conversations, chosen/rejected as one message each",
         ([P, A, B], [assistant("c")], [assistant("r")]),
     ),
     "sharegpt_with_system.json": (
         json.dumps(
             [{"system": "s", "conversations": [human("p")], "chosen": gpt("c"), "rejected": gpt("r")}], indent=1
         ),
-        "conversations messages, chosen/rejected as one message each",
+        "conversations, chosen/rejected as one message each",
         ([S, P], [assistant("c")], [assistant("r")]),
     ),
     "sharegpt_texts.jsonl": (
         lines_of({"conversations": [{"from": "system", "value": "s"}, human("p")]} | TWO),
-        "conversations messages, chosen/rejected as texts",
+        "conversations, chosen/rejected as texts",
         ([S, P], [assistant("c")], [assistant("r")]),
     ),
     "sharegpt_whole.jsonl": (  # the conversation goes on to the chosen answer
         lines_of({"conversations": [human("p"), gpt("c")], "chosen": gpt("c"), "rejected": gpt("r")}),
-        "conversations messages, chosen/rejected as one message each",
+        "conversations, chosen/rejected as one message each",
         ([P], [assistant("c")], [assistant("r")]),
     ),
     "messages_and_answers.jsonl": (
         lines_of({"messages": [S, P], "chosen": assistant("c"), "rejected": assistant("r")}),
-        "messages messages, chosen/rejected as one message each",
+        "messages, chosen/rejected as one message each",
         ([S, P], [assistant("c")], [assistant("r")]),
     ),
     "openai.jsonl": (
