@@ -324,6 +324,7 @@ LONG = "What is the capital of the country?"
     [
         (LONG, LONG + " Paris.", (LONG, " Paris.", " Lyon.")),
         (LONG + "\n", "\n" + LONG + " Paris.", (LONG + "\n", " Paris.", " Lyon.")),
+        (LONG + "\n\n", LONG + "\n\nParis.", (LONG + "\n\n", "Paris.", " Lyon.")),  # and not its blanks twice
         (LONG, "Paris.", (LONG, "Paris.", LONG + " Lyon.")),  # one alone may quote it
         ("What", "What is it?", ("What", "What is it?", LONG + " Lyon.")),
     ],
