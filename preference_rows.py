@@ -121,6 +121,10 @@ def recognise(row, where):
         fits = all(isinstance(row.get(field), kind) for field, kind in shape.fields.items())
         if fits and not row.keys() & set(shape.without):
             return shape
+    read = {field for shape in SHAPES for field in shape.fields}
+    if odd := [field for field in row if field in read and not isinstance(row[field], str | list | int)]:
+        what = "null" if row[odd[0]] is None else f"a {type(row[odd[0]]).__name__}"
+        raise DataError(f"{where}: `{odd[0]}` is {what}, and no text or list of messages: mend the row")
     known = ", ".join(shape.name for shape in SHAPES)
     raise DataError(
         f"{where} has the fields {', '.join(row) or '(none)'}, which is no known shape: rename them to one of {known}"

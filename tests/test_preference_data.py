@@ -490,17 +490,18 @@ def test_unknown_shape_names_the_place_its_fields_and_the_known_shapes(tmp_path)
 
 
 @pytest.mark.parametrize(
-    "row",
+    "row, what",
     [
-        {"prompt": None, "chosen": "yes", "rejected": "no"},
-        {"prompt": [user("p")], "chosen": "yes", "rejected": "no"},
-        {"instruction": ["p"], "chosen": "yes", "rejected": "no"},
+        ({"prompt": None, "chosen": "yes", "rejected": "no"}, ": `prompt` is null, and no text or list of messages"),
+        ({"prompt": "p", "chosen": assistant("a"), "rejected": assistant("b")}, ": `chosen` is a dict, and no text"),
+        ({"prompt": [user("p")], "chosen": "yes", "rejected": "no"}, " has the fields .* no known shape"),
+        ({"instruction": ["p"], "chosen": "yes", "rejected": "no"}, " has the fields .* no known shape"),
     ],
-    ids=["null prompt", "prompt as messages, answers as strings", "instruction as a list"],
+    ids=["null prompt", "a message, no list", "prompt as messages, answers as strings", "instruction as a list"],
 )
-def test_a_prompt_of_the_wrong_type_in_the_first_row_is_not_dropped_silently(tmp_path, row):
+def test_a_field_of_the_wrong_type_in_the_first_row_is_not_dropped_silently(tmp_path, row, what):
     # chosen and rejected alone are a known shape too; taking the file for that would train without any prompt.
-    with pytest.raises(DataError, match=r"rows\.jsonl:1"):
+    with pytest.raises(DataError, match=rf"rows\.jsonl:1{what}"):
         load(write_rows(tmp_path / "rows.jsonl", [row, row | {"chosen": "yes!"}]))
 
 
