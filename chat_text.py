@@ -315,7 +315,15 @@ def _changes(prompt, chosen, rejected, texts, tokenizer):
     if not all(text.startswith(whole) for text in full):
         same = len(os.path.commonprefix([whole, *full]))
         found.append(("the prompt in training is not that of generation", f", and lacks {whole[same:]!r}"))
-    said = [(message, text[same:]) for response, text in zip((chosen, rejected), full) for message in response]
+    words = str(prompt[-1]["content"]).strip()
+    begin = min(same, whole.rfind(words) + len(words)) if words in whole else same
+
+    def behind(message, text):
+        """What stands behind the prompt, with a beginning of the answer that generation is given (<think>)."""
+        all_there = "".join(message["content"].split()) in "".join(text[begin:].split())
+        return message, text[begin:] if all_there else text[same:]
+
+    said = [behind(message, text) for response, text in zip((chosen, rejected), full) for message in response]
     for side, parts in (("responses", said), ("prompt", [(message, whole[:same]) for message in prompt])):
         sizes = [_dropped(message, text) for message, text in parts]
         if gone := sum(lost for lost, _ in sizes):

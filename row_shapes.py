@@ -58,7 +58,8 @@ def prompt_and_responses(prompt, chosen, rejected):
             return transcript
         again = asked.strip()
         if len(again) >= 30 and all(text.lstrip().startswith(again) for text in responses):
-            responses = [text.lstrip()[len(again) :] for text in responses]
+            blanks = asked[len(asked.rstrip()) :]  # behind the prompt: a response repeats them too
+            responses = [text.lstrip()[len(again) :].removeprefix(blanks) for text in responses]
         return asked, *responses
 
     return Shape(f"{prompt}/{chosen}/{rejected}", strings(prompt, chosen, rejected), texts)

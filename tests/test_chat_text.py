@@ -303,6 +303,16 @@ def test_a_template_that_trims_code_is_said_and_one_that_keeps_all_is_not(tmp_pa
         assert texts(tmp_path, tokenizer, plain)[1] == []
 
 
+def test_a_thought_that_the_prompt_of_generation_begins_is_not_dropped(tmp_path):
+    tokenizer = bpe_tokenizer(
+        turns("<|im_start|>", "<|im_end|>") + "{% if add_generation_prompt %}<think>\n{% endif %}"
+    )
+    thought = "<think>\nadd them\n</think>\n\n4"  # Qwen3.5 and Nemotron: of this, the prompt has the first line
+    got, report = texts(tmp_path, tokenizer, row([user("2+2?")], thought, thought.replace("4", "five")))
+    assert got[0][0].endswith("assistant\n<think>\n") and got[0][1] == "add them\n</think>\n\n4<|im_end|>"
+    assert report == []
+
+
 def test_a_system_message_that_a_template_leaves_out_is_said(tmp_path):
     tokenizer = bpe_tokenizer("{% set messages = messages | rejectattr('role', 'equalto', 'system') | list %}" + CHATML)
     _, report = texts(tmp_path, tokenizer, row([system("Be brief."), user("a")]), row([user("a")]))

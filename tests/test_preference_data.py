@@ -336,6 +336,7 @@ LONG = "What is the capital of the country?"
     [
         (LONG, LONG + " Paris.", (LONG, " Paris.", " Lyon.")),
         (LONG + "\n", "\n" + LONG + " Paris.", (LONG + "\n", " Paris.", " Lyon.")),
+        (LONG + "\n\n", LONG + "\n\nParis.", (LONG + "\n\n", "Paris.", " Lyon.")),  # and not its blanks twice
         (LONG, "Paris.", (LONG, "Paris.", LONG + " Lyon.")),  # one alone may quote it
         ("What", "What is it?", ("What", "What is it?", LONG + " Lyon.")),
     ],
@@ -553,17 +554,21 @@ def test_an_unknown_shape_names_its_fields_and_shows_the_two_nearest(tmp_path, r
 
 
 @pytest.mark.parametrize(
-    "row",
+    "row, what",
     [
-        {"prompt": None, "chosen": "yes", "rejected": "no"},
-        {"prompt": [user("p")], "chosen": "yes", "rejected": "no"},
-        {"instruction": ["p"], "chosen": "yes", "rejected": "no"},
+        ({"prompt": None, "chosen": "yes", "rejected": "no"}, r" has the fields prompt \(null\), .* no known shape"),
+        (
+            {"prompt": "p", "chosen": assistant("a"), "rejected": assistant("b")},
+            r" has the fields .*chosen \(an object\), .* no known shape",
+        ),
+        ({"prompt": [user("p")], "chosen": "yes", "rejected": "no"}, " needs a chat template"),  # read, as messages
+        ({"instruction": ["p"], "chosen": "yes", "rejected": "no"}, " has the fields .* no known shape"),
     ],
-    ids=["null prompt", "prompt as messages, answers as strings", "instruction as a list"],
+    ids=["null prompt", "a message, no list", "prompt as messages, answers as strings", "instruction as a list"],
 )
-def test_a_prompt_of_the_wrong_type_in_the_first_row_is_not_dropped_silently(tmp_path, row):
+def test_a_field_of_the_wrong_type_in_the_first_row_is_not_dropped_silently(tmp_path, row, what):
     # chosen and rejected alone are a known shape too; taking the file for that would train without any prompt.
-    with pytest.raises(DataError, match=r"rows\.jsonl:1"):
+    with pytest.raises(DataError, match=rf"rows\.jsonl:1{what}"):
         load(write_rows(tmp_path / "rows.jsonl", [row, row | {"chosen": "yes!"}]))
 
 
