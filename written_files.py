@@ -119,6 +119,27 @@ def damage(folder, *patterns):
     )
 
 
+def remove_drafts(folder, prefix):
+    """Remove the files and folders PREFIX... .PID of a folder, where no such process is left."""
+    for path in Path(folder).glob(".*"):
+        pid = path.name.rpartition(".")[2]
+        if path.name.startswith(prefix) and pid.isdecimal() and not _is_running(int(pid)):
+            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def _is_running(pid):
+    """Whether a process of this machine has the number `pid`, as far as can be told."""
+    if os.name == "nt":  # where signal 0 is Ctrl-C
+        return True
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):  # another user's; no number of a process
+        pass
+    return True
+
+
 # -- moving and removing ---------------------------------------------------------------------------------------------
 
 
