@@ -252,7 +252,7 @@ class Termination:
             raise KeyboardInterrupt
         if not self.asked and os.environ.get("LOCAL_RANK", "0") == "0":  # not by print: it may be what was broken into
             line = f"{signal.Signals(number).name}: saves and ends in a moment; Ctrl-C from here on ends at once\n"
-            os.write(sys.stderr.fileno(), line.encode())
+            os.write(2, line.encode())
         self.asked = self.asked or number
 
     def end(self, number, sentence, say):

@@ -315,8 +315,10 @@ def main(args):
             )
     nothing = torch.zeros(len(pairs), 2)
     margins = [known.get(task, nothing)[:, 0] - known.get(task, nothing)[:, 1] for task in TASKS]
-    betas = [dynamic_beta(labels[:, side] * margins[side], args.beta, args.w, args.k) for side in (0, 1)]
-    facts = torch.stack((*known["reference"].unbind(1), *margins, *betas, *labels.unbind(1)), dim=1)  # (N, 8)
+    betas = torch.full_like(labels, math.nan)  # of rows that nobody needs, as the rest of what is not known of them
+    for side in (0, 1):
+        betas[needed, side] = dynamic_beta((labels[:, side] * margins[side])[needed], args.beta, args.w, args.k)
+    facts = torch.cat((known["reference"], torch.stack(margins, dim=1), betas, labels), dim=1)  # (N, 8)
     costs = -known.get("harmless", nothing)
     judge = judges.get("harmless") if args.cost_estimate == "policy" else None  # the one that is still asked
     for task in judges:

@@ -47,8 +47,15 @@ def entry(path):
 def entries(folder):
     """{name: entry} of all files of a folder and below but its own manifest; the names are as POSIX writes them."""
     paths = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / NAME)
-    with ThreadPoolExecutor() as pool:  # hashing lets other threads run
-        return dict(zip([path.relative_to(folder).as_posix() for path in paths], pool.map(entry, paths), strict=True))
+    return dict(zip([path.relative_to(folder).as_posix() for path in paths], _of_each(entry, paths), strict=True))
+
+
+def _of_each(work, *values):
+    """list(map(work, *values)), in threads where there are several: hashing lets other threads run."""
+    if len(values[0]) < 2:  # as a page drawn at the exit, where no thread starts any more
+        return list(map(work, *values))
+    with ThreadPoolExecutor() as pool:
+        return list(pool.map(work, *values))
 
 
 def read(folder, name=NAME):
@@ -98,8 +105,7 @@ def unlike(folder, names):
     """Those of the names that a folder's manifest lists and that are not as listed."""
     listed = read(folder)
     names = [name for name in names if name in listed]
-    with ThreadPoolExecutor() as pool:
-        whole = list(pool.map(is_as_listed, [folder / name for name in names], [listed[name] for name in names]))
+    whole = _of_each(is_as_listed, [folder / name for name in names], [listed[name] for name in names])
     return [name for name, is_whole in zip(names, whole, strict=True) if not is_whole]
 
 
