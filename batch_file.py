@@ -86,6 +86,7 @@ class BatchFile:
         """Open the file behind its last whole batch; its progress, a dict to count in and to hand to `write`."""
         self.identity, progress = identity, self.check(identity) or {"batches": 0, "bytes": 0, "finished": False}
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        written_files.remove_drafts(self.path.parent, f".{self.record.name}.")
         self._save(progress)
         with open(self.path, "ab") as file:
             file.truncate(progress["bytes"])

@@ -13,6 +13,7 @@ import json
 import os
 import shutil
 import signal
+import sys
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -22,8 +23,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+import distributed
 import written_files
-from distributed import print0
 from tensor_files import save_file
 
 
@@ -137,6 +138,7 @@ def save(args, world, parameters, optimizer, scheduler, scaler, tensors, state, 
                 save_state(folder, tensors, state)
                 if add_files:
                     add_files(folder)
+            say(f"checkpoint: {args.output_dir}/checkpoint-{state['step']}")
         except (OSError, SafetensorError) as error:
             say(f"checkpoint-{state['step']} could not be written ({error}): older ones stay, training goes on")
     if world.size > 1:
@@ -201,7 +203,9 @@ def restore(folder, parameters, optimizer, scheduler, scaler, world):
         set_chance(tensors["chance"][world.rank], world.device)
     else:
         torch.manual_seed(torch.initial_seed() + state["step"])  # the initial seed has the rank in it
-        print0(world, "dropout is drawn anew: the checkpoint is of another number of ranks or another kind of device")
+        distributed.print0(
+            world, "dropout is drawn anew: the checkpoint is of another number of ranks or another kind of device"
+        )
     return tensors, state
 
 
@@ -231,14 +235,34 @@ def set_chance(state, world_device):
 
 
 class Termination:
-    """SIGTERM asks the run to save and end: `asked` turns True, and the loop looks at it after each update."""
+    """Ctrl-C (SIGINT) or SIGTERM asks the run to save and end: `asked` turns into the signal's number, which the loops
+    look at after each update and each pass of a frozen model.  A Ctrl-C after that ends at once, by KeyboardInterrupt.
+
+    flags.run puts the handlers back.
+    """
 
     def __init__(self):
-        self.asked = False
-        self.before = signal.signal(signal.SIGTERM, self._ask)
+        self.asked = 0
+        for number in (signal.SIGINT, signal.SIGTERM):
+            if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup and a script's `&` have it
+                signal.signal(number, self._ask)
 
-    def _ask(self, *_):
-        self.asked = True
+    def _ask(self, number, _):
+        if self.asked and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        if not self.asked and os.environ.get("LOCAL_RANK", "0") == "0":  # not by print: it may be what was broken into
+            line = f"{signal.Signals(number).name}: saves and ends in a moment; Ctrl-C from here on ends at once\n"
+            os.write(2, line.encode())
+        self.asked = self.asked or number
 
-    def close(self):
-        signal.signal(signal.SIGTERM, self.before)
+    def end(self, number, sentence, say):
+        """End this rank, as all of them do, because signal `number` asked: exit code 130 or 143."""
+        say(f"{signal.Signals(number).name}: {sentence}")
+        distributed.stop()
+        sys.exit(128 + number)
+
+    def end_training(self, number, args, step, say):
+        """`end` after update `step`, whose checkpoint was to be written."""
+        folder = Path(args.output_dir) / f"checkpoint-{step}"
+        what = f"{folder} is written" if folder.exists() else f"{folder} could not be written"
+        self.end(number, f"ended after step {step}, {what}: the same command with --resume auto goes on", say)

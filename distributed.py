@@ -290,8 +290,11 @@ def gather(values, world):
 
 
 def on_any_rank(asked, world):
-    """Whether `asked` is true on some rank; all ranks get the same answer."""
-    return bool(all_reduce_sum(torch.tensor(float(asked)), world)) if world.size > 1 else asked
+    """The greatest of the ranks' numbers `asked`, 0 where nobody asks; all ranks get the same answer."""
+    greatest = torch.tensor(asked)
+    if world.size > 1:
+        dist.all_reduce(greatest, op=dist.ReduceOp.MAX)
+    return greatest.item()
 
 
 def assert_same_on_all_ranks(parameters, world):

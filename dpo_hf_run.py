@@ -76,7 +76,7 @@ import toy_world
 from losses import PAIR_METRICS, displacement, dpo_loss, nll_loss, pair_metrics
 from model_files import ModelError, enable_checkpointing, load_model, load_skeleton, load_tokenizer, save_whole
 from packed_model import TokenLogps, prepare_model
-from packing import epoch_plan, hold_out, largest_pass, pack, passes_of_rank, send
+from packing import epoch_plan, hold_out, largest_pass, pack, passes_of_rank, rows_of_run, send
 from preference_data import DataError, fingerprint, load_pairs
 
 TOY_FOLDER = "outputs/toy_world"
@@ -180,6 +180,11 @@ def main(args):
     if 0 < args.tokens_per_microbatch < max(lengths):
         say(f"Pairs of more than {args.tokens_per_microbatch} tokens take a pass each; the longest has {max(lengths)}")
     share = partial(passes_of_rank, rank=world.rank, **within)
+    accumulation = args.gradient_accumulation_steps
+    plan_epoch = partial(epoch_plan, train, seed=args.seed, accumulation=accumulation, **within)
+    updates_per_epoch = len(plan_epoch(epoch=0))
+    num_updates = min(args.epochs * updates_per_epoch, args.max_steps or sys.maxsize)
+    needed = rows_of_run(plan_epoch, num_updates, held_out)  # of these a frozen model is asked
     if world.size > 1:
         facts = {"data": fingerprint(pairs), "checkpoint": checkpoint and checkpoint.name}
         distributed.check_same_on_all_ranks(run_files.flags_of_a_run(args) | facts, world)
@@ -212,6 +217,7 @@ def main(args):
         parameters = distributed.shard(policy, reference, world, dtype, say, args.optimizer_offload)
     autocast = torch.autocast(world.device.type, dtype, enabled=weights_dtype != dtype)
     watch.phase("cache")
+    termination = checkpoints.Termination()
     with lora.use_adapter(policy, "ref" if args.adapter else None), autocast:
         ref_logps = score_cache.frozen_scores(
             args.cache_dir or f"{args.output_dir}/cache",
@@ -221,8 +227,10 @@ def main(args):
             f"{dtype}{' sharded' * sharded}",
             lambda indices: reference.packed_logps(pack([pairs[i] for i in indices], world.device)),
             len(pairs),
-            share(range(len(pairs))),
-            world.device,
+            needed,
+            share,
+            world,
+            termination,
             say,
         )
     watch.phase("other")
@@ -231,10 +239,6 @@ def main(args):
     say(*memory_report.start_lines("policy model", parameters, policy, args, world), sep="\n")
 
     # 4 optimiser
-    accumulation = args.gradient_accumulation_steps
-    plan_epoch = partial(epoch_plan, train, seed=args.seed, accumulation=accumulation, **within)
-    updates_per_epoch = len(plan_epoch(epoch=0))
-    num_updates = min(args.epochs * updates_per_epoch, args.max_steps or sys.maxsize)
     optimizer = optimizers.make_optimizer(parameters, args)
     scheduler = optimizers.make_scheduler(optimizer, args, num_updates, say)
     scaler = torch.amp.GradScaler(world.device.type, enabled=dtype == torch.float16)
@@ -251,7 +255,6 @@ def main(args):
         window += checkpoints.own_sums(tensors["window"], world)
         say(f"resumed from {checkpoint}")
     log = run_files.MetricsLog(args, world.is_main, checkpoint, at["history"])
-    termination = checkpoints.Termination()
     bar = tqdm(total=num_updates, initial=at["step"], desc="updates", disable=not distributed.shows_bars(world))
 
     def evaluate_and_log():
@@ -325,11 +328,8 @@ def main(args):
         if asked_to_end or (args.save_steps and step % args.save_steps == 0):
             save_checkpoint()
         if asked_to_end:
-            say(f"SIGTERM: ended after step {step}, --resume auto goes on from there")
-            distributed.stop()
-            sys.exit(143)
+            termination.end_training(asked_to_end, args, step, say)
     bar.close()
-    termination.close()
     say("Seconds: " + ", ".join(f"{phase} {seconds:.1f}" for phase, seconds in watch.read().items()))
     say(*memory_report.memory_lines(world), sep="\n")
 

@@ -283,6 +283,7 @@ def say(sentence):
 def run(main, args, *user_errors):
     """main(args); one of `user_errors` becomes its sentence and exit code 2, NonFinite 3, a rank that is gone 1."""
     prog = os.path.basename(sys.argv[0])
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         main(args)
     except user_errors as error:
@@ -295,13 +296,21 @@ def run(main, args, *user_errors):
         # From every rank: the one that speaks for this machine may be the one that is gone.
         reason = re.sub(r"\[[^]]*gloo[^]]*\] ?", "", str(error)).partition(". ")[0].splitlines()[0]
         sentence = f"rank {os.environ.get('RANK')} cannot reach another ({reason}): see what that one said last"
-        if glob.glob(f"{getattr(args, 'output_dir', None)}/checkpoint-*"):
-            sentence += "; --resume auto goes on from the last checkpoint"
-        print(f"{prog}: {sentence}", file=sys.stderr)
+        print(f"{prog}: {sentence}{_way_on(args)}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
-        say(f"{prog}: interrupted")
+        say(f"{prog}: interrupted{_way_on(args)}")
         sys.exit(130)
+    finally:
+        for number, handler in handlers.items():  # checkpoints.Termination's are of the run
+            if signal.getsignal(number) is not handler:
+                signal.signal(number, handler)
+
+
+def _way_on(args):
+    """What a sentence about an early end adds where the output folder has checkpoints."""
+    found = glob.glob(f"{glob.escape(str(getattr(args, 'output_dir', None)))}/checkpoint-*")
+    return "; --resume auto goes on from the last checkpoint" if found else ""
 
 
 def _end(sentence, code):

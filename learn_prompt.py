@@ -77,7 +77,7 @@ import toy_world
 from losses import PAIR_METRICS, dpo_loss, pair_metrics
 from model_files import ModelError, check_positions, enable_checkpointing, load_model, load_skeleton, load_tokenizer
 from packed_model import TokenLogps, prepare_model
-from packing import epoch_plan, hold_out, largest_pass, pack, passes_of_rank, send
+from packing import epoch_plan, hold_out, largest_pass, pack, passes_of_rank, rows_of_run, send
 from preference_data import DataError, Pair, fingerprint, load_pairs
 from preference_prompt import PromptError, save_soft_prompt, use_soft_prompt, with_virtual_tokens
 
@@ -182,6 +182,11 @@ def main(args):
     if 0 < args.tokens_per_microbatch < max(lengths):
         say(f"Pairs of more than {args.tokens_per_microbatch} tokens take a pass each; the longest has {max(lengths)}")
     share = partial(passes_of_rank, rank=world.rank, **within)
+    accumulation = args.gradient_accumulation_steps
+    plan_epoch = partial(epoch_plan, train, seed=args.seed, accumulation=accumulation, **within)
+    updates_per_epoch = len(plan_epoch(epoch=0))
+    num_updates = min(args.epochs * updates_per_epoch, args.max_steps or sys.maxsize)
+    needed = rows_of_run(plan_epoch, num_updates, held_out)  # of these a frozen model is asked
     if world.size > 1:
         facts = {"data": fingerprint(pairs), "checkpoint": checkpoint and checkpoint.name}
         distributed.check_same_on_all_ranks(run_files.flags_of_a_run(args) | facts, world)
@@ -200,6 +205,7 @@ def main(args):
     if checkpoint and world.is_main:
         checkpoints.check_identity(checkpoint, identity)
     watch.phase("cache")
+    termination = checkpoints.Termination()
     with torch.no_grad():
         ref_logps = score_cache.frozen_scores(
             args.cache_dir or f"{args.output_dir}/cache",
@@ -209,8 +215,10 @@ def main(args):
             dtype,
             lambda indices: model.packed_logps(pack([pairs[i] for i in indices], world.device)),
             len(pairs),
-            share(range(len(pairs))),
-            world.device,
+            needed,
+            share,
+            world,
+            termination,
             say,
         )
     watch.phase("other")
@@ -222,10 +230,6 @@ def main(args):
     say(*memory_report.start_lines("soft prompt", parameters, model, args, world), sep="\n")
 
     # 4 optimiser
-    accumulation = args.gradient_accumulation_steps
-    plan_epoch = partial(epoch_plan, train, seed=args.seed, accumulation=accumulation, **within)
-    updates_per_epoch = len(plan_epoch(epoch=0))
-    num_updates = min(args.epochs * updates_per_epoch, args.max_steps or sys.maxsize)
     optimizer = optimizers.make_optimizer(parameters, args)
     scheduler = optimizers.make_scheduler(optimizer, args, num_updates, say)
     scaler = torch.amp.GradScaler(world.device.type, enabled=dtype == torch.float16)
@@ -242,7 +246,6 @@ def main(args):
         window += checkpoints.own_sums(tensors["window"], world)
         say(f"resumed from {checkpoint}")
     log = run_files.MetricsLog(args, world.is_main, checkpoint, at["history"])
-    termination = checkpoints.Termination()
     bar = tqdm(total=num_updates, initial=at["step"], desc="updates", disable=not distributed.shows_bars(world))
 
     def evaluate_and_log():
@@ -310,11 +313,8 @@ def main(args):
         if asked_to_end or (args.save_steps and step % args.save_steps == 0):
             save_checkpoint()
         if asked_to_end:
-            say(f"SIGTERM: ended after step {step}, --resume auto goes on from there")
-            distributed.stop()
-            sys.exit(143)
+            termination.end_training(asked_to_end, args, step, say)
     bar.close()
-    termination.close()
     say("Seconds: " + ", ".join(f"{phase} {seconds:.1f}" for phase, seconds in watch.read().items()))
     say(*memory_report.memory_lines(world), sep="\n")
 

@@ -32,6 +32,15 @@ def epoch_plan(indices, epoch, seed, batch_size, accumulation, ranks, lengths=No
     return updates
 
 
+def rows_of_run(plan_epoch, num_updates, held_out):
+    """The pairs that a run asks a frozen model about: of its updates and the held-out ones, sorted.
+
+    plan_epoch(epoch): epoch_plan.  The first epoch has all that later ones have.
+    """
+    ranks = [rank for _, ranks in plan_epoch(epoch=0)[:num_updates] for rank in ranks]
+    return sorted({*held_out, *(i for rank in ranks for indices in rank for i in indices)})
+
+
 def joined(helpful, harmless):
     """The pairs of both files, and the directions of their labels, [helpful, harmless] each: 1 as the pair stands, -1
     the other way, 0 none.  A pair that both files have, in either order, is one row with two labels.

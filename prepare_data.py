@@ -323,7 +323,9 @@ def write_whole(texts, targets):
         drafts = []
         for path, text in texts.items():
             parent = next(folder for folder in path.absolute().parents if folder.exists())
-            folder = stack.enter_context(tempfile.TemporaryDirectory(dir=parent, prefix=".prepare_data-"))
+            written_files.remove_drafts(parent, ".prepare_data-")
+            names = {"prefix": ".prepare_data-", "suffix": f".{os.getpid()}"}
+            folder = stack.enter_context(tempfile.TemporaryDirectory(dir=parent, **names))
             drafts.append(Path(folder) / "draft")
             drafts[-1].write_text(text, encoding="utf-8")
         for path in reversed(targets):

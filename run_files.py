@@ -3,6 +3,7 @@ the tokenizer, trainer_state.json (transformers' schema, so its plotting tools r
 takes, to run the same again), a copy of the script, and a model card.  What --report-to names gets the numbers too.
 """
 
+import argparse
 import atexit
 import json
 import math
@@ -104,10 +105,27 @@ def not_written_by_a_run(folder):
     return [name for name in names if name not in listed] + written_files.unlike(folder, names)
 
 
+def is_begun(args):
+    """Whether --output-dir holds this very run as it was before its end and its first checkpoint: it may begin anew.
+
+    Its flags say so; of the data and the models, which lie where each machine has them, nothing is known yet.
+    """
+    folder = Path(args.output_dir)
+    if (folder / "trainer_state.json").exists() or any(folder.glob("checkpoint-*")):
+        return False
+    try:
+        flags = json.loads((folder / "args.json").read_text(encoding="utf-8"))
+        there = flags_that_matter(argparse.Namespace(**flags), 1)
+    except (OSError, ValueError, TypeError, AttributeError):
+        return False
+    return there == json.loads(json.dumps(flags_that_matter(args, 1)))
+
+
 def check_output(args, checkpoint=None):
     """Raise RunFolderError when --output-dir holds another run, is what is read, or cannot be written.
 
-    --overwrite replaces what a run has written.  Changes nothing.
+    --overwrite replaces what a run has written, and --resume auto what this one wrote before its first checkpoint.
+    Changes nothing.
     """
     if getattr(args, "estimate_memory", False):  # nothing will be written
         return
@@ -116,7 +134,7 @@ def check_output(args, checkpoint=None):
     folder = Path(args.output_dir)
     if not goes_on(args, checkpoint):
         found = [name for name in run_names() if (folder / name).exists()] + [path.name for path in numbered(folder)]
-        if found and not args.overwrite:
+        if found and not args.overwrite and not (args.resume == "auto" and is_begun(args)):
             raise RunFolderError(
                 f"--output-dir {folder} holds a run ({found[0]}): choose another, or pass --resume auto or --overwrite"
             )
@@ -163,7 +181,8 @@ class MetricsLog:
             shutil.rmtree(path, ignore_errors=True)
         for path in folder.glob(f".{written_files.NAME}.*"):
             path.unlink()
-        if args.overwrite and not goes_on(args, checkpoint) and (left := remove_run(folder)):
+        begins = not goes_on(args, checkpoint) and (args.overwrite or written_files.read(folder))
+        if begins and (left := remove_run(folder)):
             tqdm.write(left)
         folder.mkdir(parents=True, exist_ok=True)
         with whole_files(folder, grows=["metrics.jsonl"]) as draft:

@@ -1,18 +1,23 @@
 """Numbers that a frozen model gives to fixed data are constants: computed once, kept in one safetensors file, reused by
-later epochs and runs.  The file is found by what the numbers depend on, so it can never be stale, only missing.
+later epochs and runs.  The file is found by what the numbers depend on, so it can never be stale, only missing.  A run
+asks for the pairs of its own updates and those held out; the rows of the others are NaN until a run needs them.
 """
 
 import hashlib
 import json
+import math
 import os
-import sys
+from contextlib import suppress
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
+from torch.nn.functional import pad
 from tqdm import tqdm
 
+import distributed
+import written_files
 from tensor_files import save_file
 
 
@@ -56,8 +61,8 @@ def cache_path(folder, what, **depends_on):
     return Path(folder) / f"{what}-{key[:32]}.safetensors"
 
 
-def load_scores(path, shape):
-    """The cached tensor, or None; and a sentence for the log: (scores, sentence).
+def load_scores(path, num_pairs):
+    """The cached (num_pairs, 2), NaN in rows that nobody has asked for yet, or None; and a sentence for the log.
 
     A file that cannot be read, or whose numbers are not those that were written, is passed over.
     """
@@ -68,55 +73,80 @@ def load_scores(path, shape):
             scores, metadata = file.get_tensor("scores"), file.metadata() or {}
     except (SafetensorError, OSError) as error:
         return None, f"{path} cannot be read ({error}): computed anew"
-    if tuple(scores.shape) != tuple(shape) or metadata.get("sha256") != weights_sha256([("scores", scores)]):
+    if tuple(scores.shape) != (num_pairs, 2) or metadata.get("sha256") != weights_sha256([("scores", scores)]):
         return None, f"{path} does not hold what was written there: computed anew"
     return scores, f"read from {path}"
 
 
 def save_scores(path, scores):
-    """Write the tensor with its checksum; the file appears whole or not at all."""
+    """Add rows to the file, (N, 2), NaN in those that are not known; returns all that it has now.
+
+    A row that is there already stays: a run on it goes on with the numbers it began with, whoever else shares the file.
+    The file appears whole or not at all.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    scores = scores.contiguous().cpu()
+    there, _ = load_scores(path, len(scores))
+    scores = scores if there is None else torch.where(there.isnan(), scores, there)
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    save_file({"scores": scores}, unfinished, metadata={"sha256": weights_sha256([("scores", scores)])})
-    os.replace(unfinished, path)
+    try:
+        save_file({"scores": scores}, unfinished, metadata={"sha256": weights_sha256([("scores", scores)])})
+        with suppress(FileNotFoundError):  # another machine, which does not know this process, took it for a dead one's
+            os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+    return scores
 
 
-def frozen_scores(folder, role, sha256, pairs_sha256, dtype, score, num_pairs, passes, device, say):
+def frozen_scores(folder, role, sha256, pairs_sha256, dtype, score, num_pairs, needed, share, world, termination, say):
     """pair_scores by the frozen model with this role ("reference", "helpful", ...), kept in a file of the folder.
 
-    They depend on its weights, the tokens and the number type, and on nothing else; they have to be finite.  dtype:
-    any words for the number type: shards round to bf16 elsewhere than autocast does.
+    They depend on its weights, the tokens and the number type, and on nothing else; those `needed` have to be finite.
+    dtype: any words for the number type: shards round to bf16 elsewhere than autocast does.  termination (of
+    checkpoints): a run that is asked to end ends here, and what was scored until then is kept.
     """
-    what = f"{role} {'log-probs' if role == 'reference' else 'scores'} of {num_pairs:,} pairs"
+    what = f"{role} {'log-probs' if role in ('reference', 'prompted') else 'scores'} of {len(needed):,} pairs"
     path = cache_path(folder, role, weights=sha256, pairs=pairs_sha256, dtype=str(dtype))
-    scores = pair_scores(path, num_pairs, passes, score, device, lambda how: say(f"{what}: {how}"))
-    if not scores.isfinite().all():
+    how = lambda sentence: say(f"{what}: {sentence}")  # noqa: E731
+    scores = pair_scores(path, num_pairs, needed, share, score, world, termination, how)
+    known = scores[needed].isfinite().all(1)
+    if asked := distributed.on_any_rank(termination.asked, world):
+        sentence = f"ended with {int(known.sum()):,} of the {what}, kept in {path}: the same command goes on from there"
+        termination.end(asked, sentence, say)
+    if not known.all():
         raise FloatingPointError(f"{what} are not all finite: nothing is saved; look for broken weights or data")
     return scores
 
 
 @torch.no_grad()
-def pair_scores(path, num_pairs, passes, score, device, say):
+def pair_scores(path, num_pairs, needed, share, score, world, termination, say):
     """Two numbers for each pair by a frozen model, (num_pairs, 2) on the CPU: from the file `path`, or kept there now.
 
-    passes: this rank's share of the pairs, in lists of indices.  score(indices) -> (chosen (B,), rejected (B,)) on
-    `device`.  say(sentence) tells where the numbers are from.  Numbers that are not finite are not kept.
+    needed: the indices of the pairs to know; other rows may be NaN.  share(indices): this rank's lists of them, as many
+    on each rank.  score(indices) -> (chosen (B,), rejected (B,)) on the rank's device.  say(sentence) tells where the
+    numbers are from.  Numbers that are not finite are not kept.
     """
-    rank = dist.get_rank() if dist.is_initialized() else 0
-    scores, sentence = load_scores(path, (num_pairs, 2)) if rank == 0 else (None, "")
+    scores, sentence = None, ""
+    if world.is_main:
+        written_files.remove_drafts(path.parent, f".{path.name.partition('-')[0]}-")
+        scores, sentence = load_scores(path, num_pairs)
+    scores = torch.full((num_pairs, 2), math.nan) if scores is None else scores
+    if world.size > 1:
+        dist.broadcast(scores, src=0)
+    unknown = scores.isnan().any(1).tolist()
+    missing = [index for index in needed if unknown[index]]
+    if 0 < len(missing) < len(needed):
+        sentence = f"{len(needed) - len(missing):,} {sentence}, {len(missing):,} computed now and kept there"
     say(sentence)
-    found = torch.tensor(scores is not None, dtype=torch.float32)
-    scores = torch.zeros(num_pairs, 2) if scores is None else scores
-    if dist.is_initialized():
-        dist.broadcast(found, src=0)
-    if not found:
-        scores = scores.to(device)
-        for indices in tqdm(passes, desc=path.name.partition("-")[0], disable=rank > 0 or not sys.stderr.isatty()):
-            scores[indices] = torch.stack(score(indices), dim=1).float()
-    if dist.is_initialized():  # each rank has its share, or rank 0 all that was cached
-        dist.all_reduce(scores)
-    scores = scores.cpu()
-    if rank == 0 and not found and scores.isfinite().all():
-        save_scores(path, scores)
+    new = torch.zeros(num_pairs, 3, device=world.device)  # the two numbers, and 1 where they are there
+    for indices in tqdm(share(missing), desc=path.name.partition("-")[0], disable=not distributed.shows_bars(world)):
+        new[indices] = pad(torch.stack(score(indices), dim=1).float(), (0, 1), value=1.0)
+        if distributed.on_any_rank(termination.asked, world):  # of all ranks after the same pass
+            break
+    new = distributed.all_reduce_sum(new, world).cpu()
+    done = new[:, 2] > 0
+    scores[done] = new[done, :2]
+    if done.any() and scores[done].isfinite().all():
+        scores = save_scores(path, scores) if world.is_main else scores
+        if world.size > 1:
+            dist.broadcast(scores, src=0)
     return scores

@@ -18,6 +18,7 @@ have harm-like words and are harmless. Courtesy and brevity are another axis, wi
 
 import hashlib
 import json
+import os
 import random
 import re
 import sys
@@ -366,7 +367,9 @@ def build(folder, seed: int = 0) -> Path:
         return folder
     print(f"toy world: building {folder} (once, about 20 seconds)", file=sys.stderr, flush=True)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as temporary:
+    written_files.remove_drafts(folder.parent, f".{folder.name}-")
+    names = {"prefix": f".{folder.name}-", "suffix": f".{os.getpid()}"}
+    with tempfile.TemporaryDirectory(dir=folder.parent, **names) as temporary:
         (made := Path(temporary) / "made").mkdir()
         _write_world(made, seed)
         (made / "recipe.txt").write_text(key)

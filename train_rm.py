@@ -348,11 +348,8 @@ def main(args):
         if asked_to_end or (args.save_steps and step % args.save_steps == 0):
             save_checkpoint()
         if asked_to_end:
-            say(f"SIGTERM: ended after step {step}, --resume auto goes on from there")
-            distributed.stop()
-            sys.exit(143)
+            termination.end_training(asked_to_end, args, step, say)
     bar.close()
-    termination.close()
     say("Seconds: " + ", ".join(f"{phase} {seconds:.1f}" for phase, seconds in watch.read().items()))
     say(*memory_report.memory_lines(world), sep="\n")
 

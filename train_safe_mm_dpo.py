@@ -114,7 +114,7 @@ from losses import (
 )
 from model_files import ModelError, enable_checkpointing, load_model, load_skeleton, load_tokenizer, save_whole
 from packed_model import TokenLogps, prepare_model, prepare_scores
-from packing import epoch_plan, joined, largest_pass, pack, passes, passes_of_rank, send
+from packing import epoch_plan, joined, largest_pass, pack, passes, passes_of_rank, rows_of_run, send
 from preference_data import DataError, fingerprint, load_pairs
 
 TOY_FOLDER = "outputs/toy_world"
@@ -248,6 +248,11 @@ def main(args):
     within = dict(ranks=world.size, batch_size=args.batch_size, lengths=lengths, budget=args.tokens_per_microbatch)
     split = partial(passes, batch_size=args.batch_size, budget=args.tokens_per_microbatch)
     share = partial(passes_of_rank, rank=world.rank, **within)
+    accumulation = args.gradient_accumulation_steps
+    plan_epoch = partial(epoch_plan, train, seed=args.seed, accumulation=accumulation, **within)
+    updates_per_epoch = len(plan_epoch(epoch=0))
+    num_updates = min(args.epochs * updates_per_epoch, args.max_steps or sys.maxsize)
+    needed = rows_of_run(plan_epoch, num_updates, held_out)  # of these a frozen model is asked
     costly = [i for i in train if args.cost_prompts == "all" or labels[i, 1]]  # rows whose prompts E[cost] is over
     prompts = prompts_of([pairs[i] for i in costly], tokenizer.eos_token_id)
     if world.size > 1:
@@ -284,6 +289,7 @@ def main(args):
         say("gradient checkpointing: on")
     autocast = torch.autocast(world.device.type, dtype, enabled=weights_dtype != dtype)
     watch.phase("cache")
+    termination = checkpoints.Termination()
     identity = run_files.identity(__file__, args, world, dtype, fingerprint([pairs[i] for i in train]), policy)
     identity["tokens of a sampled response"] = args.max_length - args.max_prompt_length  # the data does not say it
     base_of = lambda model: identity["base model"] if model is policy else score_cache.frozen_sha256(model)
@@ -296,6 +302,8 @@ def main(args):
         checkpoints.check_identity(checkpoint, identity)
     if sharded:
         parameters = distributed.shard(policy, reference, world, dtype, say, args.optimizer_offload)
+    # Without samples the start's E[cost] is of all pairs.
+    costed = sorted({*needed, *costly}) if args.cost_estimate == "snis" else needed
     known = {}  # what the frozen models say of the pairs once and for all, (N, 2) each
     for role, judge in frozen.items():
         ask = judge.model.packed_logps if role == "reference" else partial(judge.model.packed_scores, head=judge.head)
@@ -308,14 +316,18 @@ def main(args):
                 f"{dtype}{' sharded' * sharded}",
                 lambda indices, ask=ask: ask(pack([pairs[i] for i in indices], world.device)),
                 len(pairs),
-                share(range(len(pairs))),
-                world.device,
+                costed if role == "harmless" else needed,
+                share,
+                world,
+                termination,
                 say,
             )
     nothing = torch.zeros(len(pairs), 2)
     margins = [known.get(task, nothing)[:, 0] - known.get(task, nothing)[:, 1] for task in TASKS]
-    betas = [dynamic_beta(labels[:, side] * margins[side], args.beta, args.w, args.k) for side in (0, 1)]
-    facts = torch.stack((*known["reference"].unbind(1), *margins, *betas, *labels.unbind(1)), dim=1)  # (N, 8)
+    betas = torch.full_like(labels, math.nan)  # of rows that nobody needs, as the rest of what is not known of them
+    for side in (0, 1):
+        betas[needed, side] = dynamic_beta((labels[:, side] * margins[side])[needed], args.beta, args.w, args.k)
+    facts = torch.cat((known["reference"], torch.stack(margins, dim=1), betas, labels), dim=1)  # (N, 8)
     costs = -known.get("harmless", nothing)
     judge = judges.get("harmless") if args.cost_estimate == "policy" else None  # the one that is still asked
     for task in judges:
@@ -327,10 +339,6 @@ def main(args):
     say(*memory_report.start_lines("policy model", parameters, policy, args, world), sep="\n")
 
     # 4 optimiser
-    accumulation = args.gradient_accumulation_steps
-    plan_epoch = partial(epoch_plan, train, seed=args.seed, accumulation=accumulation, **within)
-    updates_per_epoch = len(plan_epoch(epoch=0))
-    num_updates = min(args.epochs * updates_per_epoch, args.max_steps or sys.maxsize)
     optimizer = optimizers.make_optimizer(parameters, args)
     scheduler = optimizers.make_scheduler(optimizer, args, num_updates, say)
     scaler = torch.amp.GradScaler(world.device.type, enabled=dtype == torch.float16)
@@ -351,7 +359,6 @@ def main(args):
         samples = own_window(tensors["samples"], world.rank, world.size).to(world.device)
         say(f"resumed from {checkpoint}")
     log = run_files.MetricsLog(args, world.is_main, checkpoint, at["history"])
-    termination = checkpoints.Termination()
     bar = tqdm(total=num_updates, initial=at["step"], desc="updates", disable=not distributed.shows_bars(world))
 
     def estimate_cost():
@@ -402,10 +409,10 @@ def main(args):
                     start = at["cost"] = sum(ask(step=-n) for n in range(draws)) / draws
             at["threshold"], how = reward_models.threshold(args.cost_threshold, records["harmless"], start)
             say(f"E[cost] before training {start:.4f}; threshold {at['threshold']:.4f}: {how}")
-            low, high = costs[costly].min().item(), costs[costly].max().item()
-            if not low <= at["threshold"] <= high:
-                side, then = ("above", "cannot be met") if low > at["threshold"] else ("below", "never binds")
-                what = f"a cost {side} the threshold ({low:.4f} to {high:.4f})"
+            asked = costs[sorted({*costly} & {*costed})]
+            if len(asked) and not asked.min() <= at["threshold"] <= asked.max():
+                side, then = ("above", "cannot be met") if asked.min() > at["threshold"] else ("below", "never binds")
+                what = f"a cost {side} the threshold ({asked.min().item():.4f} to {asked.max().item():.4f})"
                 say(f"The harmless model gives all of the training responses {what}: the constraint {then}")
         if held_out:
             evaluate_and_log()
@@ -493,11 +500,8 @@ def main(args):
         if asked_to_end or (args.save_steps and step % args.save_steps == 0):
             save_checkpoint()
         if asked_to_end:
-            say(f"SIGTERM: ended after step {step}, --resume auto goes on from there")
-            distributed.stop()
-            sys.exit(143)
+            termination.end_training(asked_to_end, args, step, say)
     bar.close()
-    termination.close()
     say("Seconds: " + ", ".join(f"{phase} {seconds:.1f}" for phase, seconds in watch.read().items()))
     say(*memory_report.memory_lines(world), sep="\n")
 

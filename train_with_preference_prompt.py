@@ -99,7 +99,7 @@ import toy_world
 from losses import PAIR_METRICS, aligned_loss, displacement, dpo_loss, nll_loss, pair_metrics
 from model_files import ModelError, enable_checkpointing, load_model, load_skeleton, load_tokenizer, save_whole
 from packed_model import TokenLogps, prepare_model
-from packing import epoch_plan, hold_out, largest_pass, pack, passes_of_rank, send
+from packing import epoch_plan, hold_out, largest_pass, pack, passes_of_rank, rows_of_run, send
 from preference_data import DataError, Pair, fingerprint, load_pairs
 from preference_prompt import PromptError, check_room, read_soft_prompt, use_soft_prompt, with_text, with_virtual_tokens
 
@@ -257,6 +257,11 @@ def main(args):
     if 0 < args.tokens_per_microbatch < max(lengths):
         say(f"Pairs of more than {args.tokens_per_microbatch} tokens take a pass each; the longest has {max(lengths)}")
     share = partial(passes_of_rank, rank=world.rank, **within)
+    accumulation = args.gradient_accumulation_steps
+    plan_epoch = partial(epoch_plan, train, seed=args.seed, accumulation=accumulation, **within)
+    updates_per_epoch = len(plan_epoch(epoch=0))
+    num_updates = min(args.epochs * updates_per_epoch, args.max_steps or sys.maxsize)
+    needed = rows_of_run(plan_epoch, num_updates, held_out)  # of these a frozen model is asked
     preference = fingerprint(prompted_pairs)
     if vectors is not None:
         preference += score_cache.weights_sha256([("soft prompt", vectors)])
@@ -297,9 +302,10 @@ def main(args):
         use_soft_prompt(model, vectors.to(world.device))
     autocast = torch.autocast(world.device.type, dtype, enabled=weights_dtype != dtype)
     watch.phase("cache")
+    termination = checkpoints.Termination()
 
-    def frozen_logps(rows, role, sha256):
-        """What the reference gives to chosen and rejected of each row, (N, 2), once and for all."""
+    def frozen_logps(rows, role, sha256, needed):
+        """What the reference gives to chosen and rejected of each row, once and for all: (N, 2), those `needed`."""
         mine = within | {"lengths": [sum(map(len, row[:3])) for row in rows]}
         with lora.use_adapter(reference, None), autocast:
             return score_cache.frozen_scores(
@@ -310,27 +316,25 @@ def main(args):
                 f"{dtype}{' sharded' * sharded}",
                 lambda indices: reference.packed_logps(pack([rows[i] for i in indices], world.device)),
                 len(rows),
-                passes_of_rank(range(len(rows)), world.rank, **mine),
-                world.device,
+                needed,
+                partial(passes_of_rank, rank=world.rank, **mine),
+                world,
+                termination,
                 say,
             )
 
     facts = torch.full((len(pairs), 4), math.nan)
-    facts[:, :2] = frozen_logps(pairs, "reference", identity.get("reference"))
-    asked = list(range(len(pairs))) if args.alpha and args.teacher == "ref" else held_out
+    facts[:, :2] = frozen_logps(pairs, "reference", identity.get("reference"), needed)
+    asked = needed if args.alpha and args.teacher == "ref" else held_out
     if asked:
         sha256 = world.is_main and identity["reference"] + identity["preference"][64:]
-        facts[asked, 2:] = frozen_logps([prompted_pairs[i] for i in asked], "prompted", sha256)
+        facts[asked, 2:] = frozen_logps(prompted_pairs, "prompted", sha256, asked)[asked]
     watch.phase("other")
     reference = reference if args.lambda_kl else None  # else it has said all it has to say
     gc.collect()  # a sharded model has methods that hold it
     say(*memory_report.start_lines("policy model", parameters, policy, args, world), sep="\n")
 
     # 4 optimiser
-    accumulation = args.gradient_accumulation_steps
-    plan_epoch = partial(epoch_plan, train, seed=args.seed, accumulation=accumulation, **within)
-    updates_per_epoch = len(plan_epoch(epoch=0))
-    num_updates = min(args.epochs * updates_per_epoch, args.max_steps or sys.maxsize)
     optimizer = optimizers.make_optimizer(parameters, args)
     scheduler = optimizers.make_scheduler(optimizer, args, num_updates, say)
     scaler = torch.amp.GradScaler(world.device.type, enabled=dtype == torch.float16)
@@ -347,7 +351,6 @@ def main(args):
         window += checkpoints.own_sums(tensors["window"], world)
         say(f"resumed from {checkpoint}")
     log = run_files.MetricsLog(args, world.is_main, checkpoint, at["history"])
-    termination = checkpoints.Termination()
     bar = tqdm(total=num_updates, initial=at["step"], desc="updates", disable=not distributed.shows_bars(world))
 
     def evaluate_and_log():
@@ -429,11 +432,8 @@ def main(args):
         if asked_to_end or (args.save_steps and step % args.save_steps == 0):
             save_checkpoint()
         if asked_to_end:
-            say(f"SIGTERM: ended after step {step}, --resume auto goes on from there")
-            distributed.stop()
-            sys.exit(143)
+            termination.end_training(asked_to_end, args, step, say)
     bar.close()
-    termination.close()
     say("Seconds: " + ", ".join(f"{phase} {seconds:.1f}" for phase, seconds in watch.read().items()))
     say(*memory_report.memory_lines(world), sep="\n")
 

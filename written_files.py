@@ -47,15 +47,15 @@ def entry(path):
 def entries(folder):
     """{name: entry} of all files of a folder and below but its own manifest; the names are as POSIX writes them."""
     paths = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / NAME)
-    return dict(zip([path.relative_to(folder).as_posix() for path in paths], _in_threads(entry, paths), strict=True))
+    return dict(zip([path.relative_to(folder).as_posix() for path in paths], _of_each(entry, paths), strict=True))
 
 
-def _in_threads(function, *arguments):
-    """map, several at a time, as hashing lets other threads run; one by itself, also where an interpreter is ending."""
-    if len(arguments[0]) < 2:
-        return list(map(function, *arguments))
+def _of_each(work, *values):
+    """list(map(work, *values)), in threads where there are several: hashing lets other threads run."""
+    if len(values[0]) < 2:  # as a page drawn at the exit, where no thread starts any more
+        return list(map(work, *values))
     with ThreadPoolExecutor() as pool:
-        return list(pool.map(function, *arguments))
+        return list(pool.map(work, *values))
 
 
 def read(folder, name=NAME):
@@ -105,7 +105,7 @@ def unlike(folder, names):
     """Those of the names that a folder's manifest lists and that are not as listed."""
     listed = read(folder)
     names = [name for name in names if name in listed]
-    whole = _in_threads(is_as_listed, [folder / name for name in names], [listed[name] for name in names])
+    whole = _of_each(is_as_listed, [folder / name for name in names], [listed[name] for name in names])
     return [name for name, is_whole in zip(names, whole, strict=True) if not is_whole]
 
 
@@ -123,6 +123,27 @@ def damage(folder, *patterns):
         f"{folder / wrong[0]} {what}: train it again, or --resume auto if the run was killed; if you changed it "
         f"yourself, remove {folder / NAME}"
     )
+
+
+def remove_drafts(folder, prefix):
+    """Remove the files and folders PREFIX... .PID of a folder, where no such process is left."""
+    for path in Path(folder).glob(".*"):
+        pid = path.name.rpartition(".")[2]
+        if path.name.startswith(prefix) and pid.isdecimal() and not _is_running(int(pid)):
+            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def _is_running(pid):
+    """Whether a process of this machine has the number `pid`, as far as can be told."""
+    if os.name == "nt":  # where signal 0 is Ctrl-C
+        return True
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):  # another user's; no number of a process
+        pass
+    return True
 
 
 # -- moving and removing ---------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import run_script
-from ranks import run_ranks
+from ranks import on_ranks, run_module, run_ranks
 from safetensors.torch import save_file
 from test_flags import write_world
 
@@ -95,24 +95,79 @@ def test_killed_and_resumed_is_uninterrupted(words, uninterrupted, tmp_path, cap
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert not (out / "adapter_model.safetensors").exists()
     capsys.readouterr()
-    # A kill before the first checkpoint leaves a run that cannot go on: to start anew over it takes --overwrite.
-    run_script([*words, "--output-dir", out, "--resume", "auto", *([] if goes_on_from else ["--overwrite"])])
+    run_script([*words, "--output-dir", out, "--resume", "auto"])
     log = capsys.readouterr().out
     assert (f"resumed from {out / goes_on_from}" if goes_on_from else "starting anew") in log
     assert results(out) == uninterrupted
     assert not list(out.glob(".*")), "what the killed run left half-written is gone"
 
 
-def ask_to_end(monkeypatch, number):
+def ask_to_end(monkeypatch, number, *signals):
+    """The `signals` (SIGTERM) reach this process in its update `number`."""
     plain, calls = torch.optim.AdamW.step, []
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # where the tests run behind `&` it is ignored
 
     def step(*given, **named):
         calls.append(1)
         if len(calls) == number:
-            os.kill(os.getpid(), signal.SIGTERM)
+            for asked in signals or [signal.SIGTERM]:
+                os.kill(os.getpid(), asked)
         return plain(*given, **named)
 
     monkeypatch.setattr(torch.optim.AdamW, "step", step)
+
+
+def test_a_second_ctrl_c_ends_at_once(words, uninterrupted, tmp_path, monkeypatch, capfd):
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as ended:
+        ask_to_end(patch, 5, signal.SIGINT, signal.SIGINT)
+        run_script([*words, "--output-dir", tmp_path / "out"])
+    first, second = capfd.readouterr().err.splitlines()
+    assert first.startswith("SIGINT: saves and ends") and second.endswith(
+        ": interrupted; --resume auto goes on from the last checkpoint"
+    )
+    assert ended.value.code == 130 and signal.getsignal(signal.SIGINT) is not signal.SIG_DFL
+    assert [path.name for path in checkpoints(tmp_path / "out")] == ["checkpoint-3"] and not list(
+        tmp_path.glob("out/.*")
+    )
+    run_script([*words, "--output-dir", tmp_path / "out", "--resume", "auto"])
+    assert results(tmp_path / "out") == uninterrupted
+
+
+def test_two_ranks_end_together_at_ctrl_c_and_go_on(words, uninterrupted, tmp_path):
+    """Each rank of a machine gets the signal, in an update of its own."""
+    out = tmp_path / "out"
+    codes, said = on_ranks(ask_a_rank, ([str(word) for word in [*words, "--output-dir", out]],), 2, tmp_path)
+    assert codes == [130, 130], said
+    sentence = f"{out}/checkpoint-2 is written: the same command with --resume auto goes on"
+    assert said[0].splitlines()[-1] == f"SIGINT: ended after step 2, {sentence}"
+    codes, said = run_ranks("dpo_hf_run", [*words, "--output-dir", out, "--resume", "auto"], 2, tmp_path)
+    assert codes == [0, 0], said
+    codes, said = run_ranks("dpo_hf_run", [*words, "--output-dir", tmp_path / "whole"], 2, tmp_path)
+    assert results(out) == results(tmp_path / "whole")
+
+
+def ask_a_rank(argv):
+    with pytest.MonkeyPatch.context() as patch:
+        ask_to_end(patch, 2 if os.environ["RANK"] == "1" else 3, signal.SIGINT)
+        run_module("dpo_hf_run", argv)
+
+
+def test_a_run_killed_before_its_first_checkpoint_begins_anew_and_no_other(words, uninterrupted, tmp_path, refused):
+    """What is another run: other flags that matter, a file of the user's, or one that is finished."""
+    out = tmp_path / "out"
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit):
+        ask_to_end(patch, 2, signal.SIGINT, signal.SIGINT)
+        run_script([*words, "--output-dir", out])
+    assert (out / "metrics.jsonl").exists() and not checkpoints(out)
+    assert "holds a run" in refused(out, resume="none")
+    assert "holds a run" in refused(out, "--learning-rate", "2e-3")
+    args = (out / "args.json").read_text()
+    (out / "args.json").write_text(args + " ")
+    assert "args.json, which manifest.json does not list as it is" in refused(out)
+    (out / "args.json").write_text(args)
+    (out / "notes.txt").write_text("mine")
+    run_script([*words, "--output-dir", out, "--resume", "auto", "--logging-steps", "2"])
+    assert results(out) == uninterrupted and (out / "notes.txt").read_text() == "mine"
 
 
 def test_resume_from_a_named_checkpoint_into_another_folder(words, uninterrupted, tmp_path):

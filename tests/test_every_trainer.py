@@ -3,7 +3,10 @@ all; gradient checkpointing checkpoints.  (That any number of ranks is one proce
 """
 
 import json
+import os
+import re
 import shutil
+import signal
 import sys
 from pathlib import Path
 
@@ -16,6 +19,8 @@ from test_checkpoints import ask_to_end, flip
 from test_copy import ROOT
 from test_flags import one_line
 from test_ranks import QUICK, labelled_world, words_of  # noqa: F401 (a fixture)
+
+import score_cache
 
 SIZE = ["--batch-size", 4, "--gradient-accumulation-steps", 2, "--learning-rate", 1e-3]  # 10 updates in 2 epochs
 PREFERENCES = [script for script in SCRIPTS if script not in ("train_rm", "learn_prompt")]  # these have a reference
@@ -56,17 +61,21 @@ def refused(train, capsys):
     return run
 
 
+SIGNALS = {"dpo_hf_run": (signal.SIGTERM, 143)}  # of the others Ctrl-C
+
+
 @pytest.fixture(scope="module")
 def stopped(tmp_path_factory):
-    """stopped(script, train) -> the folder of a run that SIGTERM ended after its third update; made once."""
+    """stopped(script, train) -> the folder of a run that Ctrl-C or SIGTERM ended after its third update; made once."""
     folder = tmp_path_factory.mktemp("stopped")
 
     def run(script, train):
         if not (folder / script).exists():
             with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as ended:
-                ask_to_end(patch, 3)
+                asked, code = SIGNALS.get(script, (signal.SIGINT, 130))
+                ask_to_end(patch, 3, asked)
                 train(script, folder / script)
-            assert ended.value.code == 143
+            assert ended.value.code == code
             assert [path.name for path in (folder / script).glob("checkpoint-*")] == ["checkpoint-3"]
         return folder / script
 
@@ -84,6 +93,33 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(script, train, stopped, tmp_pat
         assert (tmp_path / "stopped" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
     steps = [json.loads(line)["step"] for line in (tmp_path / "whole/metrics.jsonl").open()]
     assert max(steps) == 10 and len(steps) > 10
+
+
+@pytest.mark.parametrize("script", [script for script in SCRIPTS if script != "train_rm"])
+def test_ctrl_c_while_a_frozen_model_scores_keeps_what_it_has(script, train, tmp_path, monkeypatch):
+    """And only the pairs of the run's updates and those held out are scored."""
+    words, out = ["--max-steps", 1, "--alpha", 1, "--teacher", "ref"], tmp_path / "stopped"
+    words = words if script == "train_with_preference_prompt" else words[:2]
+    said = train(script, tmp_path / "whole", *words)
+    of = re.findall(r"^(\w+) [a-z-]+ of (\d+) pairs: computed now and kept", said, re.MULTILINE)
+    roles = {"train_safe_mm_dpo": "reference helpful harmless", "train_with_preference_prompt": "reference prompted"}
+    assert of == [(role, "13") for role in roles.get(script, "reference").split()]  # 8 and 5, of 40
+    plain, calls = score_cache.pad, []
+
+    def interrupted(*given, **named):
+        calls.append(1)
+        if len(calls) == 2:  # of four passes
+            os.kill(os.getpid(), signal.SIGINT)
+        return plain(*given, **named)
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as ended:
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # where the tests run behind `&` it is ignored
+        patch.setattr(score_cache, "pad", interrupted)
+        train(script, out, *words)
+    assert ended.value.code == 130 and [path.name for path in out.iterdir()] == ["cache"]
+    assert "reference log-probs of 13 pairs: 8 read from" in train(script, out, *words)
+    for name in ("metrics.jsonl", "adapter_model.safetensors"):
+        assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
 
 
 def other_base(folder, world):

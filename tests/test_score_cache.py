@@ -1,6 +1,9 @@
 """The cache of reference log-probs: the same run with and without it, and only the right file is ever used."""
 
 import json
+import os
+import signal
+import subprocess
 
 import pytest
 import torch
@@ -10,6 +13,7 @@ from test_flags import write_world
 
 import dpo_hf_run
 import lora
+from distributed import World
 from model_files import load_model, load_tokenizer
 from packed_model import prepare_model
 from packing import pack
@@ -170,24 +174,94 @@ def test_weights_hash_sees_every_bit_name_type_and_shape_and_no_order():
 def test_scores_come_back_as_they_were_and_only_in_their_shape(tmp_path):
     path, scores = cache_path(tmp_path / "deep/er", "reference", weights="a", pairs="b"), torch.randn(5, 2)
     save_scores(path, scores)
-    assert torch.equal(load_scores(path, (5, 2))[0], scores)
-    assert load_scores(path, (4, 2))[0] is None
+    assert torch.equal(load_scores(path, 5)[0], scores)
+    assert load_scores(path, 4)[0] is None
     assert [file.name for file in path.parent.iterdir()] == [path.name], "no unfinished file stays"
     assert path == cache_path(tmp_path / "deep/er", "reference", pairs="b", weights="a")
     assert path != cache_path(tmp_path / "deep/er", "reference", pairs="a", weights="b")
 
 
+def test_a_row_that_is_there_stays_and_others_come(tmp_path):
+    """Two runs that share a folder: what one has begun with is what it goes on with."""
+    path, nan = tmp_path / "reference-1.safetensors", float("nan")
+    save_scores(path, torch.tensor([[1, 2], [nan, nan], [nan, nan]]))
+    assert save_scores(path, torch.tensor([[9, 9], [3, 4], [nan, nan]]))[:2].tolist() == [[1, 2], [3, 4]]
+    kept, said = load_scores(path, 3)
+    assert kept[:2].tolist() == [[1, 2], [3, 4]] and kept[2].isnan().all() and said == f"read from {path}"
+
+
+class Asked:
+    """A checkpoints.Termination to which the signal comes while pass number `after` is scored."""
+
+    def __init__(self, after=0):
+        self.after, self.polls = after, 0
+
+    @property
+    def asked(self):
+        self.polls += 1
+        return signal.SIGINT * (self.polls == self.after)
+
+
+def scored(path, needed, value=2.0, after=0):
+    """(numbers, the pairs that were scored, what was said) of three pairs, one in a pass."""
+    seen, said = [], []
+
+    def score(indices):
+        seen.extend(indices)
+        return torch.full((len(indices),), value), torch.tensor(indices, dtype=torch.float32)
+
+    share = lambda indices: [[index] for index in indices]  # noqa: E731
+    world = World(0, 1, torch.device("cpu"))
+    return pair_scores(path, 3, needed, share, score, world, Asked(after), said.append), seen, said
+
+
 def test_numbers_that_are_not_finite_are_not_kept(tmp_path):
-    path, said = cache_path(tmp_path, "reference", weights="a"), []
-
-    def scored(value):
-        def score(indices):
-            return torch.full((len(indices),), value), torch.tensor(indices, dtype=torch.float32)
-
-        return pair_scores(path, 3, [[0, 2], [1]], score, torch.device("cpu"), said.append)
-
-    assert scored(float("nan"))[:, 0].isnan().all()
+    path = cache_path(tmp_path, "reference", weights="a")
+    assert scored(path, [0, 1, 2], float("nan"))[0][:, 0].isnan().all()
     assert not path.exists()
-    assert scored(2.0).tolist() == [[2, 0], [2, 1], [2, 2]]
-    assert scored(7.0).tolist() == [[2, 0], [2, 1], [2, 2]], "kept, and not asked again"
-    assert [line.split(" ")[0] for line in said] == ["computed", "computed", "read"]
+    scores, seen, said = scored(path, [0, 1, 2])
+    assert (scores.tolist(), seen) == ([[2, 0], [2, 1], [2, 2]], [0, 1, 2]) and said[0].startswith("computed now")
+    scores, seen, said = scored(path, [0, 1, 2], 7.0)
+    assert (scores.tolist(), seen) == ([[2, 0], [2, 1], [2, 2]], []), "kept, and not asked again"
+    assert said == [f"read from {path}"]
+
+
+def test_only_what_is_needed_is_scored_and_what_is_missing_later(tmp_path):
+    path = cache_path(tmp_path, "reference", weights="a")
+    assert scored(path, [1])[1:] == ([1], [f"computed now and kept in {path}"])
+    scores, seen, said = scored(path, [0, 1], 7.0)
+    assert (scores[:2].tolist(), seen) == ([[7, 0], [2, 1]], [0]) and scores[2].isnan().all()
+    assert said == [f"1 read from {path}, 1 computed now and kept there"]
+
+
+def test_what_was_scored_before_a_signal_is_kept(tmp_path):
+    path = cache_path(tmp_path, "reference", weights="a")
+    assert scored(path, [0, 1, 2], after=2)[1] == [0, 1]
+    assert scored(path, [0, 1, 2])[1] == [2]
+
+
+def test_drafts_of_killed_processes_go(tmp_path):
+    killed = subprocess.Popen(["true"])
+    killed.wait()
+    path = cache_path(tmp_path, "reference", weights="a")
+    stays = [tmp_path / f".{path.name}.{os.getpid()}", tmp_path / f".{path.name}.md", tmp_path / f".mine.{killed.pid}"]
+    for draft in [tmp_path / f".{path.name}.{killed.pid}", *stays[:2], stays[2]]:
+        draft.touch()
+    load = scored(path, [0])[1]
+    left = {file.name for file in tmp_path.iterdir()}
+    assert load == [0] and left == {path.name, stays[1].name, stays[2].name}
+
+
+def test_a_shorter_run_scores_the_pairs_of_its_updates_and_a_longer_one_the_rest(train, world, tmp_path, monkeypatch):
+    shared = ["--cache-dir", tmp_path / "cache", "--batch-size", "2", "--gradient-accumulation-steps", "2"]
+    _, one, said = train("one", *shared, "--max-steps", "1")
+    assert said.startswith("reference log-probs of 8 pairs: computed now"), "4 of the update and 4 held out"
+    (path,) = (tmp_path / "cache").iterdir()
+    first = load_file(path)["scores"]
+    assert (~first.isnan()).sum(0).tolist() == [8, 8]
+    _, two, said = train("two", *shared, "--max-steps", "3")
+    assert said.startswith("reference log-probs of 16 pairs: 8 read from") and ", 8 computed now" in said
+    second = load_file(path)["scores"]
+    assert torch.equal(second[~first.isnan()], first[~first.isnan()])
+    _, cold, _ = train("cold", *shared[2:], "--max-steps", "3")
+    assert two == pytest.approx(cold, abs=1e-6)
