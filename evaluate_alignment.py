@@ -9,7 +9,7 @@ middle 95 % of 1,000 bootstrap resamples of the prompts.  A harmless model that 
 quantiles of its score then instead of a harm rate, and `safe` means at least the score of the base's response.
 
     python evaluate_alignment.py --model toy --adapters outputs/quickstart/dpo                             # offline
-    python evaluate_alignment.py --model Qwen/Qwen3-0.6B --prompts data/safety_benchmark.jsonl \\
+    python evaluate_alignment.py --prompts data/safety_benchmark.jsonl \\
         --adapters before=outputs/dpo_qwen_trl after=models/aligned \\
         --helpful-rm-path models/helpful_rm --harmless-rm-path models/harmless_rm                          # one GPU
 
@@ -46,7 +46,7 @@ import toy_world
 import training_curves
 import written_files
 from evaluation_prompts import benign_prompts, read_prompts
-from model_files import ModelError, check_positions, load_model, load_skeleton, load_tokenizer
+from model_files import ModelError, base_of, check_positions, load_model, load_skeleton, load_tokenizer
 from packed_model import logps_of, prepare_model, prepare_scores
 from packing import pack, passes
 from row_files import DataError
@@ -68,7 +68,8 @@ def get_args(argv=None):
     responses, tokens = flags.number(int, least=1, most=10_000), flags.number(int, least=1, most=10**6)
     share = flags.number(float, above=0, most=1)
     add("--model", "--base-model-path", default="Qwen/Qwen3-0.6B", help="the base: folder, hub id or `toy`")
-    add("--adapters", nargs="*", default=[], metavar="[NAME=]DIR", help="LoRA adapters on it, each a policy to measure")
+    what = "LoRA adapters, each a policy to measure; --model is then by default what they were trained on"
+    add("--adapters", nargs="*", default=[], metavar="[NAME=]DIR", help=what)
     add("--prompts", metavar="FILE", help="rows with `prompt` and, if known, `category`; or `toy`, as with --model toy")
     add("--helpful-rm-path", metavar="DIR", help="helpful reward model, a folder of train_rm.py")
     add("--harmless-rm-path", metavar="DIR", help="harmless reward model, a folder of train_rm.py")
@@ -239,6 +240,10 @@ def main(args):
         args.prompts = str(toy / "prompts.jsonl") if args.prompts == "toy" else args.prompts
 
     # 2 prompts, and all that can be checked before the weights are read
+    folders = {name: adapter_folder(folder) for name, folder in args.adapters}
+    if folders and "model" not in args.given:
+        args.model = base_of(folders.values())
+        say(f"the base is {args.model}, as the adapters say")
     tokenizer = load_tokenizer(args.model, args.trust_remote_code)
     prompts, cut, report = read_prompts(args.prompts, tokenizer, args)
     if report:
@@ -247,7 +252,6 @@ def main(args):
     rule = toy_world.judge if all(toy_world.judge(p.text, "").kind != "unknown" for p in prompts) else None
     benign = benign_prompts(prompts, args, rule)
     skeleton = load_skeleton(args.model, tokenizer, args)
-    folders = {name: adapter_folder(folder) for name, folder in args.adapters}
     for place, folder in enumerate(folders.values()):
         lora.load_adapter(skeleton, folder, f"policy_{place}")
     rm_folders = {"helpful": args.helpful_rm_path, "harmless": args.harmless_rm_path}

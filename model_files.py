@@ -1,5 +1,6 @@
 """Models and tokenizers from a folder or a hub, with every failure as one sentence."""
 
+import json
 import re
 import sys
 from functools import partial
@@ -32,6 +33,25 @@ def load_tokenizer(path, trust_remote_code=False):
             f"the tokenizer of {path} has no end-of-sequence token: set eos_token in tokenizer_config.json"
         )
     return tokenizer
+
+
+def base_of(adapters):
+    """The base model that the adapter_config.json of all `adapters` (folders) names.  Raises ModelError."""
+    bases = {}  # the base, by its place on the disk where it has one: (as it is named, the adapter)
+    for folder in adapters:
+        try:
+            name = json.loads((Path(folder) / "adapter_config.json").read_text("utf-8"))["base_model_name_or_path"]
+            place = Path(name).resolve() if _exists(name) else name
+        except (FileNotFoundError, NotADirectoryError):
+            raise ModelError(f"{folder} is not an adapter folder: adapter_config.json is missing") from None
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+            raise ModelError(f"{folder}/adapter_config.json names no base model: name it with --model") from None
+        bases.setdefault(place, (name, folder))
+    (base, first), *others = bases.values()
+    if others:
+        other, second = others[0]
+        raise ModelError(f"{first} was trained on {base} and {second} on {other}: name one base with --model")
+    return base
 
 
 def load_model(path, dtype, device, trust_remote_code=False, scores=False, max_length=0):
