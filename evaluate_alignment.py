@@ -13,7 +13,7 @@ quantiles of its score then instead of a harm rate, and `safe` means at least th
         --adapters before=outputs/dpo_qwen_trl after=models/aligned \\
         --helpful-rm-path models/helpful_rm --harmless-rm-path models/harmless_rm                          # one GPU
 
-Copy with: charts.py chat_text.py distributed.py evaluation_numbers.py evaluation_prompts.py flags.py
+Copy with: charts.py chat_text.py distributed.py evaluation_numbers.py evaluation_prompts.py flags.py hub_files.py
     implicit_rewards.py lora.py lora_targets.py model_files.py packed_attention.py packed_model.py packed_probe.py
     packing.py preference_data.py preference_rows.py report_page.py report_text.py reward_models.py row_files.py
     row_prompts.py run_files.py sampling.py score_cache.py tensor_files.py toy_world.py trackers.py
@@ -55,7 +55,7 @@ from sampling import closed, end_tokens, response_text, sample
 TOY_FOLDER = "outputs/toy_world"
 REPORTS = "report.json", "report.html", "report.txt", "responses.jsonl"
 MANIFEST = "report.manifest.json"  # of these, for the folder may be a run's, which has one of its own
-NOT_SETTINGS = "output_dir", "overwrite", "device"  # of the flags: what changes no number, and what is resolved below
+NOT_SETTINGS = "output_dir", "overwrite", "device", "hub"  # of the flags: what changes no number, or is resolved below
 SHOWN = (
     "helpful_reward cost harm_rate rule_helpful rule_harm_rate over_refusal kl_per_token implicit_accuracy".split()
 )  # in the log

@@ -14,6 +14,8 @@ import time
 
 import yaml
 
+import hub_files
+
 MOST = {int: 2**31 - 1, float: 1e30}  # of a flag that names no bound of its own: what no run has, and fp32 still holds
 ADVICE = "nothing is saved; try a smaller --learning-rate, --dtype fp32, or look for broken weights or data"
 
@@ -33,6 +35,8 @@ class Parser(argparse.ArgumentParser):
         )
         self.where = ""
         self.add_argument("--config", metavar="FILE.yaml", help="a file with flags; the command line wins")
+        what = "where models and datasets that are no folders come from"
+        self.add_argument("--hub", choices=hub_files.HUBS, default=hub_files.HUBS[0], help=what)
         # Launchers append it; the environment they also set is what counts.
         self.add_argument("--local-rank", type=number(int, least=-1), help=argparse.SUPPRESS)
 
@@ -48,6 +52,7 @@ class Parser(argparse.ArgumentParser):
                 words += in_file
         args = self._parse(argv, args)
         args.typed, args.given = self._names(argv), self._names(words + argv)
+        hub_files.use(args.hub)
         return args
 
     def _names(self, words):

@@ -10,7 +10,7 @@ among all rows alone: the same flags give the same bytes, and a file that was le
     python generate.py --adapter outputs/dpo_qwen_trl --chat                                     # /base to compare
     python generate.py --prompts p.jsonl --num-responses 8 --pairs --reward-model models/helpful_rm --output pairs.jsonl
 
-Copy with: batch_file.py chat_session.py chat_text.py distributed.py flags.py generated_rows.py lora.py
+Copy with: batch_file.py chat_session.py chat_text.py distributed.py flags.py generated_rows.py hub_files.py lora.py
     lora_targets.py model_files.py packed_attention.py packed_model.py packed_probe.py packing.py preference_data.py
     preference_rows.py reward_function.py reward_models.py row_files.py row_prompts.py sampling.py score_cache.py
     tensor_files.py toy_world.py written_files.py

@@ -17,6 +17,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
+import hub_files
 import written_files
 from chat_text import turn_end
 
@@ -70,7 +71,8 @@ def load_model(path, dtype, device, trust_remote_code=False, scores=False, max_l
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()  # its report of the weights is many lines, and below it is one
     try:
-        model, found = _loaded("model", path, partial(kind.from_pretrained, output_loading_info=True, **options))
+        load = partial(kind.from_pretrained, output_loading_info=True, **options)
+        model, found = _loaded("model", path, load, weights=True)
     finally:
         transformers_logging.set_verbosity(verbosity)
     if found["mismatched_keys"]:
@@ -132,19 +134,23 @@ def _config(path, trust_remote_code):
     return config
 
 
-def _loaded(what, path, load):
+def _loaded(what, path, load, weights=False):
     """load(path), a from_pretrained of transformers, with all that a foreign folder can make it raise as a ModelError.
 
     That is anything: tokenizers raises plain Exception, pickle and the checks of configs have errors of their own.
     """
     try:
-        return load(path)
+        return load(hub_files.local(str(path), weights=weights))
+    except hub_files.HubError as error:
+        raise ModelError(str(error)) from None
     except Exception as error:
         if "trust_remote_code" in str(error):
             raise ModelError(
                 f"the {what} {path} comes with code of its own: read it, and pass --trust-remote-code to run it"
             ) from None
-        advice = "check the name; without a hub name a folder, or a mirror in HF_ENDPOINT"
+        if reason := hub_files.unanswered(path):
+            raise ModelError(f"no {what} at {path}: {reason}") from None
+        advice = "check the name; without a hub name a folder, a mirror in HF_ENDPOINT, or --hub modelscope"
         if _exists(path):
             advice = "a model folder holds config.json, model.safetensors and the tokenizer's files"
         raise ModelError(f"no {what} at {path} ({_first_sentence(error)}): {advice}") from None
@@ -190,6 +196,6 @@ def pad_unlike_ends(path, tokenizer, config):
 
 def _generation_ends(path):
     try:
-        return GenerationConfig.from_pretrained(path).eos_token_id
+        return GenerationConfig.from_pretrained(hub_files.local(str(path), weights=False)).eos_token_id
     except Exception:  # not every folder has one, and some a broken one: the config's own ends count
         return None
