@@ -129,7 +129,7 @@ DEFAULTS = dict(
 def test_documented_defaults_and_nothing_else_without_any_flag():
     defaults = vars(parse())
     assert {name: defaults.pop(name) for name in DEFAULTS} == DEFAULTS
-    assert defaults == dict(config=None, local_rank=None, typed=set(), given=set())
+    assert defaults == dict(config=None, hub="huggingface", local_rank=None, typed=set(), given=set())
 
 
 @pytest.mark.parametrize(
