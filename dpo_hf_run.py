@@ -12,10 +12,10 @@ Deviations from the paper: AdamW instead of RMSprop; label smoothing, robust, hi
     python dpo_hf_run.py --model Qwen/Qwen3-0.6B --dataset pairs.jsonl --learning-rate 1e-4    # one GPU
     torchrun --nproc_per_node=4 dpo_hf_run.py --dataset pairs.jsonl --learning-rate 1e-4       # four GPUs
 
-Copy with: charts.py chat_text.py checkpoints.py distributed.py flag_names.py flags.py lora.py lora_targets.py
-    losses.py memory_estimate.py memory_report.py model_files.py optimizers.py packed_attention.py packed_model.py
-    packed_probe.py packing.py preference_data.py preference_rows.py row_files.py row_prompts.py row_shapes.py
-    run_files.py score_cache.py speed.py tensor_files.py toy_world.py trackers.py training_curves.py
+Copy with: charts.py chat_text.py checkpoints.py distributed.py flag_names.py flags.py hub_files.py lora.py
+    lora_targets.py losses.py memory_estimate.py memory_report.py model_files.py optimizers.py packed_attention.py
+    packed_model.py packed_probe.py packing.py preference_data.py preference_rows.py row_files.py row_prompts.py
+    row_shapes.py run_files.py score_cache.py speed.py tensor_files.py toy_world.py trackers.py training_curves.py
     training_flags.py written_files.py
 """
 

@@ -9,15 +9,15 @@ middle 95 % of 1,000 bootstrap resamples of the prompts.  A harmless model that 
 quantiles of its score then instead of a harm rate, and `safe` means at least the score of the base's response.
 
     python evaluate_alignment.py --model toy --adapters outputs/quickstart/dpo                             # offline
-    python evaluate_alignment.py --model Qwen/Qwen3-0.6B --prompts data/safety_benchmark.jsonl \\
+    python evaluate_alignment.py --prompts data/safety_benchmark.jsonl \\
         --adapters before=outputs/dpo_qwen_trl after=models/aligned \\
         --helpful-rm-path models/helpful_rm --harmless-rm-path models/harmless_rm                          # one GPU
 
 Copy with: charts.py chat_text.py distributed.py evaluation_numbers.py evaluation_prompts.py flag_names.py flags.py
-    implicit_rewards.py lora.py lora_targets.py model_files.py packed_attention.py packed_model.py packed_probe.py
-    packing.py preference_data.py preference_rows.py report_page.py report_text.py reward_models.py row_files.py
-    row_prompts.py row_shapes.py run_files.py sampling.py score_cache.py tensor_files.py toy_world.py trackers.py
-    training_curves.py written_files.py
+    hub_files.py implicit_rewards.py lora.py lora_targets.py model_files.py packed_attention.py packed_model.py
+    packed_probe.py packing.py preference_data.py preference_rows.py report_page.py report_text.py reward_models.py
+    row_files.py row_prompts.py row_shapes.py run_files.py sampling.py score_cache.py tensor_files.py toy_world.py
+    trackers.py training_curves.py written_files.py
 """
 
 import hashlib
@@ -38,7 +38,8 @@ def get_args(argv=None):
     share = flags.number(float, above=0, most=1)
     add = parser.group("model")
     add("--model", "--base-model-path", default="Qwen/Qwen3-0.6B", help="the base: folder, hub id or `toy`")
-    add("--adapters", nargs="*", default=[], metavar="[NAME=]DIR", help="LoRA adapters on it, each a policy to measure")
+    what = "LoRA adapters, each a policy to measure; --model is then by default what they were trained on"
+    add("--adapters", nargs="*", default=[], metavar="[NAME=]DIR", help=what)
     add("--helpful-rm-path", metavar="DIR", help="helpful reward model, a folder of train_rm.py")
     add("--harmless-rm-path", metavar="DIR", help="harmless reward model, a folder of train_rm.py")
     add("--trust-remote-code", action="store_true", help="run model code that comes with the weights")
@@ -109,7 +110,7 @@ import toy_world
 import training_curves
 import written_files
 from evaluation_prompts import benign_prompts, read_prompts
-from model_files import ModelError, check_positions, load_model, load_skeleton, load_tokenizer
+from model_files import ModelError, base_of, check_positions, load_model, load_skeleton, load_tokenizer
 from packed_model import logps_of, prepare_model, prepare_scores
 from packing import pack, passes
 from row_files import DataError
@@ -118,7 +119,7 @@ from sampling import closed, end_tokens, response_text, sample
 TOY_FOLDER = "outputs/toy_world"
 REPORTS = "report.json", "report.html", "report.txt", "responses.jsonl"
 MANIFEST = "report.manifest.json"  # of these, for the folder may be a run's, which has one of its own
-NOT_SETTINGS = "output_dir", "overwrite", "device"  # of the flags: what changes no number, and what is resolved below
+NOT_SETTINGS = "output_dir", "overwrite", "device", "hub"  # of the flags: what changes no number, or is resolved below
 SHOWN = (
     "helpful_reward cost harm_rate rule_helpful rule_harm_rate over_refusal kl_per_token implicit_accuracy".split()
 )  # in the log
@@ -249,6 +250,10 @@ def main(args):
         args.prompts = str(toy / "prompts.jsonl") if args.prompts == "toy" else args.prompts
 
     # 2 prompts, and all that can be checked before the weights are read
+    folders = {name: adapter_folder(folder) for name, folder in args.adapters}
+    if folders and "model" not in args.given:
+        args.model = base_of(folders.values())
+        say(f"the base is {args.model}, as the adapters say")
     tokenizer = load_tokenizer(args.model, args.trust_remote_code)
     prompts, cut, report = read_prompts(args.prompts, tokenizer, args)
     if report:
@@ -257,7 +262,6 @@ def main(args):
     rule = toy_world.judge if all(toy_world.judge(p.text, "").kind != "unknown" for p in prompts) else None
     benign = benign_prompts(prompts, args, rule)
     skeleton = load_skeleton(args.model, tokenizer, args)
-    folders = {name: adapter_folder(folder) for name, folder in args.adapters}
     for place, folder in enumerate(folders.values()):
         lora.load_adapter(skeleton, folder, f"policy_{place}")
     rm_folders = {"helpful": args.helpful_rm_path, "harmless": args.harmless_rm_path}

@@ -16,6 +16,7 @@ import time
 
 import yaml
 
+import hub_files
 from flag_names import INSTEAD, SAME, VALUES
 
 MOST = {int: 2**31 - 1, float: 1e30}  # of a flag that names no bound of its own: what no run has, and fp32 still holds
@@ -42,6 +43,8 @@ class Parser(argparse.ArgumentParser):
         )
         self.where = ""
         self.add_argument("--config", metavar="FILE.yaml", help="a file with flags; the command line wins")
+        what = "where models and datasets that are no folders come from"
+        self.add_argument("--hub", choices=hub_files.HUBS, default=hub_files.HUBS[0], help=what)
         # Launchers append it; the environment they also set is what counts.
         self.add_argument("--local-rank", type=number(int, least=-1), help=argparse.SUPPRESS)
 
@@ -63,6 +66,7 @@ class Parser(argparse.ArgumentParser):
                 words += in_file
         args = self._parse(argv, args)
         args.typed, args.given = self._names(argv), self._names(words + argv)
+        hub_files.use(args.hub)
         return args
 
     def _names(self, words):

@@ -7,13 +7,13 @@ The reward is a model of train_rm.py or a function of your own.  What a row draw
 among all rows alone: the same flags give the same bytes, and a file that was left unfinished is gone on with.
 
     python generate.py --model toy --prompts toy --output outputs/responses.jsonl                # laptop, offline
-    python generate.py --model Qwen/Qwen3-0.6B --adapter outputs/dpo_qwen_trl --chat             # /base to compare
+    python generate.py --adapter outputs/dpo_qwen_trl --chat                                     # /base to compare
     python generate.py --prompts p.jsonl --num-responses 8 --pairs --reward-model models/helpful_rm --output pairs.jsonl
 
-Copy with: batch_file.py chat_text.py distributed.py flag_names.py flags.py generated_rows.py lora.py
-    lora_targets.py model_files.py packed_attention.py packed_model.py packed_probe.py packing.py preference_data.py
-    preference_rows.py reward_function.py reward_models.py row_files.py row_prompts.py row_shapes.py sampling.py
-    score_cache.py tensor_files.py toy_world.py written_files.py
+Copy with: batch_file.py chat_session.py chat_text.py distributed.py flag_names.py flags.py generated_rows.py
+    hub_files.py lora.py lora_targets.py model_files.py packed_attention.py packed_model.py packed_probe.py
+    packing.py preference_data.py preference_rows.py reward_function.py reward_models.py row_files.py row_prompts.py
+    row_shapes.py sampling.py score_cache.py tensor_files.py toy_world.py written_files.py
 """
 
 import hashlib
@@ -37,15 +37,16 @@ def get_args(argv=None):
     count, seed = flags.number(int, least=0), flags.number(int, least=0, below=2**63)
     temperature, share = flags.number(float, least=0), flags.number(float, above=0, most=1)
     add = parser.group("model")
-    add("--model", "--base-model-path", default="Qwen/Qwen3-0.6B", help="folder, hub id or `toy`")
-    add("--adapter", metavar="DIR", help="a LoRA adapter on it (PEFT files)")
+    what = "folder, hub id or `toy`; of an adapter, its base"
+    add("--model", "--base-model-path", default="Qwen/Qwen3-0.6B", help=what)
+    add("--adapter", metavar="DIR", help="a LoRA adapter (PEFT files)")
     add("--trust-remote-code", action="store_true", help="run model code that comes with the weights")
     add = parser.group("data")
     add("--prompts", metavar="FILE", help="rows with `prompt` (text or messages), or pairs: file, hub id or `toy`")
     add("--num-samples", type=count, default=0, metavar="N", help="prompts to read; 0: all")
     add("--max-prompt-length", type=tokens, default=256, metavar="N", help="tokens of a prompt, its last ones")
     add("--chat-template-strings", action="store_true", help="put plain strings through the chat template")
-    add("--chat", action="store_true", help="answer what is typed instead; /base, /reset, /quit")
+    add("--chat", action="store_true", help="answer what is typed instead; /help")
     add = parser.group("method")
     add("--num-responses", type=responses, default=1, metavar="K", help="responses to each prompt")
     add("--max-new-tokens", type=tokens, default=256, metavar="N", help="tokens of a response")
@@ -94,7 +95,6 @@ if __name__ == "__main__":
     ARGS = get_args()  # before torch is loaded, which takes seconds: --help and a wrong flag are answered at once
 
 import torch
-from transformers import TextStreamer
 
 import distributed
 import generated_rows
@@ -105,8 +105,9 @@ import score_cache
 import toy_world
 import written_files
 from batch_file import BatchFile, OutputError, files_sha256
+from chat_session import chat
 from chat_text import as_messages, note, note_lines, prompt_ids, prompt_text, response_end
-from model_files import ModelError, check_positions, load_model, load_skeleton, load_tokenizer
+from model_files import ModelError, base_of, check_positions, load_model, load_skeleton, load_tokenizer
 from packed_model import prepare_model, prepare_scores
 from packing import pack, passes
 from preference_rows import recognise
@@ -183,39 +184,6 @@ def model_rewards(reward, prompts, responses, batch_size, device):
     return [scores[place].item() for of_prompt in places for place in of_prompt]
 
 
-def chat(model, tokenizer, args):
-    """Answer what is typed, or piped in, until /quit or the end."""
-    print("/base: what the base without the adapter says; /reset: forget what was said; /quit", flush=True)
-    messages, ids, turn, ends = [], None, 0, end_tokens(model, tokenizer)
-
-    def answer(adapter):
-        streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        with lora.use_adapter(model, adapter):
-            settings = args.max_new_tokens, args.seed + turn, args.temperature, args.top_p
-            (response,) = sample(model, tokenizer, [ids], *settings, streamer=streamer)
-        return response_text(ids, response, ends, tokenizer)
-
-    while True:
-        try:
-            line = input("> " if sys.stdin.isatty() else "").strip()
-        except EOFError:
-            line = "/quit"
-        if line == "/quit":
-            return
-        if line == "/reset":
-            messages, ids = [], None
-        elif line == "/base":
-            answer(None) if ids and args.adapter else print("/base needs --adapter and a message to answer", flush=True)
-        elif line:
-            turn += 1
-            messages.append({"role": "user", "content": line})
-            if tokenizer.chat_template:
-                ids = prompt_ids(messages, tokenizer, args.max_prompt_length, day=None)
-            else:  # each line stands by itself
-                ids = prompt_ids(line, tokenizer, args.max_prompt_length)
-            messages.append({"role": "assistant", "content": answer("policy")})
-
-
 def main(args):
     # 1 setup
     if distributed.ranks_of_environment()[1] > 1:
@@ -231,6 +199,8 @@ def main(args):
         args.prompts = str(toy / "prompts.jsonl") if args.prompts == "toy" else args.prompts
 
     # 2 prompts and reward (before the model: a mistake in them should not wait for gigabytes of weights)
+    if args.adapter and "model" not in args.given:
+        args.model = base_of([args.adapter])
     tokenizer = load_tokenizer(args.model, args.trust_remote_code)
     skeleton = load_skeleton(args.model, tokenizer, args)
     adapter = "policy" if args.adapter else None

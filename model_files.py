@@ -1,5 +1,6 @@
 """Models and tokenizers from a folder or a hub, with every failure as one sentence."""
 
+import json
 import re
 import sys
 from functools import partial
@@ -16,6 +17,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
+import hub_files
 import written_files
 from chat_text import turn_end
 
@@ -26,13 +28,32 @@ class ModelError(ValueError):
 
 def load_tokenizer(path, trust_remote_code=False):
     """Tokenizer of a folder or hub id.  Raises ModelError."""
-    load = partial(AutoTokenizer.from_pretrained, path, trust_remote_code=trust_remote_code)
+    load = partial(_from, AutoTokenizer, path, trust_remote_code=trust_remote_code)
     tokenizer = _loaded("tokenizer", path, load)
     if tokenizer.eos_token_id is None:
         raise ModelError(
             f"the tokenizer of {path} has no end-of-sequence token: set eos_token in tokenizer_config.json"
         )
     return tokenizer
+
+
+def base_of(adapters):
+    """The base model that the adapter_config.json of all `adapters` (folders) names.  Raises ModelError."""
+    bases = {}  # the base, by its place on the disk where it has one: (as it is named, the adapter)
+    for folder in adapters:
+        try:
+            name = json.loads((Path(folder) / "adapter_config.json").read_text("utf-8"))["base_model_name_or_path"]
+            place = Path(name).resolve() if _exists(name) else name
+        except (FileNotFoundError, NotADirectoryError):
+            raise ModelError(f"{folder} is not an adapter folder: adapter_config.json is missing") from None
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+            raise ModelError(f"{folder}/adapter_config.json names no base model: name it with --model") from None
+        bases.setdefault(place, (name, folder))
+    (base, first), *others = bases.values()
+    if others:
+        other, second = others[0]
+        raise ModelError(f"{first} was trained on {base} and {second} on {other}: name one base with --model")
+    return base
 
 
 def load_model(path, dtype, device, trust_remote_code=False, scores=False, max_length=0):
@@ -52,7 +73,7 @@ def load_model(path, dtype, device, trust_remote_code=False, scores=False, max_l
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()  # its report of the weights is many lines, and below it is one
     try:
-        model, found = _loaded("model", path, partial(kind.from_pretrained, path, **options))
+        model, found = _loaded("model", path, partial(_from, kind, path, weights=True, **options))
     finally:
         transformers_logging.set_verbosity(verbosity)
     if found["mismatched_keys"]:
@@ -115,7 +136,7 @@ def check_positions(config, tokens, what, path):
 
 def _config(path, trust_remote_code):
     """config.json of a causal language model whose weights are whole.  Raises ModelError."""
-    load = partial(AutoConfig.from_pretrained, path, trust_remote_code=trust_remote_code)
+    load = partial(_from, AutoConfig, path, trust_remote_code=trust_remote_code)
     config = _loaded("model", path, load)
     if getattr(config, "is_encoder_decoder", False):
         raise not_causal(path)
@@ -129,6 +150,11 @@ def _config(path, trust_remote_code):
     return config
 
 
+def _from(kind, path, weights=False, **options):
+    """kind.from_pretrained of a folder, or of what the hub has under that name.  Raises HubError."""
+    return kind.from_pretrained(hub_files.local(str(path), weights=weights), **options)
+
+
 def _loaded(what, path, load):
     """load(), a from_pretrained of transformers, with all that a foreign folder can make it raise as a ModelError.
 
@@ -136,12 +162,16 @@ def _loaded(what, path, load):
     """
     try:
         return load()
+    except hub_files.HubError as error:
+        raise ModelError(str(error)) from None
     except Exception as error:
         if "trust_remote_code" in str(error):
             raise ModelError(
                 f"the {what} {path} comes with code of its own: read it, and pass --trust-remote-code to run it"
             ) from None
-        advice = "check the name; without a hub name a folder, or a mirror in HF_ENDPOINT"
+        if reason := hub_files.unanswered(path):
+            raise ModelError(f"no {what} at {path}: {reason}") from None
+        advice = "check the name; without a hub name a folder, a mirror in HF_ENDPOINT, or --hub modelscope"
         if _exists(path):
             advice = "a model folder holds config.json, model.safetensors and the tokenizer's files"
         raise ModelError(f"no {what} at {path} ({_first_sentence(error)}): {advice}") from None
@@ -187,6 +217,6 @@ def pad_unlike_ends(path, tokenizer, config):
 
 def _generation_ends(path):
     try:
-        return GenerationConfig.from_pretrained(path).eos_token_id
+        return _from(GenerationConfig, path).eos_token_id
     except Exception:  # not every folder has one, and some a broken one: the config's own ends count
         return None

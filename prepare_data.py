@@ -18,8 +18,8 @@ The seed and a prompt alone decide its split: it is the same for both dimensions
     python prepare_data.py --input helpful-base.jsonl.gz harmless-base.jsonl.gz --output-dir data/hh
     python prepare_data.py --input_dir raw --output_dir data --train_ratio 0.8 --val_ratio 0.1 --test_ratio 0.1
 
-Copy with: flag_names.py flags.py preference_rows.py raw_pairs.py row_files.py row_prompts.py row_shapes.py
-    written_files.py
+Copy with: flag_names.py flags.py hub_files.py preference_rows.py raw_pairs.py row_files.py row_prompts.py
+    row_shapes.py written_files.py
 """
 
 import contextlib

@@ -13,6 +13,8 @@ import textwrap
 import zlib
 from pathlib import Path
 
+import hub_files
+
 
 class DataError(ValueError):
     """Data the user has to mend: one sentence saying what, where (file:line) and what to do."""
@@ -252,9 +254,14 @@ def _dataset_rows(name):
         ) from None
     logging.set_verbosity(logging.CRITICAL)  # it logs what it raises, and a mistake is told once
     try:
-        path, part = str(folder) if folder.is_dir() else name, HUB_FOLDERS.get(name)
+        part = HUB_FOLDERS.get(name)
+        path = str(folder) if folder.is_dir() else hub_files.local(name, "dataset", part=part)
         dataset = load_dataset(path, data_dir=part, split="train", streaming=True)
         yield from ((f"{name}: row {n}", row) for n, row in enumerate(dataset))
+    except hub_files.HubError as error:
+        raise DataError(str(error)) from None
     except Exception as error:  # a network and a dozen formats have no class in common
+        if reason := hub_files.unanswered(name):
+            raise DataError(f"{what}: {reason}") from None
         reason = textwrap.shorten(f"{type(error).__name__}: {error}", 200, placeholder=" ...")
         raise DataError(f"{what}, and `datasets` reads no train split under that name ({reason}): {advice}") from None

@@ -8,6 +8,7 @@ from transformers import (
     LogitsProcessor,
     LogitsProcessorList,
     TemperatureLogitsWarper,
+    TopKLogitsWarper,
     TopPLogitsWarper,
 )
 
@@ -55,11 +56,14 @@ def random_numbers(seed, places, count, device):
 
 
 @torch.no_grad()
-def sample(model, tokenizer, prompts, max_new_tokens, seed, temperature=1.0, top_p=1.0, places=None, streamer=None):
+def sample(
+    model, tokenizer, prompts, max_new_tokens, seed, temperature=1.0, top_p=1.0, places=None, streamer=None, top_k=0
+):
     """One response (list of ids) to each prompt (list of ids), in one batch; a finished one ends in its end token.
 
-    temperature 0: the likeliest token each time.  Of the model's own generation settings only the end tokens count, so
-    that with temperature 1 and top_p 1 the draws are the model's distribution.  places: number of each row among all
+    temperature 0: the likeliest token each time.  top_k: draw from the likeliest k alone; 0: from all.  Of the model's
+    own generation settings only the end tokens count, so that with temperature 1 and top_p 1 the draws are the model's
+    distribution.  places: number of each row among all
     that are sampled with this seed, 0, 1, ... if not given; what a row draws depends on seed and place, not on which
     rows share its batch (but for rounding).  The global generators and the model's mode are left as they were.
     streamer: transformers' TextStreamer, for one prompt.  Raises FloatingPointError for probabilities not finite.
@@ -71,6 +75,7 @@ def sample(model, tokenizer, prompts, max_new_tokens, seed, temperature=1.0, top
     draws = []  # without any, `generate` takes the likeliest token
     if temperature > 0:
         draws += [TemperatureLogitsWarper(float(temperature))] if temperature != 1 else []
+        draws += [TopKLogitsWarper(top_k)] if top_k else []
         draws += [TopPLogitsWarper(top_p)] if top_p < 1 else []
         numbers = random_numbers(seed, range(len(prompts)) if places is None else places, max_new_tokens, device)
         draws += [RowDraws(numbers, width)]

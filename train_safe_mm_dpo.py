@@ -17,11 +17,11 @@ Deviations from the papers: E[cost] is of offline prompts, sampled every few upd
     python train_safe_mm_dpo.py --config configs/dpo_config.yaml                            # one GPU
     torchrun --nproc_per_node=8 train_safe_mm_dpo.py --config configs/dpo_config.yaml       # eight GPUs
 
-Copy with: charts.py chat_text.py checkpoints.py distributed.py expected_cost.py flag_names.py flags.py lora.py
-    lora_targets.py losses.py memory_estimate.py memory_report.py model_files.py optimizers.py packed_attention.py
-    packed_model.py packed_probe.py packing.py preference_data.py preference_rows.py reward_models.py row_files.py
-    row_prompts.py row_shapes.py run_files.py sampling.py score_cache.py speed.py tensor_files.py toy_world.py
-    trackers.py training_curves.py training_flags.py written_files.py
+Copy with: charts.py chat_text.py checkpoints.py distributed.py expected_cost.py flag_names.py flags.py hub_files.py
+    lora.py lora_targets.py losses.py memory_estimate.py memory_report.py model_files.py optimizers.py
+    packed_attention.py packed_model.py packed_probe.py packing.py preference_data.py preference_rows.py
+    reward_models.py row_files.py row_prompts.py row_shapes.py run_files.py sampling.py score_cache.py speed.py
+    tensor_files.py toy_world.py trackers.py training_curves.py training_flags.py written_files.py
 """
 
 import gc

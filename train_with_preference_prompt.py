@@ -17,11 +17,11 @@ Deviations from DPO's paper: the two terms behind it; AdamW instead of RMSprop.
     torchrun --nproc_per_node=4 train_with_preference_prompt.py --dataset-path pairs.jsonl \\
         --use-prompt-embedding --prompt-embedding-path outputs/soft_prompt                      # four GPUs
 
-Copy with: charts.py chat_text.py checkpoints.py distributed.py flag_names.py flags.py lora.py lora_targets.py
-    losses.py memory_estimate.py memory_report.py model_files.py optimizers.py packed_attention.py packed_model.py
-    packed_probe.py packing.py preference_data.py preference_prompt.py preference_rows.py row_files.py
-    row_prompts.py row_shapes.py run_files.py score_cache.py speed.py tensor_files.py toy_world.py trackers.py
-    training_curves.py training_flags.py written_files.py
+Copy with: charts.py chat_text.py checkpoints.py distributed.py flag_names.py flags.py hub_files.py lora.py
+    lora_targets.py losses.py memory_estimate.py memory_report.py model_files.py optimizers.py packed_attention.py
+    packed_model.py packed_probe.py packing.py preference_data.py preference_prompt.py preference_rows.py
+    row_files.py row_prompts.py row_shapes.py run_files.py score_cache.py speed.py tensor_files.py toy_world.py
+    trackers.py training_curves.py training_flags.py written_files.py
 """
 
 import gc

@@ -338,7 +338,7 @@ set_words() {
     return
   fi
   if ! one_command; then # a shell elsewhere does not have them
-    for name in $(compgen -e | grep -E '^(NCCL_|GLOO_|HF_HOME$|HF_HUB_OFFLINE$|HF_ENDPOINT$)' | sort); do
+    for name in $(compgen -e | grep -E '^(NCCL_|GLOO_|HF_HOME$|HF_HUB_OFFLINE$|HF_ENDPOINT$|MODELSCOPE_(CACHE|ENDPOINT)$)' | sort); do
       words+=("$name=${!name}")
     done
   fi

@@ -597,6 +597,25 @@ def test_a_base_of_another_name_is_said(world, tmp_path, capsys):
     assert any("other was trained on Qwen/Qwen3-0.6B" in note for note in report["notes"])
 
 
+def test_the_base_is_the_one_the_adapters_were_trained_on(world, tmp_path, capsys):
+    report, _ = tiny(world, tmp_path / "a", "--adapters", world / "adapter")
+    words = ["--prompts", world / "prompts.jsonl", "--max-new-tokens", "6", "--adapters", world / "adapter"]
+    evaluate("--output-dir", tmp_path / "b", *words)
+    assert f"the base is {world}/model, as the adapters say\n" in capsys.readouterr().out
+    assert read(tmp_path / "b")[0]["base_sha256"] == report["base_sha256"]
+    other = shutil.copytree(world / "adapter", tmp_path / "other")
+    config = json.loads((other / "adapter_config.json").read_text())
+    (other / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "Qwen/Qwen3-0.6B"}))
+    with pytest.raises(SystemExit) as exit:
+        evaluate("--output-dir", tmp_path / "c", *words, other)
+    assert exit.value.code == 2
+    assert capsys.readouterr().err.endswith(
+        f"{world}/adapter was trained on {world}/model and {other} on Qwen/Qwen3-0.6B: name one base with --model\n"
+    )
+    assert not (tmp_path / "c").exists()
+    evaluate("--output-dir", tmp_path / "d", "--model", world / "model", *words, other)  # what is typed counts
+
+
 def sequence_logp(model, prompt, response):
     logits = model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1]
     return logits.log_softmax(-1)[torch.arange(len(response)), torch.tensor(response)].sum().item()

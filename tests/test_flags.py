@@ -133,7 +133,7 @@ DEFAULTS = dict(
 def test_documented_defaults_and_nothing_else_without_any_flag():
     defaults = vars(parse())
     assert {name: defaults.pop(name) for name in DEFAULTS} == DEFAULTS
-    assert defaults == dict(config=None, local_rank=None, typed=set(), given=set(), full_rate=5e-6)
+    assert defaults == dict(config=None, hub="huggingface", local_rank=None, typed=set(), given=set(), full_rate=5e-6)
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,9 @@
 import io
 import json
 import os
+import re
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -18,8 +20,10 @@ from test_flags import ROOT, one_line, write_model, write_world
 from test_lora import randomize
 from test_preference_data import CHATML, char_tokenizer, write_rows
 from test_sampling import argmax_one_by_one
+from transformers import GenerationConfig
 
 import batch_file
+import chat_session
 import generate
 import generated_rows
 import lora
@@ -838,7 +842,7 @@ def test_an_adapter_or_a_reward_model_of_another_base(fails, world, tmp_path):
     folder = make_reward_model(base, tmp_path / "reward")
     record = json.loads((folder / "reward_model.json").read_text())
     (folder / "reward_model.json").write_text(json.dumps(record | {"base_model": str(tmp_path / "gone")}))
-    assert fails("--reward-model", folder).startswith(f"no model at {tmp_path}/gone (")
+    assert fails("--reward-model", folder) == f"there is no folder {tmp_path}/gone: check the path"
     char_tokenizer(merges=[("a", "b")]).save_pretrained(folder)
     assert fails("--reward-model", folder).startswith(f"{folder} was trained with another tokenizer than the policy's")
 
@@ -885,7 +889,7 @@ def talk(monkeypatch, capsys):
         monkeypatch.setattr(sys, "stdin", io.StringIO("".join(f"{line}\n" for line in lines)))
         run_script([*FP32, "--chat", "--temperature", "0", "--max-prompt-length", "100", *words], generate)
         greeting, _, said = capsys.readouterr().out.partition("/quit\n")
-        assert "/base" in greeting
+        run.greeting = greeting
         return said
 
     return run
@@ -933,6 +937,127 @@ def test_a_chat_drops_its_oldest_turn_where_it_gets_too_long(world, talk, answer
     messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": said[0]}] * 2
     assert len(prompt_ids([*messages, messages[0]], tokenizer, 999)) > limit
     assert said[2] == answer("hi", said[1], "hi")
+
+
+def test_the_commands_of_a_chat(world, talk, answer):
+    words = ["--model", world / "model", "--adapter", world / "adapter", "--max-new-tokens", "6"]
+    commands = chat_session.COMMANDS
+    assert talk(words, "/help", "hi", "/exit", "never") == f"{commands}\n{answer('hi')}\n"
+    assert talk(words, "/rest", "/quit") == f"there is no /rest\n{commands}\n"  # a slip is no message
+    assert all(re.search(rf"^{name} ", commands, re.MULTILINE) for name in ("/base", "/reset", "/help", "/quit"))
+
+
+def interrupt_at(monkeypatch, *places):
+    """Ctrl-C as the answers' tokens come: before the nth of all, counted from 1."""
+    put, seen = chat_session.Said.put, []
+
+    def put_or_interrupt(self, value):
+        if value.numel() == 1:  # not the prompt
+            seen.append(1)
+            if len(seen) in places:
+                signal.raise_signal(signal.SIGINT)
+        put(self, value)
+
+    monkeypatch.setattr(chat_session.Said, "put", put_or_interrupt)
+
+
+def test_ctrl_c_stops_the_answer_and_what_was_said_counts(world, talk, answer, monkeypatch):
+    words = ["--model", world / "model", "--adapter", world / "adapter", "--max-new-tokens", "6"]
+    whole = answer("hi")
+    interrupt_at(monkeypatch, 4)
+    said = talk(words, "hi", "ab").splitlines()
+    assert (said[0], len(whole)) == (whole[:3], 6)
+    assert said[1:] == [answer("hi", whole[:3], "ab")]
+
+
+def test_ctrl_c_before_the_first_word_takes_the_message_back(world, talk, answer, monkeypatch):
+    words = ["--model", world / "model", "--adapter", world / "adapter", "--max-new-tokens", "6"]
+    interrupt_at(monkeypatch, 1)
+    assert talk(words, "hi", "ab").splitlines() == ["", answer("ab")]
+
+
+def test_ctrl_c_at_the_prompt_ends_the_chat(world, monkeypatch, capsys):
+    class Interrupted(io.StringIO):
+        def readline(self, *_):
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(sys, "stdin", Interrupted())
+    with pytest.raises(SystemExit) as exit:
+        run_script([*FP32, "--chat", "--model", world / "model"], generate)
+    assert exit.value.code == 130
+    assert one_line(capsys) == "generate.py: interrupted"
+
+
+@pytest.mark.parametrize(
+    "own, words, draws, line",
+    [
+        ({}, [], (0, 1, 0), "temperature 0, the likeliest token each time: the model names no settings; "),
+        ({"temperature": 0.6}, [], (0, 1, 0), "temperature 0, "),  # it would not sample by it
+        (
+            {"do_sample": True, "temperature": 0.6, "top_p": 0.95, "top_k": 20},
+            [],
+            (0.6, 0.95, 20),
+            "temperature 0.6, top-p 0.95, top-k 20: the model's generation_config.json; ",
+        ),
+        ({"do_sample": True, "top_k": 64}, [], (1, 1, 64), "temperature 1, top-p 1, top-k 64: "),
+        (
+            {"do_sample": True, "temperature": 0.6, "top_k": 20},
+            ["--temperature", "1"],
+            (1, 1, 0),
+            "temperature 1, top-p 1",
+        ),
+        ({"do_sample": True, "top_k": 20}, ["--top-p", "0.5"], (1, 0.5, 0), "temperature 1, top-p 0.5"),
+    ],
+)
+def test_a_chat_draws_by_its_models_settings_and_says_so(own, words, draws, line):
+    found, said = chat_session.draws_of(generate.get_args(["--chat", *words]), GenerationConfig(**own))
+    assert found == draws
+    assert said.startswith(line)
+    assert said.endswith("; --temperature and --top-p change that") == (not words)
+
+
+def test_the_settings_of_the_folder_reach_the_chat(world, talk, tmp_path, answer, monkeypatch, capsys):
+    folder = shutil.copytree(world / "model", tmp_path / "model")
+    settings = {"do_sample": True, "temperature": 9.0, "top_k": 1}  # of all that is wild, the likeliest
+    own = json.loads((folder / "generation_config.json").read_text())
+    (folder / "generation_config.json").write_text(json.dumps(own | settings))
+    monkeypatch.setattr(sys, "stdin", io.StringIO("hi\n"))
+    run_script([*FP32, "--chat", "--model", folder, "--max-new-tokens", "6"], generate)
+    out = capsys.readouterr().out
+    assert "\ntemperature 9, top-p 1, top-k 1: the model's generation_config.json; " in out
+    assert out.splitlines()[-1] == answer("hi", base=True)
+
+
+# -- the base of an adapter -------------------------------------------------------------------------------------------
+
+
+def test_the_base_is_the_one_the_adapter_was_trained_on(world, make, talk, tmp_path, capsys):
+    _, named = make(world / "model", world / "pairs.jsonl", "--adapter", world / "adapter")
+    words = ["--adapter", world / "adapter", "--prompts", world / "pairs.jsonl", *FP32, "--max-new-tokens", "8"]
+    run_script([*words, "--output", tmp_path / "o.jsonl"], generate)
+    assert read_rows(tmp_path / "o.jsonl") == named
+    assert f"\n{world}/model with {world}/adapter (cpu, float32)\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "config, problem",
+    [
+        (None, " is not an adapter folder: adapter_config.json is missing"),
+        ("[1]", "/adapter_config.json names no base model: name it with --model"),
+        ("{", "/adapter_config.json names no base model: name it with --model"),
+        (
+            '{"base_model_name_or_path": null}',
+            "/adapter_config.json names no base model: name it with --model",
+        ),
+    ],
+)
+def test_an_adapter_that_names_no_base(tmp_path, capsys, config, problem):
+    if config:
+        (tmp_path / "adapter_config.json").write_text(config)
+    with pytest.raises(SystemExit) as exit:
+        run_script(["--chat", "--adapter", tmp_path], generate)
+    assert exit.value.code == 2
+    assert one_line(capsys) == f"generate.py: {tmp_path}{problem}"
 
 
 def test_each_turn_draws_anew_by_the_seed_and_the_base_with_its_turns_chance(toy, talk, tmp_path):

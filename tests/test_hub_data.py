@@ -1,23 +1,30 @@
 """Data that the optional package `datasets` reads: a dataset on a hub, streamed, or the folder it was downloaded to."""
 
+import contextlib
 import gzip
+import importlib.util
 import io
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
 import threading
+import time
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path, PurePosixPath
-from urllib.parse import parse_qs, unquote
+from urllib.parse import parse_qs, unquote, urlparse
 
 import pytest
+import requests
 from conftest import run_script
 from test_flags import ROOT, one_line, write_world
 from test_preference_data import CHATML, assistant, char_tokenizer, ids, load, strings, user, write_rows
 
+import hub_files
+from model_files import ModelError, load_tokenizer
 from preference_data import DataError, Pair
 
 try:
@@ -27,6 +34,10 @@ try:
 except ImportError:
     datasets = None
 needs_datasets = pytest.mark.skipif(datasets is None, reason="the extra `hub` (datasets) is not installed")
+
+needs_modelscope = pytest.mark.skipif(
+    importlib.util.find_spec("modelscope_hub") is None, reason="the extra `modelscope` is not installed"
+)
 
 
 @pytest.fixture(autouse=True)
@@ -277,7 +288,7 @@ def test_a_folder_that_gives_no_train_split(tmp_path, files, reason):
     assert "\n" not in line and len(line) < len(str(folder)) + 400
 
 
-@pytest.mark.parametrize("name", ["someone/some-pairs", "some-pairs", "some/more/pairs", "some pairs", "some/pairs/"])
+@pytest.mark.parametrize("name", ["someone/some-pairs", "some-pairs", "some pairs"])
 @needs_datasets
 def test_a_name_that_no_hub_gives(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
@@ -431,6 +442,172 @@ def hub_runs(world, tmp_path_factory):
     server.shutdown()
     server.server_close()
     return folder, outcomes
+
+
+def start(words, folder, **variables):
+    """The script as a process that knows no hub but those of the variables."""
+    environment = {key: value for key, value in os.environ.items() if not re.match("HF_|MODELSCOPE_|.*OFFLINE", key)}
+    environment |= {"OMP_NUM_THREADS": "1", "NO_PROXY": "127.0.0.1", "HF_HOME": str(folder / "home")} | variables
+    environment |= {"MODELSCOPE_CACHE": str(folder / "cache"), "MODELSCOPE_HOME": str(folder / "modelscope")}
+    words = [*words, "--device", "cpu", "--report-to", "none", "--max-steps", 1, "--output-dir", folder / "out"]
+    command = [sys.executable, str(ROOT / "dpo_hf_run.py"), *map(str, words)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, env=environment, cwd=folder, **pipes)
+
+
+@pytest.fixture
+def hole():
+    """(URL of a server that takes connections and says nothing, the connections it took)."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        taken = []
+
+        def take():
+            with contextlib.suppress(OSError):  # closed
+                while True:
+                    taken.append(server.accept()[0])
+
+        threading.Thread(target=take, daemon=True).start()
+        yield f"http://127.0.0.1:{server.getsockname()[1]}", taken
+
+
+@pytest.mark.parametrize("what", ["model", pytest.param("dataset", marks=needs_datasets)])
+def test_a_hub_that_does_not_answer_is_asked_once(world, hole, tmp_path, what):
+    url, taken = hole
+    names = {"model": world / "model", "dataset": world / "pairs.jsonl"} | {what: "someone/something"}
+    process = start(["--model", names["model"], "--dataset", names["dataset"]], tmp_path, HF_ENDPOINT=url)
+    _, err = process.communicate(timeout=300)
+    which = "no tokenizer at someone/something" if what == "model" else "there is no file someone/something"
+    assert err == (
+        f"dpo_hf_run.py: {which}: it is not in the cache, and {url} does not answer (timed out): set HF_ENDPOINT to a "
+        "mirror, pass --hub modelscope to have it from ModelScope, or name a file or folder\n"
+    )
+    assert (process.returncode, len(taken)) == (2, 1)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_time_that_a_hub_has_for_its_answer(hole, monkeypatch):
+    began = time.perf_counter()
+    assert hub_files._no_answer(requests.head, hole[0]) == "ReadTimeout"
+    assert 5 <= time.perf_counter() - began < 7
+    monkeypatch.setattr(hub_files, "SECONDS", 0.1)  # and a look-up of its name that does not end
+    assert hub_files._no_answer(lambda *_, **__: time.sleep(9), "http://x") == "nothing within 0.1 s"
+    assert time.perf_counter() - began < 9
+
+
+@pytest.mark.parametrize(
+    "name, path",
+    [
+        *(
+            ("/no/model", True),
+            ("./model", True),
+            ("../model", True),
+            ("~/model", True),
+            ("a/b/c", True),
+            ("a/b/", True),
+        ),
+        *(("gpt2", False), ("Qwen/Qwen3-0.6B", False)),
+    ],
+)
+def test_what_can_only_be_a_folder_is_asked_of_no_hub(name, path):
+    assert hub_files.is_path(name) == path
+    if path:
+        with pytest.raises(ModelError, match=rf"^there is no folder {re.escape(name)}: check the path$"):
+            load_tokenizer(name)
+
+
+# -- ModelScope: the package that asks it is the real one too ---------------------------------------------------------
+
+
+class ModelScope(BaseHTTPRequestHandler):
+    """What modelscope-hub asks of modelscope.cn: lists of files, and files."""
+
+    protocol_version = "HTTP/1.1"
+    repositories, served = {}, []  # {"models/owner/name": {path: bytes}}
+
+    def log_message(self, *_):
+        pass
+
+    def do_GET(self):
+        url = urlparse(self.path)
+        match = re.fullmatch(r"/api/v1/(\w+/\w+/[\w-]+)/repo(/files|/tree)?", url.path)
+        files = self.repositories.get(match and match[1])
+        if files is None:
+            self.answer(404, json.dumps({"Code": 404, "Message": "record not found", "Success": False}).encode())
+        elif match[2]:
+            listed = [{"Path": path, "Type": "blob", "Size": len(content)} for path, content in files.items()]
+            self.answer(200, json.dumps({"Code": 200, "Success": True, "Data": {"Files": listed}}).encode())
+        else:
+            [path] = parse_qs(url.query)["FilePath"]
+            self.served.append(path)
+            self.answer(200, files[path])
+
+    def answer(self, status, body):
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    do_HEAD = do_GET
+
+
+@pytest.fixture
+def modelscope(world):
+    """The URL of such a server, with a model and pairs."""
+    model = {path.name: path.read_bytes() for path in (world / "model").iterdir()} | {"model.gguf": b"unread"}
+    pairs = {"README.md": README.encode(), "train.jsonl": lines(ROWS).encode(), "test.jsonl": b"{}\n"}
+    ModelScope.repositories = {"models/someone/tiny-model": model, "datasets/someone/some-pairs": pairs}
+    ModelScope.served = []
+    server = ThreadingHTTPServer(("127.0.0.1", 0), ModelScope)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+FROM_MODELSCOPE = ["--hub", "modelscope", "--model", "someone/tiny-model", "--eval-samples", 0, "--dtype", "fp32"]
+
+
+@needs_datasets
+@needs_modelscope
+def test_a_model_and_pairs_from_modelscope_are_trained_on_and_kept(modelscope, hole, tmp_path):
+    words = [*FROM_MODELSCOPE, "--dataset", "someone/some-pairs"]
+    process = start(words, tmp_path, HF_ENDPOINT=hole[0], MODELSCOPE_ENDPOINT=modelscope)
+    out, err = process.communicate(timeout=300)
+    assert (process.returncode, err) == (0, "")
+    assert "someone/some-pairs: prompt/chosen/rejected, 8 rows, 8 pairs\n" in out
+    config = json.loads((tmp_path / "out/adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "someone/tiny-model"
+    assert ModelScope.served[-1] == "model.safetensors"  # behind all that can be wrong with the rows
+    assert "model.gguf" not in ModelScope.served and len(set(ModelScope.served)) == len(ModelScope.served)
+    # Without an answer, from its cache.
+    process = start([*words, "--overwrite"], tmp_path, HF_ENDPOINT=hole[0], MODELSCOPE_ENDPOINT=hole[0])
+    assert (process.communicate(timeout=300)[1], process.returncode, len(hole[1])) == ("", 0, 1)
+
+
+@needs_modelscope
+@pytest.mark.parametrize("silent", [False, True])
+def test_what_modelscope_does_not_give_is_one_sentence(modelscope, hole, tmp_path, world, silent):
+    url = hole[0] if silent else modelscope
+    words = ["--hub", "modelscope", "--model", "someone/nothing", "--dataset", world / "pairs.jsonl"]
+    process = start(words, tmp_path, MODELSCOPE_ENDPOINT=url)
+    _, err = process.communicate(timeout=300)
+    reason = f"it is not in the cache, and {url} does not answer (ReadTimeout)"
+    reason = reason if silent else "[E3020] [404] record not found | code=404"
+    advice = "check the name, set MODELSCOPE_ENDPOINT, or name a file or folder"
+    assert err == f"dpo_hf_run.py: no model someone/nothing from ModelScope ({reason}): {advice}\n"
+    assert process.returncode == 2
+
+
+def test_without_its_package_one_sentence_names_the_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "modelscope_hub", None)
+    monkeypatch.setattr(hub_files, "_hub", "modelscope")
+    with pytest.raises(ModelError) as caught:
+        load_tokenizer("someone/absent")
+    advice = "bash setup.sh modelscope, or pip install modelscope-hub"
+    assert str(caught.value) == (
+        f"someone/absent is to come from ModelScope, and what downloads it is missing: {advice}"
+    )
 
 
 @needs_datasets
