@@ -49,6 +49,8 @@ def reach_mask(mask_function, local_size=None, device="cpu", **_):
     keys, first = torch.arange(FAR, device=device), torch.zeros((), dtype=torch.long, device=device)
     last = mask_function(first, first, keys[-1], keys)
     width = int(last.sum())  # of a window; of a chunk only where the last token ends one
+    if width == 0:  # Qwen2-MoE without windows makes a mask for one of 0 tokens, which no layer takes
+        return torch.ones(1, 1, 1, 1, dtype=torch.long)  # a layer that did would be found by its numbers
     for reach in dict.fromkeys((None, local_size, local_size and -local_size, width, -width)):
         size = abs(reach or 8)
         rows = torch.tensor([0, 1, size - 1, size, size + 1, 2 * size - 1, 2 * size, 3 * size, FAR // 3, FAR - 1])
