@@ -245,9 +245,9 @@ def _leaves(value):
 
 
 def is_within(text, whole):
-    """Whether `whole`, a string or messages, says the text, and not just as a part of other words."""
+    """Whether `whole`, a string or messages, says the text, in whatever lines, and not as a part of other words."""
     whole = whole if isinstance(whole, str) else "\n".join(message["content"] for message in whole)
-    text, cut_word = text.strip(), re.compile("[a-zA-Z0-9]{2}")
+    whole, text, cut_word = " ".join(whole.split()), " ".join(text.split()), re.compile("[a-zA-Z0-9]{2}")
     at = whole.find(text)
     while at >= 0:
         end = at + len(text)

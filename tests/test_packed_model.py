@@ -212,6 +212,19 @@ def test_a_sliding_window_around_the_length_of_the_sequence(name, window):
 
 
 @torch.no_grad()
+def test_a_mask_for_a_window_of_no_tokens_that_no_layer_takes():
+    sizes = dict(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
+    experts = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, shared_expert_intermediate_size=16)
+    config = transformers.AutoConfig.for_model(
+        "qwen2_moe", **sizes, **experts, num_key_value_heads=2
+    )  # as published: no windows
+    assert config.sliding_window == 0 and set(config.layer_types) == {"full_attention"}
+    model, untouched = prepared(transformers.AutoModelForCausalLM.from_config(config).eval())
+    pairs = random_pairs([(7, 5, 5), (7, 4, 6)])
+    assert_same(scores(model, pairs), oracle(untouched, pairs), tolerance=1e-5)  # fp32
+
+
+@torch.no_grad()
 def test_the_sliding_window_cuts_something_off_in_these_tests():
     """Else every comparison above would pass with the window ignored."""
     model = double_model("mistral")

@@ -486,6 +486,14 @@ def test_a_later_row_with_a_prompt_where_the_first_has_none(tmp_path, field):
         load(write_rows(tmp_path / "rows.jsonl", rows))
 
 
+def test_what_the_prompt_says_in_other_lines_is_not_lost(tmp_path):
+    row = strings(1) | {"prompt": "In 1900\n\nWhy?\n", "context": "In 1900", "question": "In 1900\r\n\r\nWhy?"}
+    pairs, report = load(write_rows(tmp_path / "rows.jsonl", [row]))
+    assert len(pairs) == 1 and not any("not read" in line for line in report)
+    with pytest.raises(DataError, match=r"rows\.jsonl:1: `question` is not read"):
+        load(write_rows(tmp_path / "rows.jsonl", [row | {"question": "In 1900 Why not?"}]))
+
+
 def test_other_columns_of_text_are_named_once(tmp_path):
     about = {"source": "web", "prompt_id": "abc", "chosen-model": "m", "metadata": {"a": "b"}, "rating": "5", "n": 3}
     said = {"question": "q1", "messages": [user("q1"), assistant(" yes 1")], "output": " yes 1", "input": ""}
