@@ -191,6 +191,17 @@ def save_whole(model, folder, state):
     model.config.save_pretrained(folder)
 
 
+def save_tokenizer(tokenizer, folder):
+    """Write the tokenizer; and where a whole model stands in `folder`, let `generate` stop at the end of a turn too."""
+    tokenizer.save_pretrained(folder)
+    if (Path(folder) / "generation_config.json").exists():
+        settings = GenerationConfig.from_pretrained(folder)
+        ends = settings.eos_token_id if isinstance(settings.eos_token_id, list) else [settings.eos_token_id]
+        if turn_end(tokenizer) not in ends:
+            settings.eos_token_id = [*(end for end in ends if end is not None), turn_end(tokenizer)]
+            settings.save_pretrained(folder)
+
+
 def enable_checkpointing(model):
     """Recompute each block in backward instead of keeping its activations (non-reentrant)."""
     enable = getattr(model, "activation_checkpointing_enable", None)  # the name since transformers 5.2x

@@ -25,7 +25,6 @@ import score_cache
 import trackers
 import training_curves
 import written_files
-from chat_text import turn_end
 from tensor_files import open_to_others
 
 # What marks a folder as a run's: a run replaces it.  So do epoch_1 and checkpoint-5.
@@ -286,17 +285,6 @@ def whole_files(output_dir, manifest=written_files.NAME, grows=()):
         written_files.put(folder, Path(output_dir), manifest, grows)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def save_tokenizer(tokenizer, folder):
-    """Write the tokenizer; and where a whole model stands in `folder`, let `generate` stop at the end of a turn too."""
-    tokenizer.save_pretrained(folder)
-    if (Path(folder) / "generation_config.json").exists():
-        settings = transformers.GenerationConfig.from_pretrained(folder)
-        ends = settings.eos_token_id if isinstance(settings.eos_token_id, list) else [settings.eos_token_id]
-        if turn_end(tokenizer) not in ends:
-            settings.eos_token_id = [*(end for end in ends if end is not None), turn_end(tokenizer)]
-            settings.save_pretrained(folder)
 
 
 def save_run_record(folder, log, args, script, card):

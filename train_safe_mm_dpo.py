@@ -94,6 +94,7 @@ import distributed
 import lora
 import memory_estimate
 import memory_report
+import model_files
 import optimizers
 import reward_models
 import run_files
@@ -397,7 +398,7 @@ def main(args):
             lora.save_adapter(policy, "policy", folder, args.model)
         else:
             save_whole(policy, folder, state)
-        run_files.save_tokenizer(tokenizer, folder)
+        model_files.save_tokenizer(tokenizer, folder)
 
     if not checkpoint:
         if "harmless" in known:
@@ -520,7 +521,7 @@ def main(args):
             if args.save_merged:
                 lora.merge_adapter(policy, "policy")
                 policy.save_pretrained(folder / "merged")
-                run_files.save_tokenizer(tokenizer, folder / "merged")
+                model_files.save_tokenizer(tokenizer, folder / "merged")
         say(f"saved to {args.output_dir}")
     distributed.stop()
 

@@ -91,6 +91,7 @@ import distributed
 import lora
 import memory_estimate
 import memory_report
+import model_files
 import optimizers
 import run_files
 import score_cache
@@ -448,14 +449,14 @@ def main(args):
                 lora.save_adapter(policy, "policy", folder, args.model)
             else:
                 save_whole(policy, folder, state)
-            run_files.save_tokenizer(tokenizer, folder)
+            model_files.save_tokenizer(tokenizer, folder)
             method = "preference-guided DPO"
             card = run_files.model_card(args, __file__, method, log.history, identity["data"], lora.left_out(policy))
             run_files.save_run_record(folder, log, args, __file__, card)
             if args.save_merged:
                 lora.merge_adapter(policy, "policy")
                 policy.save_pretrained(folder / "merged")
-                run_files.save_tokenizer(tokenizer, folder / "merged")
+                model_files.save_tokenizer(tokenizer, folder / "merged")
         say(f"saved to {args.output_dir}")
     distributed.stop()
 

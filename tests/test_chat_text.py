@@ -9,7 +9,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 import chat_text
-import run_files
+import model_files
 from chat_text import as_messages, prompt_ids, prompt_text, render, response_end, turn_end
 from row_files import DataError, Unusable
 
@@ -376,8 +376,8 @@ def test_a_whole_model_that_is_saved_stops_at_the_end_of_a_turn(tmp_path):
     tokenizer, end = family("Qwen2.5 base")
     for known, ends in ((None, [end]), (0, [0, end]), ([0, end], [0, end])):
         GenerationConfig(eos_token_id=known).save_pretrained(tmp_path)
-        run_files.save_tokenizer(tokenizer, tmp_path)
+        model_files.save_tokenizer(tokenizer, tmp_path)
         assert GenerationConfig.from_pretrained(tmp_path).eos_token_id == ends
-    run_files.save_tokenizer(tokenizer, tmp_path / "adapter")
+    model_files.save_tokenizer(tokenizer, tmp_path / "adapter")
     assert not (tmp_path / "adapter/generation_config.json").exists()
     assert (tmp_path / "adapter/tokenizer.json").exists()

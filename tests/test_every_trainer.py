@@ -225,7 +225,7 @@ def test_gradient_checkpointing_runs_each_block_again_and_changes_nothing(script
     plain = layer.forward
 
     def counted(self, states):
-        if torch.is_grad_enabled() and states.device.type != "meta":
+        if self.training and torch.is_grad_enabled():  # the probe of a model asks for gradients in eval mode
             calls.append(self)
         return plain(self, states)
 
