@@ -151,7 +151,7 @@ def _config(path, trust_remote_code):
 
 
 def _from(kind, path, weights=False, **options):
-    """kind.from_pretrained of a folder, or of what the hub has under that name.  Raises HubError."""
+    """A tokenizer, config or model (`kind`) of a folder, or of what the hub has under that name.  Raises HubError."""
     return kind.from_pretrained(hub_files.local(str(path), weights=weights), **options)
 
 
