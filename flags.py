@@ -55,6 +55,8 @@ class Parser(argparse.ArgumentParser):
 
     def parse_args(self, argv=None):
         """Namespace of the flags; `args.typed` names those on the command line, `args.given` those in the file too."""
+        if argv is None:  # a script of its own, which loads torch from here on
+            sys.excepthook = _uncaught
         argv = self._ours(map(str, sys.argv[1:] if argv is None else argv))
         args, words = argparse.Namespace(), []
         for index, word in enumerate(argv):
@@ -309,6 +311,14 @@ def run(main, args, *user_errors):
         for number, handler in handlers.items():  # checkpoints.Termination's are of the run
             if signal.getsignal(number) is not handler:
                 signal.signal(number, handler)
+
+
+def _uncaught(kind, error, trace):
+    """Ctrl-C before `run` is there, in the seconds that torch takes to load, is one line too."""
+    if kind is not KeyboardInterrupt:
+        return sys.__excepthook__(kind, error, trace)
+    say(f"{os.path.basename(sys.argv[0])}: interrupted")
+    os._exit(130)
 
 
 def _way_on(args):

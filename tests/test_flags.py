@@ -295,6 +295,23 @@ def test_help_shows_defaults(capsys):
         assert f"(default: {default}" in text
 
 
+INTERRUPTED = """
+import runpy, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # where the tests run behind `&` it is ignored
+sys.path[:0], sys.argv = sys.argv[1:3], sys.argv[3:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("words", ["dpo_hf_run.py", "train_rm.py --task helpful", "generate.py --prompts x --output y"])
+def test_ctrl_c_while_torch_is_loaded_is_one_line(words, tmp_path):
+    (tmp_path / "torch.py").write_text("import os, signal; os.kill(os.getpid(), signal.SIGINT)")
+    script, *words = words.split()
+    program = [sys.executable, "-c", INTERRUPTED, tmp_path, ROOT, ROOT / script, *words]
+    done = subprocess.run(program, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", f"{script}: interrupted\n")
+
+
 @pytest.mark.parametrize("words", [["--help"], ["--no-such-flag"]])
 @pytest.mark.parametrize("script", ALL_SCRIPTS, ids=lambda script: script.__name__)
 def test_help_and_a_wrong_flag_are_answered_before_torch_is_loaded(script, words):

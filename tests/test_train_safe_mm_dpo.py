@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -145,10 +146,12 @@ def test_reward_models_on_the_policys_base_are_adapters_and_give_the_scores_of_t
     model = load_model(toy / "model", torch.float32, "cpu", scores=True)
     _, head = lora.load_adapter(model, judges / "harmless", "reward", with_head=True)
     prepare_scores(model)
-    pairs, _ = load_pairs(str(toy / "train/helpful_pairs.jsonl"), load_tokenizer(toy / "model"), 512, 256, limit=5)
+    read = partial(load_pairs, tokenizer=load_tokenizer(toy / "model"), max_length=64, max_prompt_length=32, limit=160)
+    pairs = [pair for task in ("helpful", "harmless") for pair in read(toy / f"train/{task}_pairs.jsonl")[0]]
+    some = scores.isfinite().all(1).nonzero()[:5, 0].tolist()  # of the 8 pairs of the update
     with torch.no_grad():
-        alone = torch.stack(model.packed_scores(pack(pairs), head), dim=1)
-    assert torch.allclose(scores[:5], alone, atol=1e-4)
+        alone = torch.stack(model.packed_scores(pack([pairs[i] for i in some]), head), dim=1)
+    assert torch.allclose(scores[some], alone, atol=1e-4)
     assert alone.std() > 0.1
 
 
@@ -170,9 +173,9 @@ def test_a_reward_model_on_another_base_is_loaded_by_itself_and_says_the_same(tr
 
 def test_frozen_numbers_are_computed_once(train):
     _, first, _ = train("first", "--max-steps", 1)
-    assert len(re.findall(r"(?:log-probs|scores) of 400 pairs: computed now", first)) == 3
+    assert len(re.findall(r"(?:log-probs|scores) of 88 pairs: computed now", first)) == 3
     _, second, _ = train("second", "--max-steps", 1, "--combine", "soft")
-    assert len(re.findall(r"(?:log-probs|scores) of 400 pairs: read from", second)) == 3
+    assert len(re.findall(r"(?:log-probs|scores) of 88 pairs: read from", second)) == 3
 
 
 def test_full_fine_tuning(train, tmp_path):
