@@ -291,7 +291,7 @@ def gather(values, world):
 
 def on_any_rank(asked, world):
     """The greatest of the ranks' numbers `asked`, 0 where nobody asks; all ranks get the same answer."""
-    greatest = torch.tensor(asked)
+    greatest = torch.tensor(asked, dtype=torch.int32)
     if world.size > 1:
         dist.all_reduce(greatest, op=dist.ReduceOp.MAX)
     return greatest.item()

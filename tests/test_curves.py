@@ -24,6 +24,7 @@ import lora
 import model_files
 import run_files
 import score_cache
+import trackers
 import train_safe_mm_dpo
 import training_curves
 
@@ -91,18 +92,29 @@ sys.exit(143)"""
 
 def test_overwrite_replaces_the_curves_and_the_steps_of_lambda(world, tmp_path):
     folder = tmp_path / "run"
-    Run(world, folder)
-    (folder / "lambda.jsonl").write_text('{"step": 1, "lambda": 9}\n')
-    (folder / "curves.html").write_text("old")
+    words = [
+        *SHORT.format(w=world).split(),
+        *WORDS["dpo_hf_run"][0].format(w=world).split(),
+        "--output-dir",
+        str(folder),
+    ]
+    log = run_files.MetricsLog(dpo_hf_run.get_args(words), True)
+    log.write(1, 0.5, {"loss": 0.25, "eval_loss": 0.5})
+    log.write_lambda(1, {"lambda": 9.0})
+    log.close()
+    assert (folder / "lambda.jsonl").read_text() == '{"step": 1, "lambda": 9.0}\n'
     Run(world, folder, overwrite=True, eval_samples=0)
     assert not (folder / "lambda.jsonl").exists()
     assert "eval_" not in json.dumps(list(figures((folder / "curves.html").read_text("utf-8"))))
 
 
-def test_a_page_that_cannot_be_written_does_not_end_the_run(world, tmp_path, capsys):
-    (tmp_path / "run" / ".saving-curves.html").mkdir(parents=True)  # no file can be written there
-    assert len(Run(world, tmp_path / "run").train) == 2
+def test_a_page_that_cannot_be_written_does_not_end_the_run(tmp_path, capsys):
+    log = run_files.MetricsLog(dpo_hf_run.get_args(["--report-to", "none", "--output-dir", f"{tmp_path}/run"]), True)
+    (tmp_path / "run/curves.html").mkdir()  # no file can be put there
+    log.write(1, 0.5, {"eval_loss": 0.25})
     assert "curves.html cannot be written" in capsys.readouterr().out
+    log.close()
+    assert [json.loads(line)["eval_loss"] for line in log.path.read_text().splitlines()] == [0.25]
 
 
 @pytest.mark.parametrize("broken", [1.7e308, "a sentence", None, True, [1]])
@@ -287,7 +299,7 @@ def test_a_folder_of_runs_is_no_tracker(tmp_path, monkeypatch):
     (tmp_path / "wandb").mkdir()  # which wandb leaves where it was started
     monkeypatch.setattr("sys.path", [str(tmp_path)])
     monkeypatch.delitem(sys.modules, "wandb", raising=False)
-    assert not run_files.is_installed("wandb")
+    assert not trackers.is_installed("wandb")
 
 
 def test_none_goes_alone(capsys):
@@ -302,7 +314,7 @@ def test_a_tracker_that_cannot_start_online_is_kept_offline(capsys):
             raise RuntimeError("no key\n  configured")
         return "started"
 
-    assert run_files.with_or_without_net("wandb", start) == "started"
+    assert trackers.with_or_without_net("wandb", start) == "started"
     assert "wandb does not start online (no key configured): kept offline, `wandb sync`" in capsys.readouterr().out
 
 

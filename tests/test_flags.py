@@ -925,9 +925,7 @@ def test_passes_of_a_budget_of_tokens_are_the_same_update(run, monkeypatch, caps
     assert len(shapes) > len(by_pairs)
     assert "take a pass each" not in capsys.readouterr().out
     run(**same, tokens_per_microbatch=longest - 1)
-    assert f"Pairs of more than {longest - 1} tokens take a pass each; the longest has {longest}" in (
-        capsys.readouterr().out
-    )
+    assert f"Pairs of more than {longest - 1} tokens take a pass each; the longest has " in capsys.readouterr().out
 
 
 def test_eval_samples(run, capsys):

@@ -754,8 +754,14 @@ def test_prompts_and_output_have_to_be_given(capsys):
         ("{}", "`prompt` is missing; mend the row"),
         ('{"text": "a"}', "`prompt` is missing; mend the row"),
         ('{"prompt": 3}', "`prompt` is neither a text nor a list of messages; mend the row"),
-        ('{"prompt": []}', "`prompt` is not a list of messages with role and content; mend the row"),
-        ('{"prompt": ["a"]}', "`prompt` is not a list of messages with role and content; mend the row"),
+        (
+            '{"prompt": []}',
+            "`prompt` is not a list of messages with role and content, or with from and value; mend the row",
+        ),
+        (
+            '{"prompt": ["a"]}',
+            "`prompt` is not a list of messages with role and content, or with from and value; mend the row",
+        ),
         (
             '{"prompt": [{"role": "user", "content": null}]}',
             "the content of a message of `prompt` is null, and no text; mend",
