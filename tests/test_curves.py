@@ -92,13 +92,8 @@ sys.exit(143)"""
 
 def test_overwrite_replaces_the_curves_and_the_steps_of_lambda(world, tmp_path):
     folder = tmp_path / "run"
-    words = [
-        *SHORT.format(w=world).split(),
-        *WORDS["dpo_hf_run"][0].format(w=world).split(),
-        "--output-dir",
-        str(folder),
-    ]
-    log = run_files.MetricsLog(dpo_hf_run.get_args(words), True)
+    words = f"{SHORT} {WORDS['dpo_hf_run'][0]} --output-dir {folder}".format(w=world)
+    log = run_files.MetricsLog(dpo_hf_run.get_args(words.split()), True)
     log.write(1, 0.5, {"loss": 0.25, "eval_loss": 0.5})
     log.write_lambda(1, {"lambda": 9.0})
     log.close()

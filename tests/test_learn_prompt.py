@@ -222,7 +222,8 @@ def test_flags_that_cannot_be_meant(capsys, words, sentence):
 
 def no_user(folder):
     message = {"role": "assistant", "content": "a"}
-    row = {"prompt": [message | {"role": "system"}], "chosen": [message], "rejected": [message | {"content": "b"}]}
+    prompt = [message | {"role": "system"}, message | {"content": "c"}]  # an answer, and nothing that it answers
+    row = {"prompt": prompt, "chosen": [message], "rejected": [message | {"content": "b"}]}
     (folder / "rows.jsonl").write_text(json.dumps(row))
     return ["--dataset-path", folder / "rows.jsonl", "--preference-text", "T", "--preference-position", "user"]
 

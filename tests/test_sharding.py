@@ -258,9 +258,8 @@ def take_steps(offload):
         if world.rank == 0:  # as often as this rank has to, without the other
             for _ in range(3):
                 model(input_ids=torch.tensor([[1, 2, 3]]))
-            sample(
-                model, Namespace(eos_token_id=1, chat_template=None), [[1, 2, 3]], max_new_tokens=3, seed=0
-            )  # not in step either
+            tokenizer = Namespace(eos_token_id=1, chat_template=None)
+            sample(model, tokenizer, [[1, 2, 3]], max_new_tokens=3, seed=0)  # not in step either
     assert all(hasattr(parameter, "to_local") for parameter in model.parameters())
     distributed.stop()
 
