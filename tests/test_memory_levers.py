@@ -22,7 +22,7 @@ def test_the_rows_with_the_longest_responses_are_taken(tmp_path):
     with pytest.raises(DataError, match="has 4 usable rows, 5 are needed: lower --updates"):
         memory_levers.longest_rows(str(tmp_path / "pairs.jsonl"), 5)
     (tmp_path / "pairs.jsonl").write_text("{\n")
-    with pytest.raises(DataError, match=r"pairs.jsonl:1: not JSON"):
+    with pytest.raises(DataError, match=r"pairs.jsonl:2 is not JSON"):
         memory_levers.longest_rows(str(tmp_path / "pairs.jsonl"), 1)
 
 
