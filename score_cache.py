@@ -106,7 +106,7 @@ def frozen_scores(folder, role, sha256, pairs_sha256, dtype, score, num_pairs, n
     """
     what = f"{role} {'log-probs' if role in ('reference', 'prompted') else 'scores'} of {len(needed):,} pairs"
     path = cache_path(folder, role, weights=sha256, pairs=pairs_sha256, dtype=str(dtype))
-    how = lambda sentence: say(f"{what}: {sentence}")  # noqa: E731
+    how = lambda sentence: say(f"{what}: {sentence}")
     scores = pair_scores(path, num_pairs, needed, share, score, world, termination, how)
     known = scores[needed].isfinite().all(1)
     if asked := distributed.on_any_rank(termination.asked, world):

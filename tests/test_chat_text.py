@@ -347,7 +347,7 @@ def test_a_prompt_that_is_rendered_already_and_gets_the_template_again_is_said(t
 )
 def test_a_preference_without_a_place_names_the_other_place(tmp_path, template, reason):
     path = write_rows(tmp_path / "rows.jsonl", [row([user("a")])])
-    prefer = lambda prompt: [system("Be brief."), *prompt]  # noqa: E731
+    prefer = lambda prompt: [system("Be brief."), *prompt]
     for skip_invalid in (False, True):
         with pytest.raises(DataError, match=rf"^{path}:1: no place .*{reason}.*: use --preference-position user$"):
             load(path, bpe_tokenizer(template), prefer=prefer, skip_invalid=skip_invalid)
@@ -358,7 +358,7 @@ def test_a_cut_chat_and_its_preference_say_the_same_words(tmp_path):
         bpe_tokenizer(),
         row([user("alpha beta " * 50), assistant("so"), user("gamma " * 60 + "end?")]),
     )
-    prefer = lambda prompt: [system("Be brief."), *prompt]  # noqa: E731
+    prefer = lambda prompt: [system("Be brief."), *prompt]
     before = json.dumps(json_row)
     (pair,), _ = load(write_rows(tmp_path / "rows.jsonl", [json_row]), tokenizer, max_prompt_length=50, prefer=prefer)
     said = tokenizer.decode(pair.prompt_ids)
