@@ -101,6 +101,12 @@ def parted(prompt, chosen, rejected):
         asked = asked + begun
     if not asked:
         raise Malformed("there is no prompt: neither a column, nor messages that both responses begin with")
+    last = asked[-1]["content"] if asked[-1]["role"] == "assistant" else ""  # a beginning, which both may repeat
+    if last and all(response and response[0]["content"].startswith(last) for response in (chosen, rejected)):
+        chosen, rejected = (
+            [response[0] | {"content": response[0]["content"][len(last) :]}, *response[1:]]
+            for response in (chosen, rejected)
+        )
     return asked, chosen, rejected
 
 

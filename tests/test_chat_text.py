@@ -10,6 +10,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 import chat_text
 import model_files
+import row_prompts
 from chat_text import as_messages, prompt_ids, prompt_text, render, response_end, turn_end
 from row_files import DataError, Unusable
 
@@ -381,3 +382,12 @@ def test_a_whole_model_that_is_saved_stops_at_the_end_of_a_turn(tmp_path):
     model_files.save_tokenizer(tokenizer, tmp_path / "adapter")
     assert not (tmp_path / "adapter/generation_config.json").exists()
     assert (tmp_path / "adapter/tokenizer.json").exists()
+
+
+@pytest.mark.parametrize("again", ["", "It is"])
+def test_a_beginning_that_both_responses_repeat_stands_once(again):
+    prompt = [user("Capital of France?"), assistant("It is")]
+    row = {"prompt": prompt, "chosen": [assistant(again + " Paris.")], "rejected": [assistant(again + " Lyon.")]}
+    asked, chosen, rejected = row_prompts.parted(row["prompt"], row["chosen"], row["rejected"])
+    assert asked == prompt
+    assert [chosen[0]["content"], rejected[0]["content"]] == [" Paris.", " Lyon."]
