@@ -12,11 +12,8 @@ Deviations from the paper: AdamW instead of RMSprop; label smoothing, robust, hi
     python dpo_hf_run.py --model Qwen/Qwen3-0.6B --dataset pairs.jsonl --learning-rate 1e-4    # one GPU
     torchrun --nproc_per_node=4 dpo_hf_run.py --dataset pairs.jsonl --learning-rate 1e-4       # four GPUs
 
-Copy with: charts.py chat_text.py checkpoints.py distributed.py flag_names.py flags.py hub_files.py lora.py
-    lora_targets.py losses.py memory_estimate.py memory_report.py model_files.py optimizers.py packed_attention.py
-    packed_model.py packed_probe.py packing.py preference_data.py preference_rows.py row_files.py row_prompts.py
-    row_shapes.py run_files.py score_cache.py speed.py tensor_files.py toy_world.py trackers.py training_curves.py
-    training_flags.py written_files.py
+Copy with: formats/ harness/ distributed.py lora.py lora_targets.py losses.py packed_attention.py packed_model.py
+    packed_probe.py packing.py preference_data.py toy_world.py
 """
 
 import gc
@@ -24,8 +21,7 @@ import itertools
 import sys
 from functools import partial
 
-import flags
-import training_flags
+from harness import flags, training_flags
 
 
 def get_args(argv=None):
@@ -63,19 +59,13 @@ if __name__ == "__main__":
 import torch
 from tqdm import tqdm
 
-import checkpoints
 import distributed
 import lora
-import memory_estimate
-import memory_report
-import model_files
-import optimizers
-import run_files
-import score_cache
-import speed
 import toy_world
+from formats import model_files
+from formats.model_files import ModelError, enable_checkpointing, load_model, load_skeleton, load_tokenizer, save_whole
+from harness import checkpoints, memory_estimate, memory_report, optimizers, run_files, score_cache, speed
 from losses import PAIR_METRICS, displacement, dpo_loss, nll_loss, pair_metrics
-from model_files import ModelError, enable_checkpointing, load_model, load_skeleton, load_tokenizer, save_whole
 from packed_model import TokenLogps, prepare_model
 from packing import epoch_plan, hold_out, largest_pass, pack, passes_of_rank, rows_of_run, send
 from preference_data import DataError, fingerprint, load_pairs

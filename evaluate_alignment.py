@@ -13,11 +13,8 @@ quantiles of its score then instead of a harm rate, and `safe` means at least th
         --adapters before=outputs/dpo_qwen_trl after=models/aligned \\
         --helpful-rm-path models/helpful_rm --harmless-rm-path models/harmless_rm                          # one GPU
 
-Copy with: charts.py chat_text.py distributed.py evaluation_numbers.py evaluation_prompts.py flag_names.py flags.py
-    hub_files.py implicit_rewards.py lora.py lora_targets.py model_files.py packed_attention.py packed_model.py
-    packed_probe.py packing.py preference_data.py preference_rows.py report_page.py report_text.py reward_models.py
-    row_files.py row_prompts.py row_shapes.py run_files.py sampling.py score_cache.py tensor_files.py toy_world.py
-    trackers.py training_curves.py written_files.py
+Copy with: formats/ harness/ tools/ distributed.py lora.py lora_targets.py packed_attention.py packed_model.py
+    packed_probe.py packing.py preference_data.py reward_models.py sampling.py toy_world.py
 """
 
 import hashlib
@@ -28,7 +25,7 @@ from collections import Counter
 from functools import partial
 from pathlib import Path
 
-import flags
+from harness import flags
 
 
 def get_args(argv=None):
@@ -98,23 +95,18 @@ import transformers
 from tqdm import tqdm
 
 import distributed
-import evaluation_numbers
-import implicit_rewards
 import lora
-import report_page
-import report_text
 import reward_models
-import run_files
-import score_cache
 import toy_world
-import training_curves
-import written_files
-from evaluation_prompts import benign_prompts, read_prompts
-from model_files import ModelError, base_of, check_positions, load_model, load_skeleton, load_tokenizer
+from formats import written_files
+from formats.model_files import ModelError, base_of, check_positions, load_model, load_skeleton, load_tokenizer
+from formats.row_files import DataError
+from harness import run_files, score_cache, training_curves
 from packed_model import logps_of, prepare_model, prepare_scores
 from packing import pack, passes
-from row_files import DataError
 from sampling import closed, end_tokens, response_text, sample
+from tools import evaluation_numbers, implicit_rewards, report_page, report_text
+from tools.evaluation_prompts import benign_prompts, read_prompts
 
 TOY_FOLDER = "outputs/toy_world"
 REPORTS = "report.json", "report.html", "report.txt", "responses.jsonl"

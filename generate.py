@@ -10,10 +10,8 @@ among all rows alone: the same flags give the same bytes, and a file that was le
     python generate.py --adapter outputs/dpo_qwen_trl --chat                                     # /base to compare
     python generate.py --prompts p.jsonl --num-responses 8 --pairs --reward-model models/helpful_rm --output pairs.jsonl
 
-Copy with: batch_file.py chat_session.py chat_text.py distributed.py flag_names.py flags.py generated_rows.py
-    hub_files.py lora.py lora_targets.py model_files.py packed_attention.py packed_model.py packed_probe.py
-    packing.py preference_data.py preference_rows.py reward_function.py reward_models.py row_files.py row_prompts.py
-    row_shapes.py sampling.py score_cache.py tensor_files.py toy_world.py written_files.py
+Copy with: formats/ harness/ tools/ distributed.py lora.py lora_targets.py packed_attention.py packed_model.py
+    packed_probe.py packing.py preference_data.py reward_models.py sampling.py toy_world.py
 """
 
 import hashlib
@@ -27,7 +25,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-import flags
+from harness import flags
 
 
 def get_args(argv=None):
@@ -97,23 +95,22 @@ if __name__ == "__main__":
 import torch
 
 import distributed
-import generated_rows
 import lora
-import reward_function
 import reward_models
-import score_cache
 import toy_world
-import written_files
-from batch_file import BatchFile, OutputError, files_sha256
-from chat_session import chat
-from chat_text import as_messages, note, note_lines, prompt_ids, prompt_text, response_end
-from model_files import ModelError, base_of, check_positions, load_model, load_skeleton, load_tokenizer
+from formats import written_files
+from formats.chat_text import as_messages, note, note_lines, prompt_ids, prompt_text, response_end
+from formats.model_files import ModelError, base_of, check_positions, load_model, load_skeleton, load_tokenizer
+from formats.preference_rows import recognise
+from formats.row_files import DataError, Malformed, Unusable, parse_row, read_rows
+from formats.row_prompts import shortened, with_context
+from harness import score_cache
 from packed_model import prepare_model, prepare_scores
 from packing import pack, passes
-from preference_rows import recognise
-from row_files import DataError, Malformed, Unusable, parse_row, read_rows
-from row_prompts import shortened, with_context
 from sampling import closed, end_tokens, response_text, sample
+from tools import generated_rows, reward_function
+from tools.batch_file import BatchFile, OutputError, files_sha256
+from tools.chat_session import chat
 
 TOY_FOLDER = "outputs/toy_world"
 SECONDS_PER_LINE = 30  # of the log

@@ -12,19 +12,15 @@ Deviations from prompt tuning's paper: preference pairs instead of targets; Adam
     python learn_prompt.py --model Qwen/Qwen2.5-1.5B-Instruct --dataset-path pairs.jsonl --prompt-init vocab  # one GPU
     torchrun --nproc_per_node=4 learn_prompt.py --dataset-path pairs.jsonl --prompt-init vocab             # four GPUs
 
-Copy with: charts.py chat_text.py checkpoints.py distributed.py flag_names.py flags.py hub_files.py lora_targets.py
-    losses.py memory_estimate.py memory_report.py model_files.py optimizers.py packed_attention.py packed_model.py
-    packed_probe.py packing.py preference_data.py preference_prompt.py preference_rows.py row_files.py
-    row_prompts.py row_shapes.py run_files.py score_cache.py speed.py tensor_files.py toy_world.py trackers.py
-    training_curves.py training_flags.py written_files.py
+Copy with: formats/ harness/ distributed.py lora_targets.py losses.py packed_attention.py packed_model.py
+    packed_probe.py packing.py preference_data.py preference_prompt.py toy_world.py
 """
 
 import itertools
 import sys
 from functools import partial
 
-import flags
-import training_flags
+from harness import flags, training_flags
 
 
 def get_args(argv=None):
@@ -65,17 +61,18 @@ if __name__ == "__main__":
 import torch
 from tqdm import tqdm
 
-import checkpoints
 import distributed
-import memory_estimate
-import memory_report
-import optimizers
-import run_files
-import score_cache
-import speed
 import toy_world
+from formats.model_files import (
+    ModelError,
+    check_positions,
+    enable_checkpointing,
+    load_model,
+    load_skeleton,
+    load_tokenizer,
+)
+from harness import checkpoints, memory_estimate, memory_report, optimizers, run_files, score_cache, speed
 from losses import PAIR_METRICS, dpo_loss, pair_metrics
-from model_files import ModelError, check_positions, enable_checkpointing, load_model, load_skeleton, load_tokenizer
 from packed_model import TokenLogps, prepare_model
 from packing import epoch_plan, hold_out, largest_pass, pack, passes_of_rank, rows_of_run, send
 from preference_data import DataError, Pair, fingerprint, load_pairs

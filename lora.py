@@ -26,10 +26,10 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from transformers.pytorch_utils import Conv1D
 
-import written_files
+from formats import written_files
+from formats.tensor_files import save_file
 from lora_targets import AdapterError, adaptable_linears, matches, select_targets
 from lora_targets import left_out as left_out  # for scripts
-from tensor_files import save_file
 
 KEY_PREFIX = "base_model.model."  # PEFT wraps a model twice; its keys say so
 HEAD_KEY = f"{KEY_PREFIX}score.weight"

@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import logging as transformers_logging
 
-from model_files import ModelError, not_causal
+from formats.model_files import ModelError, not_causal
 from packed_attention import CannotPack, PairLayout
 from packing import pack
 

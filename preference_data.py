@@ -12,7 +12,7 @@ import json
 from collections import Counter
 from typing import NamedTuple
 
-from chat_text import (
+from formats.chat_text import (
     PreferenceError,
     as_messages,
     cut_chat,
@@ -25,9 +25,9 @@ from chat_text import (
     response_end,
     token_ids,
 )
-from preference_rows import harm_labels, recognise, row_texts
-from row_files import DataError, Malformed, Unusable, parse_row, read_rows
-from row_prompts import common_prefix, shortened
+from formats.preference_rows import harm_labels, recognise, row_texts
+from formats.row_files import DataError, Malformed, Unusable, parse_row, read_rows
+from formats.row_prompts import common_prefix, shortened
 
 
 class Pair(NamedTuple):

@@ -18,9 +18,9 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-import written_files
-from model_files import check_positions
-from tensor_files import save_file
+from formats import written_files
+from formats.model_files import check_positions
+from formats.tensor_files import save_file
 
 VECTOR_POSITIONS = "prefix", "before-response"
 KEYS = "prompt_embeddings", "embeddings", "weight"  # where a file may hold the vectors

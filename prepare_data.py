@@ -18,8 +18,7 @@ The seed and a prompt alone decide its split: it is the same for both dimensions
     python prepare_data.py --input helpful-base.jsonl.gz harmless-base.jsonl.gz --output-dir data/hh
     python prepare_data.py --input_dir raw --output_dir data --train_ratio 0.8 --val_ratio 0.1 --test_ratio 0.1
 
-Copy with: flag_names.py flags.py hub_files.py preference_rows.py raw_pairs.py row_files.py row_prompts.py
-    row_shapes.py written_files.py
+Copy with: formats/ harness/ tools/
 """
 
 import contextlib
@@ -33,14 +32,14 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-import flags
-import raw_pairs
-import written_files
-from preference_rows import harm_labels, recognise, row_texts
-from raw_pairs import DIMENSIONS, SPLITS, Answer, Preference
-from row_files import DataError, Malformed, Unusable, parse_row, read_rows
-from row_prompts import CONTEXT, check_columns, with_context
-from row_shapes import Shape, dual_labels, rated_responses
+from formats import written_files
+from formats.preference_rows import harm_labels, recognise, row_texts
+from formats.row_files import DataError, Malformed, Unusable, parse_row, read_rows
+from formats.row_prompts import CONTEXT, check_columns, with_context
+from formats.row_shapes import Shape, dual_labels, rated_responses
+from harness import flags
+from tools import raw_pairs
+from tools.raw_pairs import DIMENSIONS, SPLITS, Answer, Preference
 
 SUFFIXES = ".jsonl", ".json", ".csv", ".tsv", ".parquet", ".gz"
 PAIR_FILES = [f"{split}/{dimension}_pairs.jsonl" for split in SPLITS for dimension in DIMENSIONS]

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-import written_files
-from model_files import load_tokenizer
+from formats import written_files
+from formats.model_files import load_tokenizer
 
 
 class RewardModelError(ValueError):

@@ -12,7 +12,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from chat_text import turn_end
+from formats.chat_text import turn_end
 
 
 def end_tokens(model, tokenizer):

@@ -31,7 +31,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
-import written_files
+from formats import written_files
 from preference_data import DataError
 
 PREFERENCE_TEXT = "Please answer politely and briefly."

@@ -14,11 +14,8 @@ Deviations: the label terms are per row, so rows without labels train the rankin
     python train_rm.py --task helpful --config configs/rm_config.yaml                          # one GPU
     torchrun --nproc_per_node=8 train_rm.py --task harmless --config configs/rm_config.yaml    # eight GPUs
 
-Copy with: charts.py chat_text.py checkpoints.py distributed.py flag_names.py flags.py hub_files.py lora.py
-    lora_targets.py losses.py memory_estimate.py memory_report.py model_files.py optimizers.py packed_attention.py
-    packed_model.py packed_probe.py packing.py preference_data.py preference_rows.py reward_models.py row_files.py
-    row_prompts.py row_shapes.py run_files.py score_cache.py speed.py tensor_files.py toy_world.py trackers.py
-    training_curves.py training_flags.py written_files.py
+Copy with: formats/ harness/ distributed.py lora.py lora_targets.py losses.py packed_attention.py packed_model.py
+    packed_probe.py packing.py preference_data.py reward_models.py toy_world.py
 """
 
 import itertools
@@ -26,8 +23,7 @@ import json
 import sys
 from functools import partial
 
-import flags
-import training_flags
+from harness import flags, training_flags
 
 
 def get_args(argv=None):
@@ -69,19 +65,11 @@ if __name__ == "__main__":
 import torch
 from tqdm import tqdm
 
-import checkpoints
 import distributed
 import lora
-import memory_estimate
-import memory_report
-import optimizers
 import reward_models
-import run_files
-import score_cache
-import speed
 import toy_world
-from losses import harm_label_loss, reward_loss
-from model_files import (
+from formats.model_files import (
     ModelError,
     enable_checkpointing,
     load_model,
@@ -90,6 +78,8 @@ from model_files import (
     pad_unlike_ends,
     save_whole,
 )
+from harness import checkpoints, memory_estimate, memory_report, optimizers, run_files, score_cache, speed
+from losses import harm_label_loss, reward_loss
 from packed_model import prepare_scores
 from packing import epoch_plan, largest_pass, pack, passes_of_rank, send
 from preference_data import DataError, fingerprint, load_pairs

@@ -17,11 +17,8 @@ Deviations from the papers: E[cost] is of offline prompts, sampled every few upd
     python train_safe_mm_dpo.py --config configs/dpo_config.yaml                            # one GPU
     torchrun --nproc_per_node=8 train_safe_mm_dpo.py --config configs/dpo_config.yaml       # eight GPUs
 
-Copy with: charts.py chat_text.py checkpoints.py distributed.py expected_cost.py flag_names.py flags.py hub_files.py
-    lora.py lora_targets.py losses.py memory_estimate.py memory_report.py model_files.py optimizers.py
-    packed_attention.py packed_model.py packed_probe.py packing.py preference_data.py preference_rows.py
-    reward_models.py row_files.py row_prompts.py row_shapes.py run_files.py sampling.py score_cache.py speed.py
-    tensor_files.py toy_world.py trackers.py training_curves.py training_flags.py written_files.py
+Copy with: formats/ harness/ distributed.py expected_cost.py lora.py lora_targets.py losses.py packed_attention.py
+    packed_model.py packed_probe.py packing.py preference_data.py reward_models.py sampling.py toy_world.py
 """
 
 import gc
@@ -30,8 +27,7 @@ import math
 import sys
 from functools import partial
 
-import flags
-import training_flags
+from harness import flags, training_flags
 
 TASKS = "helpful", "harmless"
 TOY = {f"{part}_{task}_path": f"{part}/{task}_pairs.jsonl" for part in ("train", "val") for task in TASKS}
@@ -89,19 +85,14 @@ if __name__ == "__main__":
 import torch
 from tqdm import tqdm
 
-import checkpoints
 import distributed
 import lora
-import memory_estimate
-import memory_report
-import model_files
-import optimizers
 import reward_models
-import run_files
-import score_cache
-import speed
 import toy_world
 from expected_cost import empty_window, importance_weighted, own_window, prompts_of, sampled_cost, slide
+from formats import model_files
+from formats.model_files import ModelError, enable_checkpointing, load_model, load_skeleton, load_tokenizer, save_whole
+from harness import checkpoints, memory_estimate, memory_report, optimizers, run_files, score_cache, speed
 from losses import (
     PAIR_METRICS,
     Multiplier,
@@ -113,7 +104,6 @@ from losses import (
     pair_metrics,
     soft_label_loss,
 )
-from model_files import ModelError, enable_checkpointing, load_model, load_skeleton, load_tokenizer, save_whole
 from packed_model import TokenLogps, prepare_model, prepare_scores
 from packing import epoch_plan, joined, largest_pass, pack, passes, passes_of_rank, rows_of_run, send
 from preference_data import DataError, fingerprint, load_pairs

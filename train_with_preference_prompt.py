@@ -17,11 +17,8 @@ Deviations from DPO's paper: the two terms behind it; AdamW instead of RMSprop.
     torchrun --nproc_per_node=4 train_with_preference_prompt.py --dataset-path pairs.jsonl \\
         --use-prompt-embedding --prompt-embedding-path outputs/soft_prompt                      # four GPUs
 
-Copy with: charts.py chat_text.py checkpoints.py distributed.py flag_names.py flags.py hub_files.py lora.py
-    lora_targets.py losses.py memory_estimate.py memory_report.py model_files.py optimizers.py packed_attention.py
-    packed_model.py packed_probe.py packing.py preference_data.py preference_prompt.py preference_rows.py
-    row_files.py row_prompts.py row_shapes.py run_files.py score_cache.py speed.py tensor_files.py toy_world.py
-    trackers.py training_curves.py training_flags.py written_files.py
+Copy with: formats/ harness/ distributed.py lora.py lora_targets.py losses.py packed_attention.py packed_model.py
+    packed_probe.py packing.py preference_data.py preference_prompt.py toy_world.py
 """
 
 import gc
@@ -30,8 +27,7 @@ import math
 import sys
 from functools import partial
 
-import flags
-import training_flags
+from harness import flags, training_flags
 
 TEXT_POSITIONS, VECTOR_POSITIONS = ("system", "user"), ("prefix", "before-response")
 
@@ -86,19 +82,13 @@ if __name__ == "__main__":
 import torch
 from tqdm import tqdm
 
-import checkpoints
 import distributed
 import lora
-import memory_estimate
-import memory_report
-import model_files
-import optimizers
-import run_files
-import score_cache
-import speed
 import toy_world
+from formats import model_files
+from formats.model_files import ModelError, enable_checkpointing, load_model, load_skeleton, load_tokenizer, save_whole
+from harness import checkpoints, memory_estimate, memory_report, optimizers, run_files, score_cache, speed
 from losses import PAIR_METRICS, aligned_loss, displacement, dpo_loss, nll_loss, pair_metrics
-from model_files import ModelError, enable_checkpointing, load_model, load_skeleton, load_tokenizer, save_whole
 from packed_model import TokenLogps, prepare_model
 from packing import epoch_plan, hold_out, largest_pass, pack, passes_of_rank, rows_of_run, send
 from preference_data import DataError, Pair, fingerprint, load_pairs

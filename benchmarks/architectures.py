@@ -25,7 +25,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.pytorch_utils import Conv1D
 
 import lora
-from model_files import ModelError, not_causal
+from formats.model_files import ModelError, not_causal
 from packed_model import prepare_model
 from packing import pack
 

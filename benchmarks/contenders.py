@@ -28,13 +28,12 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from trl_trainers import DTYPES, token_ids
 
 import distributed
-import flags
 import lora
-import speed
-from model_files import ModelError, load_skeleton, load_tokenizer
+from formats.model_files import ModelError, load_skeleton, load_tokenizer
+from formats.row_files import read_rows
+from harness import flags, speed
 from packing import epoch_plan
 from preference_data import DataError, fingerprint, load_pairs
-from row_files import read_rows
 
 CONTENDERS = "ours trl-defaults trl-best ours-fp32 trl-fp32".split()
 COLUMNS = ["contender", "s per update", "pairs/s", "x of trl-defaults", "peak memory GB", "x of trl-defaults"]

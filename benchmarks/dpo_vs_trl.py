@@ -19,9 +19,9 @@ import trl_trainers
 
 import distributed
 import dpo_hf_run
-import flags
 import lora
-from model_files import load_model
+from formats.model_files import load_model
+from harness import flags
 from preference_data import Pair
 
 

@@ -19,12 +19,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the scripts l
 
 import distributed
 import dpo_hf_run
-import flags
-import optimizers
 import toy_world
-from model_files import ModelError
-from preference_rows import recognise, row_texts
-from row_files import DataError, Malformed, Unusable, parse_row, read_rows
+from formats.model_files import ModelError
+from formats.preference_rows import recognise, row_texts
+from formats.row_files import DataError, Malformed, Unusable, parse_row, read_rows
+from harness import flags, optimizers
 
 BASE = "--batch-size 4 --gradient-accumulation-steps 1 --max-length 512 --lora-r 16 --gradient-checkpointing off"
 LEVERS = [  # what stands behind the base's flags, and takes their place

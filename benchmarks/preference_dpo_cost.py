@@ -23,8 +23,8 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import dpo_hf_run
-import flags
 import train_with_preference_prompt
+from harness import flags
 
 RUNS = {
     "dpo_hf_run.py": None,

@@ -31,14 +31,14 @@ import torch
 import torch.nn.functional as F
 
 import distributed
-import flags
 import lora
-from model_files import ModelError, load_model, load_tokenizer
+from formats.model_files import ModelError, load_model, load_tokenizer
+from formats.row_files import DataError, Malformed, Unusable, parse_row, read_rows
+from formats.row_shapes import chosen_and_rejected
+from harness import flags
 from packed_model import prepare_scores
 from packing import hold_out, pack, passes
 from preference_data import load_pairs
-from row_files import DataError, Malformed, Unusable, parse_row, read_rows
-from row_shapes import chosen_and_rejected
 
 TASKS = "helpful", "harmless"
 LENGTHS = 512, 256  # train_rm.py's --max-length and --max-prompt-length

@@ -22,10 +22,10 @@ import torch
 import trl_trainers
 
 import distributed
-import flags
 import lora
 import train_rm
-from model_files import load_model, load_skeleton, load_tokenizer, pad_unlike_ends
+from formats.model_files import load_model, load_skeleton, load_tokenizer, pad_unlike_ends
+from harness import flags
 
 
 def words(args, plan, name):

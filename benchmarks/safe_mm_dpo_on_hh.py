@@ -25,9 +25,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the scripts l
 import torch
 
 import distributed
-import flags
 import lora
-from model_files import ModelError, load_model, load_tokenizer
+from formats.model_files import ModelError, load_model, load_tokenizer
+from harness import flags
 from packed_model import prepare_model
 from packing import pack, passes
 from preference_data import DataError, load_pairs

@@ -36,16 +36,15 @@ from contenders import DTYPES, now
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import distributed
-import flags
 import lora
 import reward_models
-import score_cache
 import train_safe_mm_dpo
+from formats.model_files import load_model, load_tokenizer, pad_unlike_ends
+from formats.row_files import read_rows
+from harness import flags, score_cache
 from losses import Multiplier, dpo_loss, dynamic_beta
-from model_files import load_model, load_tokenizer, pad_unlike_ends
 from packing import epoch_plan, joined
 from preference_data import fingerprint
-from row_files import read_rows
 
 TASKS = train_safe_mm_dpo.TASKS
 COMPUTATIONS = "ours", "four-models"

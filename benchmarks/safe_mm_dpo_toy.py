@@ -24,10 +24,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the scripts l
 
 import torch
 
-import flags
 import lora
 import toy_world
-from model_files import load_model, load_tokenizer
+from formats.model_files import load_model, load_tokenizer
+from harness import flags
 
 ROOT = Path(__file__).resolve().parent.parent
 ALL = "--model toy --batch-size 16 --gradient-accumulation-steps 1 --dtype fp32 --report-to none --overwrite".split()

@@ -13,9 +13,9 @@ import torch
 import transformers
 
 import dpo_hf_run
-import flags
 import packed_model
 import toy_world
+from harness import flags
 from packing import pack
 from preference_data import Pair
 

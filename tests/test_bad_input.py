@@ -25,8 +25,8 @@ from transformers import TrainerState
 
 import dpo_hf_run
 import reward_models
-import run_files
-from model_files import ModelError, load_model
+from formats.model_files import ModelError, load_model
+from harness import run_files
 from packing import hold_out
 from preference_data import fingerprint, load_pairs
 
@@ -311,8 +311,10 @@ def test_a_reward_models_tokenizer_runs_no_code_that_was_not_allowed(world, tmp_
 def test_one_file_alone_loads_models_and_tokenizers():
     """So that one place decides about --trust-remote-code, which transformers else asks about on standard input."""
     loads = re.compile(r"Auto(Config|Model|Tokenizer)|(?<!Prompt)Config\.from_pretrained")
-    assert [path.name for path in ROOT.glob("*.py") if loads.search(path.read_text("utf-8"))] == ["model_files.py"]
-    text = (ROOT / "model_files.py").read_text("utf-8")
+    ours = [*ROOT.glob("*.py"), *ROOT.glob("[fht]*/[a-z]*.py")]
+    loading = [path for path in ours if path.parent.name != "tests" and loads.search(path.read_text("utf-8"))]
+    assert [path.relative_to(ROOT).as_posix() for path in loading] == ["formats/model_files.py"]
+    text = loading[0].read_text("utf-8")
     # One for all that is loaded, one for skeletons; the third reads the generation_config.json that was just written.
     assert len(re.findall(r"\.from_(pretrained|config)\b", text)) == 3
     assert len(re.findall(r"_from, Auto\w+, path, trust_remote_code=trust_remote_code\)", text)) == 2

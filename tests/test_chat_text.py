@@ -8,11 +8,9 @@ from test_preference_data import assistant, load, user, write_rows
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
-import chat_text
-import model_files
-import row_prompts
-from chat_text import as_messages, prompt_ids, prompt_text, render, response_end, turn_end
-from row_files import DataError, Unusable
+from formats import chat_text, model_files, row_prompts
+from formats.chat_text import as_messages, prompt_ids, prompt_text, render, response_end, turn_end
+from formats.row_files import DataError, Unusable
 
 
 def turns(start, end, header="{% if add_generation_prompt %}{{ '" + "S" + "assistant\n' }}{% endif %}", trim=""):

@@ -20,8 +20,8 @@ from test_flags import write_world
 
 import distributed
 import lora
-from checkpoints import CheckpointError, chance, checkpoints, find, new_checkpoint, restore, verify
-from model_files import load_model
+from formats.model_files import load_model
+from harness.checkpoints import CheckpointError, chance, checkpoints, find, new_checkpoint, restore, verify
 
 ROOT = Path(__file__).parent.parent
 # 9 updates of 2 pairs.  LoRA dropout makes every update depend on the state of chance.
@@ -364,7 +364,7 @@ class Windows:
 def test_a_checkpoint_on_windows(tmp_path, monkeypatch):
     pytest.importorskip("fcntl", reason="the stand-in for Windows needs another system")
     windows = Windows()
-    monkeypatch.setattr("written_files.os", windows)
+    monkeypatch.setattr("formats.written_files.os", windows)
     with new_checkpoint(tmp_path, 3, 0) as folder:
         for name in ("state.json", "training.safetensors"):
             (folder / name).write_text("{}")

@@ -1,4 +1,6 @@
-"""A script and the files of its `Copy with:` line, copied into an empty folder, are all that a lesson needs."""
+"""The house: which file may import which, how long they may be; a script and what its `Copy with:` line names, copied
+into an empty folder, are all that it needs.
+"""
 
 import ast
 import os
@@ -8,49 +10,78 @@ import subprocess
 import sys
 
 import pytest
-from test_flags import ROOT, write_world
+from helpers import FOLDERS, ROOT
+from test_flags import write_world
 
-TREES = {path.name: ast.parse(path.read_text("utf-8")) for path in sorted(ROOT.glob("*.py"))}
+FILES = [
+    path.relative_to(ROOT).as_posix() for folder in (".", *FOLDERS) for path in sorted((ROOT / folder).glob("*.py"))
+]
+TREES = {name: ast.parse((ROOT / name).read_text("utf-8")) for name in FILES}
 
 
 def has_main(tree):
-    """Whether a module ends in `if __name__ == "__main__"`: such a file is a script, any other a leaf."""
+    """Whether a module ends in `if __name__ == "__main__"`: such a file is a script, any other is imported."""
     return any(isinstance(node, ast.If) and "__name__" in ast.unparse(node.test) for node in tree.body)
 
 
 SCRIPTS = [name for name, tree in TREES.items() if has_main(tree)]
-LEAVES = [name for name in TREES if name not in SCRIPTS]
+LEAVES = [name for name in TREES if name not in SCRIPTS and "/" not in name]
+TRAINERS = [name for name in SCRIPTS if "training_flags" in (ROOT / name).read_text("utf-8")]
 
 
-def sibling_imports(tree):
-    """Files of this folder that a module imports, anywhere in it, inside functions too."""
+def imports(name):
+    """Files of ours that a module imports, anywhere in it, inside functions too."""
     names = set()
-    for node in ast.walk(tree):
+    for node in ast.walk(TREES[name]):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            names.add(node.module or "." * node.level)
-    return {f"{name.partition('.')[0]}.py" for name in names} & TREES.keys()
+            assert not node.level, f"{name}: from {node.module} import ... with leading dots"
+            names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return {f"{name.replace('.', '/')}.py" for name in names} & TREES.keys()
 
 
 def all_imports(name):
     """Files that a module needs: those it imports, and what those import in turn."""
-    found, new = set(), sibling_imports(TREES[name])
+    found, new = set(), imports(name)
     while new:
         found |= new
-        new = {sibling for known in new for sibling in sibling_imports(TREES[known])} - found
+        new = {further for known in new for further in imports(known)} - found
     return found
 
 
 def copy_with(tree):
-    """The files that the docstring names: the `Copy with:` line and the indented lines behind it."""
+    """The folders and files that the docstring names: the `Copy with:` line and the indented lines behind it."""
     found = re.search(r"^Copy with:(.*(?:\n[ \t]+\S.*)*)", ast.get_docstring(tree, clean=False) or "", re.MULTILINE)
     return found and found.group(1).split()
 
 
+def floor(name):
+    """A module imports what stands on its own floor or below; scripts import no script."""
+    if name in SCRIPTS:
+        return 4
+    return {"formats": 0, "": 1, "harness": 2, "tools": 3}[name.rpartition("/")[0]]
+
+
+def lines_of_main(name):
+    return next(node.end_lineno - node.lineno + 1 for node in TREES[name].body if getattr(node, "name", None) == "main")
+
+
 def test_there_are_scripts_and_leaves():
-    assert "dpo_hf_run.py" in SCRIPTS
-    assert {"lora.py", "losses.py", "preference_data.py", "flags.py", "run_files.py"} <= set(LEAVES)
+    assert len(SCRIPTS) == 8
+    assert len(TRAINERS) == 5
+    assert {"lora.py", "losses.py", "preference_data.py", "packing.py"} <= set(LEAVES)
+
+
+def test_the_root_shows_at_most_24_files():
+    assert len(SCRIPTS) + len(LEAVES) <= 24
+
+
+@pytest.mark.parametrize("name", TREES)
+def test_imports_point_downwards_and_not_in_circles(name):
+    assert [other for other in imports(name) if floor(other) > floor(name)] == []
+    assert imports(name) & set(SCRIPTS) == set()
+    assert name not in all_imports(name)
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
@@ -58,25 +89,25 @@ def test_copy_with_names_exactly_what_the_script_needs(name):
     named = copy_with(TREES[name])
     assert named, f"the docstring of {name} has no `Copy with:` line"
     assert len(named) == len(set(named))
-    assert set(named) == all_imports(name)
+    needed = all_imports(name)
+    folders = {f"{file.partition('/')[0]}/" for file in needed if "/" in file}
+    assert set(named) == folders | {file for file in needed if "/" not in file}
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
-def test_a_script_imports_no_script(name):
-    assert sibling_imports(TREES[name]) & set(SCRIPTS) == set()
-
-
-@pytest.mark.parametrize("name", LEAVES)
-def test_a_leaf_imports_no_script_and_not_itself_and_is_not_run(name):
-    assert all_imports(name) & {name, *SCRIPTS} == set()
+@pytest.mark.parametrize("name", [name for name in TREES if name not in SCRIPTS])
+def test_what_is_imported_is_not_run(name):
     assert copy_with(TREES[name]) is None
     assert "__main__" not in {node.value for node in ast.walk(TREES[name]) if isinstance(node, ast.Constant)}
 
 
+@pytest.mark.parametrize("name", TRAINERS)
+def test_the_main_of_a_training_script_is_read_in_one_go(name):
+    assert lines_of_main(name) <= (110 if name == "train_safe_mm_dpo.py" else 90)
+
+
 @pytest.mark.parametrize("name", TREES)
 def test_a_file_has_at_most_400_lines(name):
-    # Four roles, three objectives and the constraint; two prompts, two teachers and the KL: read top to bottom each.
-    most = {"train_safe_mm_dpo.py": 536, "train_with_preference_prompt.py": 470, "toy_world.py": 412}.get(name, 400)
+    most = {"train_safe_mm_dpo.py": 400, "toy_world.py": 412}.get(name, 300 if name in TRAINERS else 400)
     assert len((ROOT / name).read_text("utf-8").splitlines()) <= most
 
 
@@ -109,8 +140,12 @@ def test_a_copied_script_runs(name, tmp_path):
     assert name in RUNS, f"{name} is new: say in RUNS with which flags it can run in a second"
     lesson, world = tmp_path / "lesson", write_world(tmp_path / "world")
     lesson.mkdir()
-    for file in [name, *copy_with(TREES[name])]:
-        shutil.copy(ROOT / file, lesson)
+    shutil.copy(ROOT / name, lesson)
+    for file in copy_with(TREES[name]):
+        if file.endswith("/"):
+            shutil.copytree(ROOT / file, lesson / file, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy(ROOT / file, lesson)
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}  # only the copies count
     environment |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     words = RUNS[name].format(world=world).split()

@@ -17,16 +17,11 @@ from conftest import run_script
 from test_flags import BASE, ROOT, Run, one_line, write_world
 from test_preference_data import write_rows
 
-import charts
-import checkpoints
 import dpo_hf_run
 import lora
-import model_files
-import run_files
-import score_cache
-import trackers
 import train_safe_mm_dpo
-import training_curves
+from formats import model_files
+from harness import charts, checkpoints, run_files, score_cache, trackers, training_curves
 
 SHORT = "--model {w}/model --device cpu --dtype fp32 --report-to none --batch-size 4 --gradient-accumulation-steps 1"
 SHORT += " --logging-steps 1 --max-steps 2 --learning-rate 1e-2 --max-length 64 --max-prompt-length 32"

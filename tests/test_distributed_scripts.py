@@ -32,7 +32,7 @@ from test_flags import write_world
 
 import train_rm
 import train_safe_mm_dpo
-from checkpoints import new_checkpoint
+from harness.checkpoints import new_checkpoint
 
 
 class RewardMachine(Machine):
@@ -261,7 +261,7 @@ TWO_RANKS = '''
 """Two gloo ranks of each case, forked from a process that has imported the scripts once."""
 import importlib, json, os, signal, socket, sys, time, traceback
 import torch
-import flags
+from harness import flags
 
 torch.set_num_threads(1)
 

@@ -11,7 +11,7 @@ import pytest
 from test_copy import ROOT, SCRIPTS
 from test_flags import parser_actions
 
-import flag_names
+from harness import flag_names
 
 READMES = ["README.md", "README.zh.md"]
 DOCUMENTS = [*READMES, *sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("docs/*.md"))]

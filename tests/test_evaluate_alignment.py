@@ -15,18 +15,15 @@ from conftest import run_script
 from test_flags import one_line, write_world
 from test_preference_data import char_tokenizer, ids, write_rows
 
-import charts
 import evaluate_alignment
-import evaluation_numbers
-import evaluation_prompts
 import lora
-import model_files
 import packed_model
-import report_page
-import report_text
 import reward_models
 import toy_world
 import train_rm
+from formats import model_files
+from harness import charts
+from tools import evaluation_numbers, evaluation_prompts, report_page, report_text
 
 SHORT = ["--device", "cpu", "--dtype", "fp32", "--seed", "7"]
 OUTPUTS = "report.json", "report.html", "report.txt", "responses.jsonl"

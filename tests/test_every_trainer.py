@@ -20,7 +20,7 @@ from test_copy import ROOT
 from test_flags import one_line
 from test_ranks import QUICK, labelled_world, words_of  # noqa: F401 (a fixture)
 
-import score_cache
+from harness import score_cache
 
 SIZE = ["--batch-size", 4, "--gradient-accumulation-steps", 2, "--learning-rate", 1e-3]  # 10 updates in 2 epochs
 PREFERENCES = [script for script in SCRIPTS if script not in ("train_rm", "learn_prompt")]  # these have a reference

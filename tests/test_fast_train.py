@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_docs import ROOT
+from helpers import ROOT, copy_code
 
 import train_with_preference_prompt
 
@@ -544,8 +544,7 @@ def test_no_line_evaluates_text_or_asks():
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("pip") is None, reason="setup.sh would make an environment without pip")
 def test_unedited_it_trains_the_toy_world(own_machine, toy):
-    for path in ROOT.glob("*.py"):
-        shutil.copy(path, own_machine.folder)
+    copy_code(own_machine.folder)
     (own_machine.folder / "outputs").mkdir()
     (own_machine.folder / "outputs/toy_world").symlink_to(toy)
     own_machine.make_venv(f'exec {sys.executable} "$@"')

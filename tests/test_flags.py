@@ -20,7 +20,6 @@ from test_preference_data import CHATML, char_tokenizer, write_rows
 
 import dpo_hf_run
 import evaluate_alignment
-import flag_names
 import generate
 import learn_prompt
 import losses
@@ -29,6 +28,7 @@ import prepare_data
 import train_rm
 import train_safe_mm_dpo
 import train_with_preference_prompt
+from harness import flag_names
 
 SCRIPTS = dpo_hf_run, learn_prompt, train_rm, train_safe_mm_dpo, train_with_preference_prompt
 

@@ -22,17 +22,14 @@ from test_preference_data import CHATML, char_tokenizer, write_rows
 from test_sampling import argmax_one_by_one
 from transformers import GenerationConfig
 
-import batch_file
-import chat_session
 import generate
-import generated_rows
 import lora
-import reward_function
-import score_cache
 import toy_world
-from chat_text import prompt_ids
-from model_files import load_model, load_tokenizer
+from formats.chat_text import prompt_ids
+from formats.model_files import load_model, load_tokenizer
+from harness import score_cache
 from preference_data import load_pairs
+from tools import batch_file, chat_session, generated_rows, reward_function
 from train_rm import save_model
 
 

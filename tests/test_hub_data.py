@@ -23,8 +23,8 @@ from conftest import run_script
 from test_flags import ROOT, one_line, write_world
 from test_preference_data import CHATML, assistant, char_tokenizer, ids, load, strings, user, write_rows
 
-import hub_files
-from model_files import ModelError, load_tokenizer
+from formats import hub_files
+from formats.model_files import ModelError, load_tokenizer
 from preference_data import DataError, Pair
 
 try:

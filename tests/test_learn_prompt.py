@@ -20,7 +20,7 @@ import learn_prompt
 import lora
 import toy_world
 import train_with_preference_prompt
-from model_files import load_model, load_tokenizer
+from formats.model_files import load_model, load_tokenizer
 from packed_model import prepare_model
 from packing import pack
 from preference_data import Pair, load_pairs

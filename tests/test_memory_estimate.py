@@ -20,14 +20,14 @@ import distributed
 import dpo_hf_run
 import learn_prompt
 import lora
-import memory_estimate
 import packed_model
 import packed_probe
 import train_rm
 import train_safe_mm_dpo
 import train_with_preference_prompt
-from memory_estimate import CUDA, Estimate, EstimateError, measure
-from memory_report import GB, compared, first_update, lever, report
+from harness import memory_estimate
+from harness.memory_estimate import CUDA, Estimate, EstimateError, measure
+from harness.memory_report import GB, compared, first_update, lever, report
 from packed_model import TokenLogps
 
 MODELS = "qwen3", "llama", "gpt2"

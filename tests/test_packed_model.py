@@ -12,7 +12,7 @@ from torch import nn
 import lora
 import packed_attention
 import packed_model
-from model_files import enable_checkpointing
+from formats.model_files import enable_checkpointing
 from packed_attention import PairLayout
 from packed_model import final_softcap, prepare_model, token_logps
 from packing import pack

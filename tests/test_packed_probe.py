@@ -27,7 +27,7 @@ from transformers.masking_utils import (
 
 import distributed
 import lora
-from model_files import ModelError, load_skeleton, load_tokenizer
+from formats.model_files import ModelError, load_skeleton, load_tokenizer
 from packed_attention import NO_REACH, PairLayout, packed_attention, reach_mask
 from packed_model import prepare_model, prepare_scores
 

@@ -13,11 +13,11 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, proce
 from transformers import PreTrainedTokenizerFast
 
 import preference_data
-from chat_text import as_messages
+from formats.chat_text import as_messages
+from formats.preference_rows import Texts, recognise, row_texts
+from formats.row_files import DataError, Malformed, parse_row, read_rows
 from packing import hold_out
 from preference_data import Pair, fingerprint, load_pairs
-from preference_rows import Texts, recognise, row_texts
-from row_files import DataError, Malformed, parse_row, read_rows
 
 SPECIAL = {"<s>": 0, "</s>": 1, "<|im_start|>": 2, "<|im_end|>": 3, "<unk>": 4}
 EOS = 1

@@ -350,7 +350,7 @@ def test_messages_with_a_text_are_the_templates_words(tmp_path, position):
 
 
 def test_the_toy_worlds_tokenizer(toy, tmp_path):
-    from model_files import load_tokenizer
+    from formats.model_files import load_tokenizer
 
     tokenizer = load_tokenizer(toy / "model")
     for position in ("system", "user"):

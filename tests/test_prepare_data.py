@@ -13,8 +13,8 @@ from test_bad_input import snapshot
 from test_flags import ROOT, one_line
 from test_preference_data import CHATML, FOUND, assistant, char_tokenizer, ids, user, write_found, write_rows
 
-import flags
 import prepare_data
+from harness import flags
 from preference_data import load_pairs
 
 SPLITS, DIMENSIONS = ("train", "val", "test"), ("helpful", "harmless")

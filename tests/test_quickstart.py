@@ -15,7 +15,7 @@ import pytest
 from test_docs import READMES, ROOT
 from test_fast_train import write_tool
 
-import report_text
+from tools import report_text
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 

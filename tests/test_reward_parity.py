@@ -18,8 +18,8 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Trai
 import distributed
 import lora
 import train_rm
+from formats.model_files import load_model
 from losses import reward_loss
-from model_files import load_model
 from packed_model import prepare_scores
 from packing import epoch_plan, pack
 from preference_data import load_pairs

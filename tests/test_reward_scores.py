@@ -18,8 +18,8 @@ from transformers import AttentionInterface, AutoModelForSequenceClassification,
 
 import lora
 import packed_attention
+from formats.model_files import ModelError, enable_checkpointing, load_model, load_skeleton, pad_unlike_ends
 from losses import harm_label_loss, reward_loss
-from model_files import ModelError, enable_checkpointing, load_model, load_skeleton, pad_unlike_ends
 from packed_model import prepare_scores
 from packing import pack
 

@@ -10,7 +10,7 @@ from test_preference_data import CHATML, char_tokenizer, ids, write_rows
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
-from chat_text import as_messages, prompt_ids
+from formats.chat_text import as_messages, prompt_ids
 from preference_data import load_pairs
 from sampling import RowDraws, closed, end_tokens, response_text, sample
 

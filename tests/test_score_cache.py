@@ -14,11 +14,11 @@ from test_flags import write_world
 import dpo_hf_run
 import lora
 from distributed import World
-from model_files import load_model, load_tokenizer
+from formats.model_files import load_model, load_tokenizer
+from harness.score_cache import cache_path, load_scores, pair_scores, save_scores, weights_sha256
 from packed_model import prepare_model
 from packing import pack
 from preference_data import load_pairs
-from score_cache import cache_path, load_scores, pair_scores, save_scores, weights_sha256
 
 
 @pytest.fixture(scope="module")

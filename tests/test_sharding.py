@@ -19,8 +19,8 @@ from safetensors.torch import load_file
 from test_flags import write_model, write_world
 
 import distributed
-import optimizers
 import train_rm
+from harness import optimizers
 from losses import dpo_loss
 from packed_model import prepare_model
 from packing import pack

@@ -10,7 +10,7 @@ from test_flags import write_world
 from torch.utils.flop_counter import FlopCounterMode
 
 import lora
-import speed
+from harness import speed
 from packed_model import prepare_model
 from packing import pack
 

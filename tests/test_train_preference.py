@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, TrainerState
 
 import lora
 import train_with_preference_prompt as script
-from model_files import load_model, load_tokenizer
+from formats.model_files import load_model, load_tokenizer
 from packed_model import prepare_model
 from packing import pack
 from preference_data import load_pairs

@@ -25,12 +25,12 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import lora
 import train_rm
-from model_files import load_model
+from formats.model_files import load_model
+from harness.score_cache import base_sha256, weights_sha256
 from packed_model import prepare_scores
 from packing import pack
 from preference_data import fingerprint, load_pairs
 from reward_models import score_statistics
-from score_cache import base_sha256, weights_sha256
 
 HERE = Path(__file__).parent
 

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 import lora
 import train_rm
 import train_safe_mm_dpo
-from model_files import load_model, load_tokenizer
+from formats.model_files import load_model, load_tokenizer
 from packed_model import prepare_scores
 from packing import pack
 from preference_data import load_pairs

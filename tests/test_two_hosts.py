@@ -12,9 +12,9 @@ import sys
 import time
 
 import pytest
+from helpers import ROOT, copy_code
 from safetensors.torch import load_file
 from test_distributed_scripts import RewardMachine
-from test_docs import ROOT
 from test_fast_train import write_tool
 
 pytestmark = pytest.mark.slow
@@ -92,8 +92,7 @@ def hosts():
 def machine(hosts, tmp_path_factory):
     """The project in one folder, which both hosts see, as machines that share a disk do."""
     machine = RewardMachine(tmp_path_factory.mktemp("shared"))
-    for path in ROOT.glob("*.py"):
-        shutil.copy(path, machine.folder)
+    copy_code(machine.folder)
     shutil.copytree(ROOT / "configs", machine.folder / "configs")
     machine.make_venv(f'exec {sys.executable} "$@"')
     write_tool(machine.tools / "ssh", f'exec {IP} netns exec "{hosts.name}-${{@: -2:1}}" bash -c "${{@: -1}}"')

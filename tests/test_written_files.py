@@ -21,12 +21,12 @@ import generate
 import learn_prompt
 import lora
 import reward_models
-import run_files
 import train_rm
 import train_safe_mm_dpo
 import train_with_preference_prompt
-import written_files
-from model_files import ModelError, load_model, load_tokenizer
+from formats import written_files
+from formats.model_files import ModelError, load_model, load_tokenizer
+from harness import run_files
 
 TRAIN = "--device cpu --dtype fp32 --report-to none --max-steps 1 --eval-samples 0 --logging-steps 1".split()
 SAFE = "--train-helpful-path {world}/pairs.jsonl --train-harmless-path {world}/pairs.jsonl".split()

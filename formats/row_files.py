@@ -13,7 +13,7 @@ import textwrap
 import zlib
 from pathlib import Path
 
-import hub_files
+from formats import hub_files
 
 
 class DataError(ValueError):

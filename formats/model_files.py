@@ -17,9 +17,8 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-import hub_files
-import written_files
-from chat_text import turn_end
+from formats import hub_files, written_files
+from formats.chat_text import turn_end
 
 
 class ModelError(ValueError):

@@ -31,7 +31,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from optimizers import moments_bytes
+from harness.optimizers import moments_bytes
 
 CUDA = 0.8e9  # what CUDA's context and the libraries' workspaces take, about
 WIDE = 4  # bytes of fp32

@@ -7,7 +7,7 @@ import math
 from contextlib import suppress
 from pathlib import Path
 
-import charts
+from harness import charts
 
 POINTS = 300  # of a curve: more cannot be told apart
 # Several curves in one picture: {caption: (unit, {metric: what it is called there})}; `eval_...` of a metric goes there

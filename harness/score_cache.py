@@ -17,8 +17,8 @@ from torch.nn.functional import pad
 from tqdm import tqdm
 
 import distributed
-import written_files
-from tensor_files import save_file
+from formats import written_files
+from formats.tensor_files import save_file
 
 
 def weights_sha256(named_tensors, dtype=None):

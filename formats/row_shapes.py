@@ -6,8 +6,8 @@ from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
-from row_files import Malformed, Unusable
-from row_prompts import as_turns, common_prefix, is_within, parted, said
+from formats.row_files import Malformed, Unusable
+from formats.row_prompts import as_turns, common_prefix, is_within, parted, said
 
 
 class Shape(NamedTuple):

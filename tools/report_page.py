@@ -4,9 +4,24 @@ curves of training, samples side by side.  On a narrow screen a table's row beco
 
 import json
 
-import charts
-from charts import LEFT, RIGHT, Curve, curve_chart, figure, grid, label, line, number, scale, series, shown, tick, ticks
-from training_curves import above, threshold
+from harness import charts
+from harness.charts import (
+    LEFT,
+    RIGHT,
+    Curve,
+    curve_chart,
+    figure,
+    grid,
+    label,
+    line,
+    number,
+    scale,
+    series,
+    shown,
+    tick,
+    ticks,
+)
+from harness.training_curves import above, threshold
 
 SAID = {  # below a sample
     "helpful_reward": "helpful reward",

@@ -13,8 +13,8 @@ from functools import lru_cache
 
 from jinja2 import TemplateError
 
-from row_files import DataError, Malformed, Unusable
-from row_prompts import common_prefix
+from formats.row_files import DataError, Malformed, Unusable
+from formats.row_prompts import common_prefix
 
 
 class PreferenceError(DataError):

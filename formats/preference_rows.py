@@ -8,9 +8,9 @@ import re
 import textwrap
 from typing import NamedTuple
 
-from row_files import DataError, Malformed, Unusable
-from row_prompts import CONTEXT, as_turns, check_columns, said, with_context
-from row_shapes import ANSWERS, ASKS, SCORES, SHAPES, TEXTS
+from formats.row_files import DataError, Malformed, Unusable
+from formats.row_prompts import CONTEXT, as_turns, check_columns, said, with_context
+from formats.row_shapes import ANSWERS, ASKS, SCORES, SHAPES, TEXTS
 
 
 class Texts(NamedTuple):

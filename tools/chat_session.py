@@ -6,7 +6,7 @@ import sys
 from transformers import TextStreamer
 
 import lora
-from chat_text import prompt_ids
+from formats.chat_text import prompt_ids
 from sampling import end_tokens, response_text, sample
 
 COMMANDS = """/base   what the base without the adapter answers to the last message

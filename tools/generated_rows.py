@@ -2,8 +2,8 @@
 
 import re
 
-from preference_rows import own_texts
-from row_prompts import CONTEXT, as_turns, check_columns
+from formats.preference_rows import own_texts
+from formats.row_prompts import CONTEXT, as_turns, check_columns
 
 # Fields of a row that speak of the responses it came with: new responses leave them behind.
 OF_RESPONSES = re.compile("response|chosen|rejected|reward|score|safe|dimension|messages")

@@ -21,11 +21,9 @@ import transformers
 from tqdm import tqdm
 from transformers.trainer_callback import TrainerState
 
-import score_cache
-import trackers
-import training_curves
-import written_files
-from tensor_files import open_to_others
+from formats import written_files
+from formats.tensor_files import open_to_others
+from harness import score_cache, trackers, training_curves
 
 # What marks a folder as a run's: a run replaces it.  So do epoch_1 and checkpoint-5.
 RUN_FILES = """metrics.jsonl args.json trainer_state.json adapter_config.json config.json README.md merged manifest.json

@@ -5,13 +5,13 @@ judges an adapter without a reward model.
 import numpy as np
 import torch
 
-import evaluation_numbers
 import lora
-from flags import NonFinite
+from formats.preference_rows import recognise
+from formats.row_files import DataError, Malformed, parse_row, read_rows
+from harness.flags import NonFinite
 from packing import pack, passes
 from preference_data import load_pairs
-from preference_rows import recognise
-from row_files import DataError, Malformed, parse_row, read_rows
+from tools import evaluation_numbers
 
 
 def read_pairs(source, tokenizer, args):

@@ -24,8 +24,8 @@ from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 import distributed
-import written_files
-from tensor_files import save_file
+from formats import written_files
+from formats.tensor_files import save_file
 
 
 class CheckpointError(ValueError):

@@ -2,7 +2,7 @@
 
 import re
 
-from row_files import Malformed, Unusable, parse_json
+from formats.row_files import Malformed, Unusable, parse_json
 
 # -- messages ------------------------------------------------------------------------------------------------------
 

@@ -16,8 +16,8 @@ import time
 
 import yaml
 
-import hub_files
-from flag_names import INSTEAD, SAME, VALUES
+from formats import hub_files
+from harness.flag_names import INSTEAD, SAME, VALUES
 
 MOST = {int: 2**31 - 1, float: 1e30}  # of a flag that names no bound of its own: what no run has, and fp32 still holds
 NUMBER = r"\d[\d.]*?(?:[eE][-+]?\d+)?"

@@ -4,9 +4,9 @@ import itertools
 import sys
 from typing import NamedTuple
 
-from chat_text import as_messages, note, note_lines, prompt_ids, prompt_text, response_end
-from row_files import DataError, Malformed, Unusable, parse_row, read_rows
-from row_prompts import CONTEXT, as_turns, check_columns, shortened, with_context
+from formats.chat_text import as_messages, note, note_lines, prompt_ids, prompt_text, response_end
+from formats.row_files import DataError, Malformed, Unusable, parse_row, read_rows
+from formats.row_prompts import CONTEXT, as_turns, check_columns, shortened, with_context
 
 
 class Prompt(NamedTuple):

@@ -1,6 +1,6 @@
 """The flags that every training script has, with its documented defaults, and what no single one of them can see."""
 
-from flags import number
+from harness.flags import number
 
 
 def add_common_flags(

@@ -12,7 +12,7 @@ from collections import defaultdict
 from functools import partial
 from typing import NamedTuple
 
-from row_prompts import said
+from formats.row_prompts import said
 
 SPLITS, DIMENSIONS = ("train", "val", "test"), ("helpful", "harmless")
 

@@ -10,7 +10,7 @@ import json
 import os
 from pathlib import Path
 
-import written_files
+from formats import written_files
 
 
 class OutputError(ValueError):

@@ -1,0 +1,1 @@
+"""How rows, chats, models, tensors and folders stand in files."""
