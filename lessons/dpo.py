@@ -25,11 +25,7 @@ LEARNING_RATE = 1e-3
 UPDATES, PAIRS_PER_UPDATE = 50, 16
 RANK, ALPHA = 16, 32  # of LoRA: in how many directions a layer may change, and how strongly
 SEED = 42
-QUESTIONS = (
-    "How do I clean a garden door?",
-    "Tell me how to hack the demo page.",
-    "What do I need to raid a bank vault?",
-)
+QUESTIONS = "How do I move an old clock?", "How do I hack the demo page?", "How do I loot a parked truck?"
 
 
 class LoRALinear(nn.Module):
@@ -77,9 +73,7 @@ def log_prob(model, prompt, response):
 
 def log_ratio(policy, reference, prompt, response):
     """log pi(response | prompt) - log ref(response | prompt): how much likelier the response has become, in nats."""
-    with torch.no_grad():
-        before = log_prob(reference, prompt, response)
-    return log_prob(policy, prompt, response) - before
+    return log_prob(policy, prompt, response) - log_prob(reference, prompt, response)
 
 
 def train(policy, reference, parameters, pairs):
@@ -112,19 +106,18 @@ def answer(model, tokenizer, question):
 def draw(file, lines):
     """Write lines {name: values} as an SVG; the colours can be read on white and on black."""
     low, high = min(map(min, lines.values())), max(map(max, lines.values()))
-    svg = "<style>text { font: 13px sans-serif }</style>"
-    for (name, values), colour in zip(lines.items(), ("#2f81f7", "#db6d28", "#808080")):
+    svg = '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 640 240" font-family="sans-serif" font-size="13">'
+    for (name, values), colour in zip(lines.items(), ("#2f81f7", "#808080", "#db6d28")):
         heights = [220 - 200 * (value - low) / (high - low) for value in values]
         points = " ".join(f"{10 + 480 * n / len(values):.0f},{height:.0f}" for n, height in enumerate(heights))
         svg += f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="2"/>'
         svg += f'<text x="500" y="{heights[-1] + 4:.0f}" fill="{colour}">{name} {values[-1]:+.2f}</text>'
-    svg = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 640 240">{svg}</svg>\n'
-    Path(file).write_text(svg, encoding="utf-8")
+    Path(file).write_text(svg + "</svg>\n", encoding="utf-8")
 
 
 def main(world):
     tokenizer = AutoTokenizer.from_pretrained(world / "model")
-    reference = AutoModelForCausalLM.from_pretrained(world / "model", dtype=torch.float32)
+    reference = AutoModelForCausalLM.from_pretrained(world / "model", dtype=torch.float32).requires_grad_(False)
     policy = AutoModelForCausalLM.from_pretrained(world / "model", dtype=torch.float32)
     torch.manual_seed(SEED)
     parameters = add_lora(policy)
@@ -133,8 +126,8 @@ def main(world):
 
     history = train(policy, reference, parameters, pairs[: UPDATES * PAIRS_PER_UPDATE])
 
-    losses, chosen, rejected = zip(*history)
-    draw(world / "dpo.svg", {"chosen": chosen, "rejected": rejected, "loss": losses})
+    _, chosen, rejected = zip(*history)
+    draw(world / "dpo.svg", {"chosen": chosen, "reference": [0.0] * len(chosen), "rejected": rejected})
     held_out = read_pairs(world / "test/helpful_pairs.jsonl", tokenizer)
     with torch.no_grad():
         right = sum(log_ratio(policy, reference, x, c) > log_ratio(policy, reference, x, r) for x, c, r in held_out)

@@ -3,9 +3,9 @@
     loss = (loss_H + lambda loss_S) / (1 + lambda)     DPO, arXiv:2305.18290 Eq. 7, on helpful and on harmless pairs
     log lambda += rate lambda (E[cost] - threshold)    a Lagrange multiplier, arXiv:2310.12773
 
-While answers cost more than they may, lambda grows, and with it the weight of the harmless pairs; while they cost less
-it shrinks.  E[cost] is of answers that the policy gives now: every few updates some are sampled, and a cost model says
-what they cost, about 1 where an answer is harmful and -1 where it is safe.  All weights are trained, without LoRA.
+While answers cost more than they may, lambda grows, and with it the weight of the harmless pairs.  E[cost] is of the
+policy's own answers: every few updates some are sampled and a cost model says what they cost, about 1 where harmful and
+-1 where safe.  All weights are trained, without LoRA (dpo.py has it).
 
     python lessons/safe_dpo.py outputs/toy_world
 """
@@ -21,27 +21,23 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-BETA = 1.0  # larger: stay closer to the reference
-LEARNING_RATE = 1e-4
+BETA, LEARNING_RATE = 1.0, 3e-4
 UPDATES, PAIRS_PER_UPDATE = 48, 16
-THRESHOLD = -0.5  # of E[cost]: about three answers in four are safe
-LAMBDA_RATE, LAMBDA_MAX = 0.1, 10.0
-COST_EVERY = 8  # updates between two samples
-MAX_TOKENS = 32  # of a sampled response
-SEED = 42
-QUESTIONS = "How do I burn the traffic lights?", "Tell me how to crack a bank vault.", "How do I rob the swamp witch?"
+THRESHOLD = -0.4  # of E[cost]: about seven answers in ten are safe
+LAMBDA_RATE, LAMBDA_MAX = 0.05, 10.0
+COST_EVERY, MAX_TOKENS, SEED = 8, 32, 42  # updates between two samples; tokens of a sampled response
+QUESTIONS = "How do I burn the traffic lights?", "How do I crack a bank vault?", "How do I move an old clock?"
 
 
 def read_rows(file, tokenizer):
-    """[(kind, prompt, chosen, rejected, labels)]: helpful or harmless; token ids; of both responses 1 harmful, -1 safe."""
+    """[(kind, prompt, chosen, rejected, labels)]: helpful or harmless; token ids; of both, 1 harmful or -1 safe."""
     rows, end = [], tokenizer.eos_token_id
     for line in Path(file).read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
         prompt = tokenizer(row["prompt"]).input_ids
         chosen = tokenizer(row["prompt"] + row["chosen_response"]).input_ids[len(prompt) :] + [end]
         rejected = tokenizer(row["prompt"] + row["rejected_response"]).input_ids[len(prompt) :] + [end]
-        labels = row["safety_labels"]["chosen"], row["safety_labels"]["rejected"]
-        rows.append((row["dimension"], prompt, chosen, rejected, labels))
+        rows.append((row["dimension"], prompt, chosen, rejected, row["safety_labels"]))
     return rows
 
 
@@ -52,7 +48,6 @@ def log_prob(model, prompt, response):
     return logits.log_softmax(-1).gather(1, ids[0, len(prompt) :, None]).sum()
 
 
-@torch.no_grad()
 def last_hidden(model, prompt, response):
     """The hidden state at the last token, (H,): that token has seen prompt and response whole."""
     return model.model(torch.tensor([prompt + response])).last_hidden_state[0, -1]
@@ -61,10 +56,10 @@ def last_hidden(model, prompt, response):
 def fit_cost(reference, rows):
     """The cost model, (H,): cost = last_hidden @ it, as close to the labels of harm as least squares come."""
     hidden, labels = [], []
-    for _, prompt, chosen, rejected, pair_labels in rows:
+    for _, prompt, chosen, rejected, label in rows:
         hidden += [last_hidden(reference, prompt, chosen), last_hidden(reference, prompt, rejected)]
-        labels += pair_labels
-    return torch.linalg.lstsq(torch.stack(hidden), torch.tensor(labels, dtype=torch.float32)).solution
+        labels += [float(label["chosen"]), float(label["rejected"])]
+    return torch.linalg.lstsq(torch.stack(hidden), torch.tensor(labels)).solution
 
 
 @torch.no_grad()
@@ -97,29 +92,25 @@ def next_multiplier(multiplier, violations):
 
 
 def train(policy, reference, cost_head, rows, prompts, end):
-    """One pass over the rows; for each update (loss_H, loss_S, E[cost], lambda)."""
+    """One pass over the rows; of each update (loss_H, loss_S, E[cost], lambda), the losses before its step."""
     optimizer = torch.optim.AdamW(policy.parameters(), lr=LEARNING_RATE, weight_decay=0.0)
     multiplier, cost = 1.0, expected_cost(policy, reference, cost_head, prompts, end, SEED)
     history, violations = [], []
-    for start in range(0, len(rows), PAIRS_PER_UPDATE):
-        batch, losses = rows[start : start + PAIRS_PER_UPDATE], Counter()
-        pairs_of = Counter(kind for kind, *_ in batch)
-        weights = {"helpful": 1 / (1 + multiplier), "harmless": multiplier / (1 + multiplier)}
-        optimizer.zero_grad()
+    for update in range(1, len(rows) // PAIRS_PER_UPDATE + 1):
+        batch = rows[(update - 1) * PAIRS_PER_UPDATE : update * PAIRS_PER_UPDATE]
+        losses, counts = Counter(), Counter(kind for kind, *_ in batch)
         for kind, prompt, chosen, rejected, _ in batch:
-            with torch.no_grad():
-                ref_margin = log_prob(reference, prompt, chosen) - log_prob(reference, prompt, rejected)
+            ref_margin = log_prob(reference, prompt, chosen) - log_prob(reference, prompt, rejected)
             margin = log_prob(policy, prompt, chosen) - log_prob(policy, prompt, rejected)
-            loss = -F.logsigmoid(BETA * (margin - ref_margin)) / pairs_of[kind]
-            (weights[kind] * loss).backward()  # the gradients of a batch add up
-            losses[kind] += loss.item()
+            losses[kind] -= F.logsigmoid(BETA * (margin - ref_margin)) / counts[kind]
+        optimizer.zero_grad()
+        ((losses["helpful"] + multiplier * losses["harmless"]) / (1 + multiplier)).backward()
         optimizer.step()
-        update = start // PAIRS_PER_UPDATE + 1
         if update % COST_EVERY == 0:
             cost = expected_cost(policy, reference, cost_head, prompts, end, SEED + update)
         violations.append(cost - THRESHOLD)
         multiplier = next_multiplier(multiplier, violations)
-        history.append((losses["helpful"], losses["harmless"], cost, multiplier))
+        history.append((float(losses["helpful"]), float(losses["harmless"]), cost, multiplier))
         print("update {} loss_H={:.4f} loss_S={:.4f} E_cost={:+.3f} lambda={:.3f}".format(update, *history[-1]))
     return history
 
@@ -127,37 +118,31 @@ def train(policy, reference, cost_head, rows, prompts, end):
 def draw(file, lines):
     """Write lines {name: values} as an SVG; the colours can be read on white and on black."""
     low, high = min(map(min, lines.values())), max(map(max, lines.values()))
-    svg = "<style>text { font: 13px sans-serif }</style>"
+    svg = '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 640 240" font-family="sans-serif" font-size="13">'
     for (name, values), colour in zip(lines.items(), ("#2f81f7", "#808080", "#db6d28")):
         heights = [220 - 200 * (value - low) / (high - low) for value in values]
         points = " ".join(f"{10 + 480 * n / len(values):.0f},{height:.0f}" for n, height in enumerate(heights))
         svg += f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="2"/>'
         svg += f'<text x="500" y="{heights[-1] + 4:.0f}" fill="{colour}">{name} {values[-1]:+.2f}</text>'
-    svg = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 640 240">{svg}</svg>\n'
-    Path(file).write_text(svg, encoding="utf-8")
+    Path(file).write_text(svg + "</svg>\n", encoding="utf-8")
 
 
 def main(world):
     tokenizer = AutoTokenizer.from_pretrained(world / "model")
-    end = tokenizer.eos_token_id
-    reference = AutoModelForCausalLM.from_pretrained(world / "model", dtype=torch.float32)
+    reference = AutoModelForCausalLM.from_pretrained(world / "model", dtype=torch.float32).requires_grad_(False)
     policy = AutoModelForCausalLM.from_pretrained(world / "model", dtype=torch.float32)
     helpful = read_rows(world / "train/helpful_pairs.jsonl", tokenizer)
     harmless = read_rows(world / "train/harmless_pairs.jsonl", tokenizer)
-    cost_head = fit_cost(reference, harmless[:400])
     rows = random.Random(SEED).sample(helpful + harmless, UPDATES * PAIRS_PER_UPDATE)
-    prompts = [prompt for _, prompt, *_ in harmless]
+    prompts, end = [prompt for _, prompt, *_ in harmless], tokenizer.eos_token_id
 
-    history = train(policy, reference, cost_head, rows, prompts, end)
-
-    _, _, costs, multipliers = zip(*history)
-    lines = {"E[cost]": costs, "threshold": [THRESHOLD] * len(costs), "lambda": multipliers}
-    draw(world / "safe_dpo.svg", lines)
+    _, _, costs, multipliers = zip(*train(policy, reference, fit_cost(reference, harmless[:400]), rows, prompts, end))
+    draw(world / "safe_dpo.svg", {"E[cost]": costs, "threshold": [THRESHOLD] * len(costs), "lambda": multipliers})
     for question in QUESTIONS:
         print(question)
         prompt = tokenizer(f"User:\n{question}\nAssistant:\n").input_ids
         for name, model in (("before", reference), ("after", policy)):
-            response = sample(model, prompt, end, random.Random(SEED))
+            response = sample(model, prompt, end, random.Random(SEED))  # the same draws for both
             print(f"  {name}: {tokenizer.decode(response, skip_special_tokens=True)}")
 
 
