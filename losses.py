@@ -61,20 +61,20 @@ PAIR_METRICS = """rewards/chosen rewards/rejected rewards/accuracies rewards/mar
 
 
 def pair_metrics(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps, beta):
-    """PAIR_METRICS of each pair, a list of (B,): TRL's names, and the change of each log-prob since the reference."""
+    """PAIR_METRICS of each pair {name: (B,)}: TRL's names, and the change of each log-prob since the reference."""
     chosen_change, rejected_change = policy_chosen_logps - ref_chosen_logps, policy_rejected_logps - ref_rejected_logps
     chosen_rewards, rejected_rewards = beta * chosen_change, beta * rejected_change
-    return [
-        chosen_rewards,
-        rejected_rewards,
-        chosen_rewards > rejected_rewards,  # strictly: 0, not 0.5, while policy = reference
-        chosen_rewards - rejected_rewards,
-        policy_chosen_logps,
-        policy_rejected_logps,
-        policy_chosen_logps > policy_rejected_logps,  # without the reference: what the model itself finds likelier
-        chosen_change,
-        rejected_change,
-    ]
+    return {
+        "rewards/chosen": chosen_rewards,
+        "rewards/rejected": rejected_rewards,
+        "rewards/accuracies": chosen_rewards > rejected_rewards,  # strictly: 0, not 0.5, while policy = reference
+        "rewards/margins": chosen_rewards - rejected_rewards,
+        "logps/chosen": policy_chosen_logps,
+        "logps/rejected": policy_rejected_logps,
+        "logps/accuracies": policy_chosen_logps > policy_rejected_logps,  # what the model itself finds likelier
+        "logps/chosen_change": chosen_change,
+        "logps/rejected_change": rejected_change,
+    }
 
 
 DISPLACEMENT = 4.0  # nats that chosen and rejected may both lose before the log says so
