@@ -82,28 +82,28 @@ def pair_losses(model, batch, ref_logps, args):
     return losses, {"loss": losses} | pair_metrics(*prompted_and_plain, args.beta)
 
 
-def first_vectors(model, tokenizer, args):
+def number_of_vectors(tokenizer, args):
+    """As many as were asked for; else 20, or of a text its tokens."""
+    if args.prompt_init != "text":
+        return args.num_virtual_tokens or 20
+    ids = tokenizer(args.preference_text, add_special_tokens=False)["input_ids"]
+    if not ids:
+        raise PromptError(f"--preference-text {args.preference_text!r} has no tokens: say something")
+    return args.num_virtual_tokens or len(ids)
+
+
+def first_vectors(model, tokenizer, num_vectors, args):
     """The vectors (N, D) fp32 that training starts from, as the embedding layer returns them (Gemma's are scaled)."""
-    embedding, num = model.get_input_embeddings(), args.num_virtual_tokens
     generator = torch.Generator().manual_seed(args.seed)
     if args.prompt_init == "text":
-        ids = tokenizer(args.preference_text, add_special_tokens=False)["input_ids"]
-        if not ids:
-            raise PromptError(f"--preference-text {args.preference_text!r} has no tokens: say something")
-        ids = [ids[place % len(ids)] for place in range(num or len(ids))]
+        of_text = tokenizer(args.preference_text, add_special_tokens=False)["input_ids"]
+        ids = [of_text[place % len(of_text)] for place in range(num_vectors)]
     else:
-        ids = torch.randint(len(tokenizer), (num or 20,), generator=generator).tolist()
-    vectors = embedding(torch.tensor(ids, device=model.device)).float()
+        ids = torch.randint(len(tokenizer), (num_vectors,), generator=generator).tolist()
+    vectors = model.get_input_embeddings()(torch.tensor(ids, device=model.device)).float()
     if args.prompt_init == "random":  # noise of the size of embeddings
         vectors = torch.randn(vectors.shape, generator=generator).to(model.device) * vectors.std()
     return vectors.detach()
-
-
-def number_of_vectors(tokenizer, args):
-    """As many as were asked for; else 20, or of a text its tokens."""
-    if args.num_virtual_tokens or args.prompt_init != "text":
-        return args.num_virtual_tokens or 20
-    return len(tokenizer(args.preference_text, add_special_tokens=False)["input_ids"])
 
 
 def main(args):
@@ -127,9 +127,9 @@ def main(args):
     reference = Frozen(model)
     run.begin(model, [], {"reference": reference})
     ref_logps = run.cached("reference", reference)  # (N, 2): of chosen and rejected of each pair
-    vectors = torch.nn.Parameter(first_vectors(model, tokenizer, args))  # (N, D) fp32
+    vectors = torch.nn.Parameter(first_vectors(model, tokenizer, num_vectors, args))  # (N, D) fp32
     use_soft_prompt(model, vectors)
-    insert = partial(with_virtual_tokens, num_vectors=len(vectors), position=args.preference_position)
+    insert = partial(with_virtual_tokens, num_vectors=num_vectors, position=args.preference_position)
     data.pairs = [pair._replace(prompt_ids=insert(pair.prompt_ids)) for pair in pairs]
 
     # 4 train
