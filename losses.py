@@ -214,10 +214,10 @@ class Multiplier:
             self.at_cap = self.at_cap + 1 if self.log == self.bounds[1] else 0
 
     def state(self):
-        """What a checkpoint keeps, JSON; -inf stands as None."""
-        log = None if self.log == -math.inf else self.log
-        return [log, self.average, self.weight, self.skipped, self.at_cap]
+        """What a checkpoint keeps {name: number}; -inf, which JSON has not, stands as None."""
+        moved = {name: getattr(self, name) for name in ("average", "weight", "skipped", "at_cap")}
+        return moved | {"log": None if self.log == -math.inf else self.log}
 
     def load(self, state):
-        log, self.average, self.weight, self.skipped, self.at_cap = state
-        self.log = -math.inf if log is None else log
+        vars(self).update(state)
+        self.log = -math.inf if state["log"] is None else state["log"]

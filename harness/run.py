@@ -207,6 +207,11 @@ class Run:
         place = "cpu" if self.sharded else self.world.device
         return load_model(path, self.weights_dtype, place, self.args.trust_remote_code, scores)
 
+    def load_scorer(self, path):
+        """A frozen model with a scalar head."""
+        args = self.args
+        return load_model(path, self.dtype, self.world.device, args.trust_remote_code, True, args.max_length)
+
     def add_adapter(self, model, name):
         """What is trained: the parameters of a new LoRA adapter; with --lora-r 0 all there are."""
         args = self.args
@@ -264,10 +269,11 @@ class Run:
         """What a frozen model gives to chosen and rejected of each pair, (N, 2) on the CPU: from --cache-dir, or now.
 
         pairs: others than those of the run; needed: the places of those that are asked for (default: all that the run
-        needs), the others may be NaN; depends_on: what else than weights, tokens and type the numbers depend on.
+        needs), the others are NaN; depends_on: what else than weights, tokens and type the numbers depend on.
         """
         self.watch.phase("cache")
         pairs = self.data.pairs if pairs is None else pairs
+        needed = self.data.needed if needed is None else needed
         lengths = [len(pair.prompt_ids) + len(pair.chosen_ids) + len(pair.rejected_ids) for pair in pairs]
         with self.autocast:
             scores = score_cache.frozen_scores(
@@ -278,14 +284,16 @@ class Run:
                 f"{self.dtype}{' sharded' if self.sharded else ''}",  # shards round elsewhere than autocast does
                 lambda indices: frozen(pack([pairs[i] for i in indices], self.world.device)),
                 len(pairs),
-                self.data.needed if needed is None else needed,
+                needed,
                 lambda indices: self.data.passes(indices, lengths),
                 self.world,
                 self.termination,
                 self.say,
             )
         self.watch.phase("other")
-        return scores
+        asked = torch.full_like(scores, torch.nan)
+        asked[needed] = scores[needed]  # the file may have more, of other runs
+        return asked
 
     # -- the end -----------------------------------------------------------------------------------------------------
 
