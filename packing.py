@@ -158,3 +158,8 @@ def send(tensor, device):
     if torch.device(device).type == "cuda":
         return tensor.pin_memory().to(device, non_blocking=True)
     return tensor.to(device)
+
+
+def of_pairs(facts, indices, device):
+    """Of a NamedTuple of tensors (N,) on the CPU the rows of some pairs, (B,) each, on `device`: one copy for all."""
+    return type(facts)(*send(torch.stack(facts)[:, indices], device))

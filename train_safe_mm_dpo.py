@@ -99,7 +99,7 @@ from losses import (
     soft_label_loss,
 )
 from packed_model import prepare_model, prepare_scores
-from packing import joined, send
+from packing import joined, of_pairs
 
 METRICS = {  # and what each is a mean over: rows with a helpful or a harmless label, response tokens, all pairs
     "loss_H": "helpful_rows",
@@ -126,10 +126,6 @@ class PairFacts(NamedTuple):
     beta_S: torch.Tensor
     helpful: torch.Tensor  # the helpful label: 1 as the pair stands, -1 the other way, 0 none
     harmless: torch.Tensor
-
-    def at(self, indices, device):
-        """The facts of the pairs at these places, (B,) each, on a device."""
-        return PairFacts(*send(torch.stack(self)[:, indices], device))
 
 
 class Terms(NamedTuple):
@@ -199,8 +195,8 @@ def update_loss(terms, multiplier, counts, args):
     """
     if args.combine == "additive":
         helpful = terms.loss_H.sum() / max(1, counts["helpful_rows"])
-        harmless = terms.loss_S.sum() / max(1, counts["harmless_rows"])
-        loss = (helpful + multiplier * harmless) / (1 + multiplier)
+        harmless = multiplier * terms.loss_S.sum() / max(1, counts["harmless_rows"])
+        loss = (helpful + harmless) / (1 + multiplier)
     else:
         loss = terms.joint.sum() / counts["pairs"]
     return loss + args.kl_coeff * terms.kl.sum() / counts["tokens"] if args.kl_coeff else loss
@@ -221,7 +217,7 @@ def reward_folders(args):
 
 
 def read_records(folders, tokenizer, args):
-    """{task: what reward_model.json says}.  A threshold `auto` that cannot be is refused here, before anything loads."""
+    """{task: reward_model.json}.  A threshold `auto` that cannot be is refused here, before anything loads."""
     trust = args.trust_remote_code
     records = {task: reward_models.read_record(folder, task, tokenizer, trust) for task, folder in folders.items()}
     if "harmless" in records:
@@ -316,7 +312,7 @@ def main(args):
 
     def forward(indices, with_kl):
         """Terms and metrics of the pairs at these places."""
-        batch, known_of_pairs = data.batch(indices), facts.at(indices, run.world.device)
+        batch, known_of_pairs = data.batch(indices), of_pairs(facts, indices, run.world.device)
         with run.autocast:
             states = reference_states(reference, batch) if with_kl else None
             return pair_losses(policy, batch, known_of_pairs, multiplier.value, args, states)
