@@ -66,7 +66,7 @@ from formats import model_files
 from formats.model_files import ModelError, enable_checkpointing, load_model, load_skeleton, load_tokenizer, save_whole
 from harness import checkpoints, memory_estimate, memory_report, optimizers, run_files, score_cache, speed
 from losses import PAIR_METRICS, displacement, dpo_loss, nll_loss, pair_metrics
-from packed_model import TokenLogps, prepare_model
+from packed_model import prepare_model
 from packing import epoch_plan, hold_out, largest_pass, pack, passes_of_rank, rows_of_run, send
 from preference_data import DataError, fingerprint, load_pairs
 
@@ -139,7 +139,7 @@ def main(args):
     skeleton = load_skeleton(args.model, tokenizer, args)
     add_adapters(skeleton, args)  # a wrong adapter or target shows here
     other = load_skeleton(args.ref_model_path, tokenizer, args) if args.ref_model_path else None
-    estimate = memory_estimate.Estimate(skeleton, lora.add_adapter, TokenLogps, world.size, other)
+    estimate = memory_estimate.Estimate(skeleton, world.size, other)
     if args.estimate_memory:
         say(memory_report.report(estimate, args))
         return distributed.stop()

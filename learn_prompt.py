@@ -12,7 +12,7 @@ Deviations from prompt tuning's paper: preference pairs instead of targets; Adam
     python learn_prompt.py --model Qwen/Qwen2.5-1.5B-Instruct --dataset-path pairs.jsonl --prompt-init vocab  # one GPU
     torchrun --nproc_per_node=4 learn_prompt.py --dataset-path pairs.jsonl --prompt-init vocab             # four GPUs
 
-Copy with: formats/ harness/ distributed.py lora_targets.py losses.py packed_attention.py packed_model.py
+Copy with: formats/ harness/ distributed.py lora.py lora_targets.py losses.py packed_attention.py packed_model.py
     packed_probe.py packing.py preference_data.py preference_prompt.py toy_world.py
 """
 
@@ -73,7 +73,7 @@ from formats.model_files import (
 )
 from harness import checkpoints, memory_estimate, memory_report, optimizers, run_files, score_cache, speed
 from losses import PAIR_METRICS, dpo_loss, pair_metrics
-from packed_model import TokenLogps, prepare_model
+from packed_model import prepare_model
 from packing import epoch_plan, hold_out, largest_pass, pack, passes_of_rank, rows_of_run, send
 from preference_data import DataError, Pair, fingerprint, load_pairs
 from preference_prompt import PromptError, save_soft_prompt, use_soft_prompt, with_virtual_tokens
@@ -147,7 +147,7 @@ def main(args):
     vectors = args.num_virtual_tokens or (len(of_text) if args.prompt_init == "text" else 20)
     what = f"--max-length {args.max_length} with {vectors} vectors"
     check_positions(skeleton.config, args.max_length + vectors, what, args.model)
-    estimate = memory_estimate.Estimate(skeleton, None, TokenLogps, world.size, vectors=vectors)
+    estimate = memory_estimate.Estimate(skeleton, world.size, vectors=vectors)
     if args.estimate_memory:
         say(memory_report.report(estimate, args))
         return distributed.stop()

@@ -154,7 +154,7 @@ def main(args):
     skeleton = load_skeleton(args.model, tokenizer, args, scores=True)
     if args.lora_r:  # a wrong target shows here
         lora.add_adapter(skeleton, "reward", args.lora_r, args.lora_alpha, 0.0, args.lora_target_modules)
-    estimate = memory_estimate.Estimate(skeleton, lora.add_adapter, ranks=world.size)
+    estimate = memory_estimate.Estimate(skeleton, world.size)
     if args.estimate_memory:
         say(memory_report.report(estimate, args))
         return distributed.stop()

@@ -104,7 +104,7 @@ from losses import (
     pair_metrics,
     soft_label_loss,
 )
-from packed_model import TokenLogps, prepare_model, prepare_scores
+from packed_model import prepare_model
 from packing import epoch_plan, joined, largest_pass, pack, passes, passes_of_rank, rows_of_run, send
 from preference_data import DataError, fingerprint, load_pairs
 
@@ -209,7 +209,7 @@ def main(args):
     needed = {"helpful": args.w or args.combine != "additive"}
     needed["harmless"] = args.lambda_init and (args.w or args.lambda_lr or args.combine != "additive")
     folders = {task: getattr(args, f"{task}_rm_path") for task in TASKS if needed[task]}
-    estimate = memory_estimate.Estimate(skeleton, lora.add_adapter, TokenLogps, world.size, other, folders)
+    estimate = memory_estimate.Estimate(skeleton, world.size, other, folders)
     if args.estimate_memory:
         say(memory_report.report(estimate, args))
         return distributed.stop()
@@ -261,13 +261,10 @@ def main(args):
         reference = load(args.ref_model_path or args.model, weights_dtype)
         prepare_model(reference)
     home, sha256 = (policy, score_cache.base_sha256(policy)) if records and args.lora_r else (None, None)
-    alone = partial(load, dtype=dtype, device=world.device, scores=True, max_length=args.max_length)
     judges = {}
     for task, folder in folders.items():
-        judges[task] = reward_models.load(folder, task, records[task], home, sha256, lora.load_adapter, alone)
+        judges[task] = reward_models.load(folder, task, records[task], home, sha256, args, dtype, world.device)
         say(judges[task].line)
-        if judges[task].model is not policy:
-            prepare_scores(judges[task].model)
     distributed.seed_everything(args.seed)
     parameters = list(policy.parameters())
     if args.lora_r:

@@ -89,7 +89,7 @@ from formats import model_files
 from formats.model_files import ModelError, enable_checkpointing, load_model, load_skeleton, load_tokenizer, save_whole
 from harness import checkpoints, memory_estimate, memory_report, optimizers, run_files, score_cache, speed
 from losses import PAIR_METRICS, aligned_loss, displacement, dpo_loss, nll_loss, pair_metrics
-from packed_model import TokenLogps, prepare_model
+from packed_model import prepare_model
 from packing import epoch_plan, hold_out, largest_pass, pack, passes_of_rank, rows_of_run, send
 from preference_data import DataError, Pair, fingerprint, load_pairs
 from preference_prompt import PromptError, check_room, read_soft_prompt, use_soft_prompt, with_text, with_virtual_tokens
@@ -203,7 +203,7 @@ def main(args):
     if args.lora_r:  # a wrong target shows here
         lora.add_adapter(skeleton, "policy", args.lora_r, args.lora_alpha, 0.0, args.lora_target_modules)
     other = load_skeleton(args.ref_model_path, tokenizer, args) if args.ref_model_path else None
-    estimate = memory_estimate.Estimate(skeleton, lora.add_adapter, TokenLogps, world.size, other)
+    estimate = memory_estimate.Estimate(skeleton, world.size, other)
     if args.estimate_memory:
         say(memory_report.report(estimate, args))
         return distributed.stop()
