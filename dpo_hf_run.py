@@ -64,7 +64,17 @@ import lora
 import toy_world
 from formats import model_files
 from formats.model_files import ModelError, enable_checkpointing, load_model, load_skeleton, load_tokenizer, save_whole
-from harness import checkpoints, memory_estimate, memory_report, optimizers, run_files, score_cache, speed
+from harness import (
+    checkpoints,
+    device,
+    memory_estimate,
+    memory_report,
+    optimizers,
+    run_files,
+    score_cache,
+    sharding,
+    speed,
+)
 from losses import PAIR_METRICS, displacement, dpo_loss, nll_loss, pair_metrics
 from packed_model import prepare_model
 from packing import epoch_plan, hold_out, largest_pass, pack, passes_of_rank, rows_of_run, send
@@ -182,14 +192,14 @@ def main(args):
 
     # 3 models
     watch.phase("load")
-    dtype = distributed.pick_dtype(args.dtype, world, checkpoints.begun_in(checkpoint))
+    dtype = device.pick_dtype(args.dtype, world, checkpoints.begun_in(checkpoint))
     weights_dtype = dtype if args.lora_r else torch.float32  # weights that are trained are fp32, computed with in dtype
     load = partial(load_model, device="cpu" if sharded else world.device, trust_remote_code=args.trust_remote_code)
     policy = reference = load(args.model, weights_dtype)
     distributed.seed_everything(args.seed)
     parameters = add_adapters(policy, args)
     say(f"{prepare_model(policy)} ({world.device}, {str(dtype).removeprefix('torch.')})")
-    checkpointing = estimate.checkpointing(args, distributed.room(world), largest_pass(**within), policy.packs_pairs)
+    checkpointing = estimate.checkpointing(args, device.room(world), largest_pass(**within), policy.packs_pairs)
     if checkpointing:
         enable_checkpointing(policy)
         say("gradient checkpointing: on")
@@ -205,7 +215,7 @@ def main(args):
         if checkpoint:
             checkpoints.check_identity(checkpoint, identity)
     if sharded:
-        parameters = distributed.shard(policy, reference, world, dtype, say, args.optimizer_offload)
+        parameters = sharding.shard(policy, reference, world, dtype, say, args.optimizer_offload)
     autocast = torch.autocast(world.device.type, dtype, enabled=weights_dtype != dtype)
     watch.phase("cache")
     termination = checkpoints.Termination()
@@ -328,7 +338,7 @@ def main(args):
     flags.check_weights(parameters, at["step"])
     distributed.assert_same_on_all_ranks(parameters, world)
     log.close()
-    state = None if args.lora_r else distributed.whole_state(policy, dtype, world)
+    state = None if args.lora_r else sharding.whole_state(policy, dtype, world)
     if world.is_main:
         with run_files.whole_files(args.output_dir) as folder:
             if args.lora_r:

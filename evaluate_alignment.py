@@ -101,7 +101,7 @@ import toy_world
 from formats import written_files
 from formats.model_files import ModelError, base_of, check_positions, load_model, load_skeleton, load_tokenizer
 from formats.row_files import DataError
-from harness import run_files, score_cache, training_curves
+from harness import device, run_files, score_cache, training_curves
 from packed_model import logps_of, prepare_model
 from packing import pack, passes
 from sampling import closed, end_tokens, response_text, sample
@@ -267,7 +267,7 @@ def main(args):
     check_positions(skeleton.config, longest + args.max_new_tokens, what, args.model)
 
     # 3 models: one frozen base, and on it by name the adapters and the reward models that share it
-    dtype = distributed.pick_dtype(args.dtype, world)
+    dtype = device.pick_dtype(args.dtype, world)
     model = load_model(args.model, dtype, world.device, args.trust_remote_code)
     base_sha256 = score_cache.base_sha256(model)
     policies = {"base": None} | {name: f"policy_{place}" for place, name in enumerate(folders)}

@@ -12,7 +12,7 @@ import torch
 import distributed
 import lora
 from packing import pack
-from sampling import closed, end_tokens, sample
+from sampling import closed, end_tokens, gathered, sample
 
 WINDOW = 512  # responses that importance weighting looks back on, over all ranks
 LEAST_SAMPLES = 32  # effective ones, below which the estimate is not to be used
@@ -41,7 +41,7 @@ def sampled_cost(policy, judge, prompts, tokenizer, split, step, args, world):
     drawn = draw(prompts, count * world.size, seed, world.rank, world.size)
     asked, ends = [ids for ids, _ in drawn for _ in range(2)], end_tokens(policy, tokenizer)
     places = [2 * (world.rank + n // 2 * world.size) + n % 2 for n in range(len(asked))]  # among those of all ranks
-    with distributed.gathered(policy):
+    with gathered(policy):
         answers = sample(policy, tokenizer, asked, room, seed, places=places) if asked else []
     answers = [closed(answer, ends, drawn[n // 2][1]) for n, answer in enumerate(answers)]
     triples = list(zip(asked[::2], answers[::2], answers[1::2], strict=True))

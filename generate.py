@@ -104,7 +104,7 @@ from formats.model_files import ModelError, base_of, check_positions, load_model
 from formats.preference_rows import recognise
 from formats.row_files import DataError, Malformed, Unusable, parse_row, read_rows
 from formats.row_prompts import shortened, with_context
-from harness import score_cache
+from harness import device, score_cache
 from packed_model import prepare_model
 from packing import pack, passes
 from sampling import closed, end_tokens, response_text, sample
@@ -227,7 +227,7 @@ def main(args):
 
     # 3 models
     begun_in = None if args.chat else output.begun()[0].get("--dtype")
-    dtype = distributed.pick_dtype(args.dtype, world, begun_in)
+    dtype = device.pick_dtype(args.dtype, world, begun_in)
     model = load_model(args.model, dtype, world.device, args.trust_remote_code)
     if adapter:
         lora.load_adapter(model, args.adapter, adapter)

@@ -71,7 +71,7 @@ from formats.model_files import (
     load_skeleton,
     load_tokenizer,
 )
-from harness import checkpoints, memory_estimate, memory_report, optimizers, run_files, score_cache, speed
+from harness import checkpoints, device, memory_estimate, memory_report, optimizers, run_files, score_cache, speed
 from losses import PAIR_METRICS, dpo_loss, pair_metrics
 from packed_model import prepare_model
 from packing import epoch_plan, hold_out, largest_pass, pack, passes_of_rank, rows_of_run, send
@@ -190,11 +190,11 @@ def main(args):
 
     # 3 models
     watch.phase("load")
-    dtype = distributed.pick_dtype(args.dtype, world, checkpoints.begun_in(checkpoint))
+    dtype = device.pick_dtype(args.dtype, world, checkpoints.begun_in(checkpoint))
     model = load_model(args.model, dtype, world.device, args.trust_remote_code).requires_grad_(False)
     distributed.seed_everything(args.seed)
     say(f"{prepare_model(model)} ({world.device}, {str(dtype).removeprefix('torch.')})")
-    checkpointing = estimate.checkpointing(args, distributed.room(world), largest_pass(**within), model.packs_pairs)
+    checkpointing = estimate.checkpointing(args, device.room(world), largest_pass(**within), model.packs_pairs)
     if checkpointing:
         enable_checkpointing(model)
         say("gradient checkpointing: on")

@@ -78,7 +78,17 @@ from formats.model_files import (
     pad_unlike_ends,
     save_whole,
 )
-from harness import checkpoints, memory_estimate, memory_report, optimizers, run_files, score_cache, speed
+from harness import (
+    checkpoints,
+    device,
+    memory_estimate,
+    memory_report,
+    optimizers,
+    run_files,
+    score_cache,
+    sharding,
+    speed,
+)
 from losses import harm_label_loss, reward_loss
 from packed_model import prepare_scores
 from packing import epoch_plan, largest_pass, pack, passes_of_rank, send
@@ -191,7 +201,7 @@ def main(args):
 
     # 3 models
     watch.phase("load")
-    dtype = distributed.pick_dtype(args.dtype, world, checkpoints.begun_in(checkpoint))
+    dtype = device.pick_dtype(args.dtype, world, checkpoints.begun_in(checkpoint))
     weights_dtype = dtype if args.lora_r else torch.float32  # weights that are trained are fp32, computed with in dtype
     place = "cpu" if sharded else world.device
     model = load_model(args.model, weights_dtype, place, args.trust_remote_code, scores=True)
@@ -201,7 +211,7 @@ def main(args):
         adapter = args.lora_r, args.lora_alpha, args.lora_dropout, args.lora_target_modules
         parameters = [*lora.add_adapter(model, "reward", *adapter), model.score.weight.requires_grad_(True)]
     say(f"{prepare_scores(model)} ({world.device}, {str(dtype).removeprefix('torch.')})")
-    checkpointing = estimate.checkpointing(args, distributed.room(world), largest_pass(**within), model.packs_pairs)
+    checkpointing = estimate.checkpointing(args, device.room(world), largest_pass(**within), model.packs_pairs)
     if checkpointing:
         enable_checkpointing(model)
         say("gradient checkpointing: on")
@@ -221,7 +231,7 @@ def main(args):
             "pad_token_id": pad_unlike_ends(args.model, tokenizer, model.config),
         }
     if sharded:
-        parameters = distributed.shard(model, model, world, dtype, say, args.optimizer_offload)
+        parameters = sharding.shard(model, model, world, dtype, say, args.optimizer_offload)
     say(*memory_report.start_lines("", parameters, model, args, world), sep="\n")
 
     # 4 optimiser
@@ -272,7 +282,7 @@ def main(args):
         flags.check_weights(parameters, at["step"])
         if at["step"] and (not held_out or at["best"] is None or metrics["loss"] < at["best"]["loss"]):
             at.update(best=metrics, kept=at["step"])
-            state = None if args.lora_r else distributed.whole_state(model, dtype, world)
+            state = None if args.lora_r else sharding.whole_state(model, dtype, world)
             if world.is_main:
                 loss = f"val_loss={metrics['loss']:.4f}" if held_out else "no validation: the last one"
                 say(f"Saving best model to {args.output_dir} ({loss})")
@@ -356,7 +366,7 @@ def main(args):
                 _, head = lora.load_adapter(model, args.output_dir, "best", with_head=True)
                 model.score.weight.data.copy_(head)
                 lora.merge_adapter(model, "best")
-                state = distributed.whole_state(model, dtype, world)
+                state = sharding.whole_state(model, dtype, world)
                 save_model(folder / "merged", model, tokenizer, record | {"validation": at["best"]}, state)
         say(f"saved to {args.output_dir}")
     distributed.stop()

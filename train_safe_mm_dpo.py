@@ -92,7 +92,17 @@ import toy_world
 from expected_cost import empty_window, importance_weighted, own_window, prompts_of, sampled_cost, slide
 from formats import model_files
 from formats.model_files import ModelError, enable_checkpointing, load_model, load_skeleton, load_tokenizer, save_whole
-from harness import checkpoints, memory_estimate, memory_report, optimizers, run_files, score_cache, speed
+from harness import (
+    checkpoints,
+    device,
+    memory_estimate,
+    memory_report,
+    optimizers,
+    run_files,
+    score_cache,
+    sharding,
+    speed,
+)
 from losses import (
     PAIR_METRICS,
     Multiplier,
@@ -253,7 +263,7 @@ def main(args):
 
     # 3 models
     watch.phase("load")
-    dtype = distributed.pick_dtype(args.dtype, world, checkpoints.begun_in(checkpoint))
+    dtype = device.pick_dtype(args.dtype, world, checkpoints.begun_in(checkpoint))
     weights_dtype = dtype if args.lora_r else torch.float32  # weights that are trained are fp32, computed with in dtype
     load = partial(load_model, device="cpu" if sharded else world.device, trust_remote_code=args.trust_remote_code)
     policy = reference = load(args.model, weights_dtype)
@@ -271,7 +281,7 @@ def main(args):
         adapter = args.lora_r, args.lora_alpha, args.lora_dropout, args.lora_target_modules
         parameters = lora.add_adapter(policy, "policy", *adapter)
     say(f"{prepare_model(policy)} ({world.device}, {str(dtype).removeprefix('torch.')})")
-    checkpointing = estimate.checkpointing(args, distributed.room(world), largest_pass(**within), policy.packs_pairs)
+    checkpointing = estimate.checkpointing(args, device.room(world), largest_pass(**within), policy.packs_pairs)
     if checkpointing:
         enable_checkpointing(policy)
         say("gradient checkpointing: on")
@@ -289,7 +299,7 @@ def main(args):
     if checkpoint and world.is_main:
         checkpoints.check_identity(checkpoint, identity)
     if sharded:
-        parameters = distributed.shard(policy, reference, world, dtype, say, args.optimizer_offload)
+        parameters = sharding.shard(policy, reference, world, dtype, say, args.optimizer_offload)
     # Without samples the start's E[cost] is of all pairs.
     costed = sorted({*needed, *costly}) if args.cost_estimate == "snis" else needed
     known = {}  # what the frozen models say of the pairs once and for all, (N, 2) each
@@ -479,7 +489,7 @@ def main(args):
             evaluate_and_log()
         if step % updates_per_epoch == 0:
             flags.check_weights(parameters, step)
-            state = None if args.lora_r else distributed.whole_state(policy, dtype, world)
+            state = None if args.lora_r else sharding.whole_state(policy, dtype, world)
             if world.is_main:
                 with run_files.whole_files(args.output_dir) as folder:
                     save_policy(folder / f"epoch_{epoch}", state)
@@ -497,7 +507,7 @@ def main(args):
     flags.check_weights(parameters, at["step"])
     distributed.assert_same_on_all_ranks([*parameters, torch.tensor([multiplier.value], device=world.device)], world)
     log.close()
-    state = None if args.lora_r else distributed.whole_state(policy, dtype, world)
+    state = None if args.lora_r else sharding.whole_state(policy, dtype, world)
     if world.is_main:
         with run_files.whole_files(args.output_dir) as folder:
             save_policy(folder, state)

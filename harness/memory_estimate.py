@@ -32,6 +32,7 @@ from transformers.masking_utils import sdpa_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 import lora
+from harness.device import DTYPES
 from harness.optimizers import moments_bytes
 from packed_model import HEAD_CHUNK, TokenLogps
 
@@ -40,7 +41,6 @@ WIDE = 4  # bytes of fp32
 USABLE = 0.9  # of a device; the rest is for fragmentation and for what is left out here
 MANY = 16 * HEAD_CHUNK  # tokens that are counted chunk by chunk
 SOME = 1024  # tokens that are measured: with fused attention memory grows in line with them
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 class EstimateError(ValueError):

@@ -25,7 +25,7 @@ import packed_probe
 import train_rm
 import train_safe_mm_dpo
 import train_with_preference_prompt
-from harness import memory_estimate
+from harness import memory_estimate, sharding
 from harness.memory_estimate import CUDA, Estimate, EstimateError, measure
 from harness.memory_report import GB, compared, first_update, lever, report
 
@@ -97,7 +97,7 @@ def be_sharded(name):
     gather, reduce = type("Gather", (Noting, DefaultAllGather), {}), type("Reduce", (Noting, DefaultReduceScatter), {})
     world, model = distributed.start("cpu"), tiny_model(name)
     packed_model.prepare_model(model)
-    optimizer = torch.optim.AdamW(distributed.shard(model, model, world, torch.bfloat16, say=lambda *_: None))
+    optimizer = torch.optim.AdamW(sharding.shard(model, model, world, torch.bfloat16, say=lambda *_: None))
     for module in [module for module in model.modules() if isinstance(module, FSDPModule)]:
         module.set_custom_all_gather(gather())
         module.set_custom_reduce_scatter(reduce())
