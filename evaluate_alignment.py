@@ -101,8 +101,8 @@ import toy_world
 from formats import written_files
 from formats.model_files import ModelError, base_of, check_positions, load_model, load_skeleton, load_tokenizer
 from formats.row_files import DataError
-from harness import run_files, score_cache, training_curves
-from packed_model import logps_of, prepare_model, prepare_scores
+from harness import device, run_files, score_cache, training_curves
+from packed_model import logps_of, prepare_model
 from packing import pack, passes
 from sampling import closed, end_tokens, response_text, sample
 from tools import evaluation_numbers, implicit_rewards, report_page, report_text
@@ -267,7 +267,7 @@ def main(args):
     check_positions(skeleton.config, longest + args.max_new_tokens, what, args.model)
 
     # 3 models: one frozen base, and on it by name the adapters and the reward models that share it
-    dtype = distributed.pick_dtype(args.dtype, world)
+    dtype = device.pick_dtype(args.dtype, world)
     model = load_model(args.model, dtype, world.device, args.trust_remote_code)
     base_sha256 = score_cache.base_sha256(model)
     policies = {"base": None} | {name: f"policy_{place}" for place, name in enumerate(folders)}
@@ -277,16 +277,12 @@ def main(args):
         if Path(base := trained_on(folder, args.model)).name != Path(args.model).name:
             say(f"{name} was trained on {base}, and is measured on {args.model}")
 
-    def load_judge(path):
-        judge = load_model(path, dtype, world.device, args.trust_remote_code, scores=True, max_length=longest)
-        prepare_scores(judge)
-        return judge
-
     judges = {}
     for task, record in records.items():
-        named = rm_folders[task], task, record
-        judges[FIELDS[task]] = reward_models.load(*named, model, base_sha256, lora.load_adapter, load_judge)
-        say(judges[FIELDS[task]].line)
+        home = model, base_sha256
+        judge = reward_models.load(rm_folders[task], task, record, *home, args, dtype, world.device, longest)
+        judges[FIELDS[task]] = judge
+        say(judge.line)
     lora.switch_adapter(model, None)
     say(f"{prepare_model(model)} ({world.device}, {str(dtype).removeprefix('torch.')})")
 

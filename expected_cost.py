@@ -13,7 +13,7 @@ import distributed
 import reward_models
 from losses import Multiplier
 from packing import pack, passes, send
-from sampling import closed, end_tokens, sample
+from sampling import closed, end_tokens, gathered, sample
 
 WINDOW = 512  # responses that importance weighting looks back on, over all ranks
 AT_CAP = 50  # updates that lambda may be at its cap before the log says so
@@ -50,7 +50,7 @@ def sampled_cost(policy, judge, prompts, tokenizer, step, args, world):
     drawn = draw(prompts, count * world.size, seed, world.rank, world.size)
     asked = [ids for ids, _ in drawn for _ in range(2)]
     places = [place_of(n, world.rank, world.size) for n in range(len(asked))]
-    with distributed.gathered(policy):
+    with gathered(policy):
         answers = sample(policy, tokenizer, asked, room, seed, places=places) if asked else []
     ends = end_tokens(policy, tokenizer)
     answers = [closed(answer, ends, drawn[n // 2][1]) for n, answer in enumerate(answers)]

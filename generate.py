@@ -104,8 +104,8 @@ from formats.model_files import ModelError, base_of, check_positions, load_model
 from formats.preference_rows import recognise
 from formats.row_files import DataError, Malformed, Unusable, parse_row, read_rows
 from formats.row_prompts import shortened, with_context
-from harness import score_cache
-from packed_model import prepare_model, prepare_scores
+from harness import device, score_cache
+from packed_model import prepare_model
 from packing import pack, passes
 from sampling import closed, end_tokens, response_text, sample
 from tools import generated_rows, reward_function
@@ -220,21 +220,15 @@ def main(args):
     if args.reward_model:
         folder = Path(args.reward_model)
         record = reward_models.read_record(folder, None, tokenizer, args.trust_remote_code)
-        load_reward = partial(reward_models.load, folder, record["task"], record)
-        bare = partial(load_skeleton, tokenizer=tokenizer, args=args, scores=True)
-        try:
-            load_reward(skeleton, record["base_sha256"], lora.load_adapter, bare)
-        except lora.AdapterError:  # it may fit a base of its own
-            load_reward(None, None, lora.load_adapter, bare)
+        reward_models.check_loads(folder, record, skeleton, tokenizer, args)
         identity["reward"] = files_sha256([folder / "reward_model.json", *sorted(folder.glob("*.safetensors"))])
     if not args.chat:
         output.check(identity)
 
     # 3 models
     begun_in = None if args.chat else output.begun()[0].get("--dtype")
-    dtype = distributed.pick_dtype(args.dtype, world, begun_in)
-    load = partial(load_model, dtype=dtype, device=world.device, trust_remote_code=args.trust_remote_code)
-    model = load(args.model)
+    dtype = device.pick_dtype(args.dtype, world, begun_in)
+    model = load_model(args.model, dtype, world.device, args.trust_remote_code)
     if adapter:
         lora.load_adapter(model, args.adapter, adapter)
     dtype_name = str(dtype).removeprefix("torch.")
@@ -245,13 +239,8 @@ def main(args):
     identity |= {"weights": weights, "--dtype": dtype_name, "--device": world.device.type}
     reward = None
     if args.reward_model:
-
-        def load_by_itself(path):
-            scorer = load(path, scores=True, max_length=longest)
-            prepare_scores(scorer)
-            return scorer
-
-        reward = load_reward(model, score_cache.base_sha256(model), lora.load_adapter, load_by_itself)
+        home = model, score_cache.base_sha256(model)
+        reward = reward_models.load(folder, record["task"], record, *home, args, dtype, world.device, longest)
         say(reward.line)
         if args.min_reward is not None and not record.get("calibrated"):
             say("  these scores have no zero (calibrated: false): --min-reward is a limit by their own measure")

@@ -100,19 +100,19 @@ def refuse_differences(model, numbers, packed_states, batch, expected):
     if not difference <= tolerance(model):
         raise CannotPack(f"the numbers of a test pair differ by {difference:.2g} of their size")
     # Rounding can hide a small leak in the numbers.  In a gradient it cannot: that of what is not seen is exactly 0.
-    (start, split, again, _), (other, its_split, its_again, its_end) = batch.segments
-    chosen = range(start, again - 1)  # with its prompt; of the last token nothing is to be seen
-    rejected = [*range(other, its_split), *range(its_again, its_end - 1)]
+    first, second = batch.segments
+    chosen = [*range(first.prompt_start, first.rejected_start - 1)]  # with its prompt, without what nobody may see
+    rejected = [*range(second.prompt_start, second.chosen_start), *range(second.rejected_start, second.end - 1)]
     with embeddings_kept(model) as kept:
         states = packed_states(batch, PairLayout(batch.segments))
-        for rows, what in ((chosen, "chosen"), (rejected, "rejected")):
-            if not leak(states, kept[0], list(rows)) <= EXACT:
-                raise CannotPack(f"{what} responses depend on tokens outside of their own sequence")
+        for side, rows in (("chosen", chosen), ("rejected", rejected)):
+            if not leak(states, kept[0], rows) <= EXACT:
+                raise CannotPack(f"{side} responses depend on tokens outside of their own sequence")
 
 
 def refuse_later_tokens(model, plain_states, batch):
     """Raise ModelError where what a model says of a token depends on a later one."""
-    ids = batch.input_ids[:, : batch.segments[0][2]]
+    ids = batch.input_ids[:, : batch.segments[0].rejected_start]
     with embeddings_kept(model) as kept:
         try:
             found = leak(plain_states(ids), kept[0], list(range(ids.shape[1] // 2)))

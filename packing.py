@@ -8,6 +8,8 @@ Legend: B pairs, T tokens of a packed row, N response tokens of a packed row.
 """
 
 from dataclasses import dataclass
+from itertools import chain
+from typing import NamedTuple
 
 import torch
 
@@ -112,13 +114,29 @@ def hold_out(pairs, num_samples, seed):
     return [index for index in range(len(pairs)) if index not in held], sorted(held)
 
 
+class Segment(NamedTuple):
+    """Where a pair stands in a packed row: first tokens, and one behind the last.
+
+    prompt_start    chosen_start    rejected_start    end
+    v               v               v                 v
+    p0  p1  p2      c0  c1  c2      r0  r1            the next pair
+    0   1   2       3   4   5       3   4             position: rejected ones restart at the end of the prompt
+            c0, r0  c1  c2          r1                what the hidden state there predicts
+    """
+
+    prompt_start: int
+    chosen_start: int
+    rejected_start: int
+    end: int
+
+
 @dataclass(frozen=True)
 class PackedPairs:
     """B pairs in one row of T tokens without padding; N response tokens, all chosen ones first, then all rejected."""
 
     input_ids: torch.Tensor  # (1, T)
-    position_ids: torch.Tensor  # (1, T)  rejected positions restart at the end of the prompt
-    segments: tuple  # per pair (prompt start, chosen start, rejected start, end) in T
+    position_ids: torch.Tensor  # (1, T)
+    segments: tuple  # the Segment of each pair
     predictors: torch.Tensor  # (N,)  where in T the hidden state is that predicts each response token
     ends: torch.Tensor  # (2B,)  where in T the last token of each chosen, then of each rejected response is
     targets: torch.Tensor  # (N,)  the response tokens
@@ -128,28 +146,31 @@ class PackedPairs:
 
 def pack(pairs, device="cpu"):
     """Pairs -> PackedPairs on `device`; of no pairs a row of three tokens from which nothing is asked."""
-    pairs, empty = pairs or [([0], [0], [0])], not pairs
     input_ids, position_ids, segments = [], [], []
-    predictors, targets = ([], []), ([], [])  # of chosen, of rejected
-    for prompt, chosen, rejected, *_ in pairs:
-        start = len(input_ids)
-        split, again = start + len(prompt), start + len(prompt) + len(chosen)
-        input_ids += prompt + chosen + rejected
-        position_ids += [*range(len(prompt) + len(chosen)), *range(len(prompt), len(prompt) + len(rejected))]
-        segments.append((start, split, again, len(input_ids)))
+    of_chosen, of_rejected = [], []  # predictors
+    for prompt, chosen, rejected, *_ in pairs or [([0], [0], [0])]:
+        prompt_start = len(input_ids)
+        chosen_start = prompt_start + len(prompt)
+        rejected_start = chosen_start + len(chosen)
+        end = rejected_start + len(rejected)
+        segments.append(Segment(prompt_start, chosen_start, rejected_start, end))
+        input_ids += [*prompt, *chosen, *rejected]
+        position_ids += range(len(prompt) + len(chosen))
+        position_ids += range(len(prompt), len(prompt) + len(rejected))
         # The last prompt token predicts the first token of both responses.
-        predictors[0].extend(range(split - 1, again - 1))
-        predictors[1].extend([split - 1, *range(again, len(input_ids) - 1)])
-        targets[0].extend(chosen)
-        targets[1].extend(rejected)
+        of_chosen += range(chosen_start - 1, rejected_start - 1)
+        of_rejected += [chosen_start - 1, *range(rejected_start, end - 1)]
+    predictors = of_chosen + of_rejected
+    responses = [pair[1] for pair in pairs] + [pair[2] for pair in pairs]
+    targets = [token for response in responses for token in response]
+    lengths = [len(response) for response in responses]
+    ends = [segment.rejected_start - 1 for segment in segments] + [segment.end - 1 for segment in segments]
+    if not pairs:
+        predictors, ends = [], []
 
-    lengths = [len(response) for side in (1, 2) for response in (pair[side] for pair in pairs)]
-    ends = [segment[side] - 1 for side in (2, 3) for segment in segments]
-    fields = input_ids, position_ids, predictors[0] + predictors[1], ends, targets[0] + targets[1], lengths
-    if empty:
-        fields, lengths = (input_ids, position_ids, [], [], [], []), []
-    numbers = send(torch.tensor([number for field in fields for number in field]), device)  # one copy for all
-    input_ids, position_ids, *others = numbers.split([len(field) for field in fields])
+    columns = input_ids, position_ids, predictors, ends, targets, lengths
+    numbers = send(torch.tensor(list(chain(*columns))), device)  # one copy for all
+    input_ids, position_ids, *others = numbers.split([len(column) for column in columns])
     return PackedPairs(input_ids[None], position_ids[None], tuple(segments), *others, tuple(lengths))
 
 

@@ -1,8 +1,10 @@
 """Responses sampled from a model, by transformers' `generate` with its KV cache, from a seeded stream for each row."""
 
 import random
+from contextlib import contextmanager
 
 import torch
+from torch.distributed.fsdp import FSDPModule
 from transformers import (
     GenerationConfig,
     LogitsProcessor,
@@ -96,6 +98,23 @@ def sample(
         end = next((place + 1 for place, token in enumerate(response) if token in ends), len(response))
         responses.append(response[:end])
     return responses
+
+
+@contextmanager
+def gathered(model):
+    """A block in which a sharded model (harness/sharding.py) is whole on every rank, in the type it computes in: to
+    sample, which each rank does as often as it has to.  Weights must not change within.
+    """
+    sharded = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    for module in sharded:
+        module.set_reshard_after_forward(False, recurse=False)
+        module.unshard()
+    try:
+        yield
+    finally:
+        for module in sharded:
+            module.set_reshard_after_forward(True, recurse=False)
+            module.reshard()
 
 
 def response_text(prompt, response, ends, tokenizer):

@@ -68,7 +68,7 @@ import distributed
 import lora
 import reward_models
 from formats.model_files import pad_unlike_ends, save_whole
-from harness import run_files
+from harness import run_files, sharding
 from harness.run import USER_ERRORS, Run
 from harness.score_cache import base_sha256
 from harness.training import Training
@@ -248,7 +248,7 @@ def main(args):
             _, head = lora.load_adapter(model, args.output_dir, "best", with_head=True)
             model.score.weight.data.copy_(head)
             lora.merge_adapter(model, "best")
-            merged = distributed.whole_state(model, run.dtype, run.world)
+            merged = sharding.whole_state(model, run.dtype, run.world)
             save_model(folder / "merged", model, tokenizer, record | {"validation": state["saved"]}, merged)
 
 

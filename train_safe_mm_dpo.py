@@ -98,7 +98,7 @@ from losses import (
     pair_metrics,
     soft_label_loss,
 )
-from packed_model import prepare_model, prepare_scores
+from packed_model import prepare_model
 from packing import joined, of_pairs
 
 METRICS = {  # and what each is a mean over: rows with a helpful or a harmless label, response tokens, all pairs
@@ -249,10 +249,8 @@ def load_judges(run, folders, records, policy):
     home, sha256 = (policy, base_sha256(policy)) if folders and not run.full else (None, None)
     judges = {}
     for task, folder in folders.items():
-        judge = reward_models.load(folder, task, records[task], home, sha256, lora.load_adapter, run.load_scorer)
+        judge = reward_models.load(folder, task, records[task], home, sha256, run.args, run.dtype, run.world.device)
         run.say(judge.line)
-        if judge.model is not policy:
-            prepare_scores(judge.model)
         judges[task] = Frozen(judge.model, judge.adapter, judge.head)
     return judges
 

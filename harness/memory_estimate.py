@@ -5,7 +5,7 @@ weights (meta device) runs one pass of the run's largest size.  Every tensor tha
 storage once, and of all that is made on the way the most that is alive at one time.  Attention stands there for what a
 fused kernel keeps: query, key, value, output and one number per row.
 
-    rows = Estimate(skeleton, lora.add_adapter, TokenLogps, ranks=8).rows(args)
+    rows = Estimate(skeleton, ranks=8).rows(args)
 
 A run has four moments (columns of memory_report's table), and its memory is that of the largest:
     scoring     the frozen models score all pairs, without gradient
@@ -31,15 +31,16 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+import lora
+from harness.device import DTYPES
 from harness.optimizers import moments_bytes
+from packed_model import HEAD_CHUNK, TokenLogps
 
 CUDA = 0.8e9  # what CUDA's context and the libraries' workspaces take, about
 WIDE = 4  # bytes of fp32
-HEAD_CHUNK = 1024  # packed_model's
 USABLE = 0.9  # of a device; the rest is for fragmentation and for what is left out here
 MANY = 16 * HEAD_CHUNK  # tokens that are counted chunk by chunk
 SOME = 1024  # tokens that are measured: with fused attention memory grows in line with them
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 class EstimateError(ValueError):
@@ -207,11 +208,8 @@ def measure(model, num_tokens, compute=None):
     return Pass(*sums, inputs, max(0, most - sum(map(sum, sums))), max(0, ungraded - sum(sums[1])))
 
 
-def head_bytes(model, log_probs, num_tokens, compute, with_kl):
-    """The most that the language-model head takes at N response tokens: with its backward, and without gradient.
-
-    log_probs: packed_model's TokenLogps, which runs as it stands.
-    """
+def head_bytes(model, num_tokens, compute, with_kl):
+    """The most that the language-model head takes at N response tokens: with its backward, and without gradient."""
     weight = model.get_output_embeddings().weight
     states = torch.empty(num_tokens, weight.shape[1], device="meta", dtype=compute, requires_grad=True)
     targets = torch.empty(num_tokens, dtype=torch.long, device="meta")
@@ -219,7 +217,7 @@ def head_bytes(model, log_probs, num_tokens, compute, with_kl):
 
     def both():
         other = (torch.empty_like(states), weight.detach().to(compute), softcap) if with_kl else None
-        numbers = log_probs.apply(states, weight.to(compute), targets, softcap, HEAD_CHUNK, other)
+        numbers = TokenLogps.apply(states, weight.to(compute), targets, softcap, HEAD_CHUNK, other)
         if torch.is_grad_enabled():
             numbers.sum().backward()
 
@@ -266,8 +264,8 @@ class Estimate:
     reward_folders: {task: folder} of frozen reward models; vectors: length of a soft prompt that is trained.
     """
 
-    def __init__(self, skeleton, add_adapter, log_probs=None, ranks=1, reference=None, reward_folders=None, vectors=0):
-        self.skeleton, self.add_adapter, self.log_probs, self.ranks = skeleton, add_adapter, log_probs, ranks
+    def __init__(self, skeleton, ranks=1, reference=None, reward_folders=None, vectors=0):
+        self.skeleton, self.ranks = skeleton, ranks
         self.reference, self.reward_folders, self.vectors, self.packs = reference, reward_folders or {}, vectors, True
         self.model, self.measured, self.head = cache(self._model), cache(self._measured), cache(self._head)
 
@@ -290,7 +288,7 @@ class Estimate:
         """The skeleton in the types of a pass; where all weights are trained, a lever gets its adapter here."""
         model = copy.deepcopy(self.skeleton)
         if lora_r and not any("lora_" in name for name, _ in model.named_parameters()):
-            self.add_adapter(model, "policy", lora_r, 32.0)
+            lora.add_adapter(model, "policy", lora_r, 32.0)
         for name, parameter in model.named_parameters():
             wide = "lora_" in name or self.shares(lora_r) == 1 and (name == "score.weight" or lora_r == 0)
             parameter.data = parameter.data.to(torch.float32 if wide else dtype)
@@ -316,10 +314,10 @@ class Estimate:
 
     def _head(self, lora_r, dropout, dtype, num_tokens, with_kl):
         """head_bytes; beyond MANY tokens, which the head takes chunk by chunk, it grows in line with them."""
-        if not self.log_probs:
+        if self.skeleton.get_output_embeddings() is None:  # a reward model
             return 0, 0
         model = self.model(lora_r, dropout, dtype)
-        at = lambda tokens: head_bytes(model, self.log_probs, tokens, dtype, with_kl)
+        at = lambda tokens: head_bytes(model, tokens, dtype, with_kl)
         if num_tokens <= MANY:
             return at(num_tokens)
         return [many + (num_tokens / MANY - 1) * 2 * (many - half) for half, many in zip(at(MANY // 2), at(MANY))]

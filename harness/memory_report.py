@@ -1,7 +1,7 @@
 """What memory_estimate.Estimate says, in words: the table of --estimate-memory, the cards that have the room, the flags
 that would make it enough, what a GPU then measured, and what a run says of its size and memory.
 
-    print(report(Estimate(skeleton, lora.add_adapter, TokenLogps, ranks=8), args))
+    print(report(Estimate(skeleton, ranks=8), args))
 """
 
 import itertools

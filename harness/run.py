@@ -28,9 +28,9 @@ import lora_targets
 import toy_world
 from formats import model_files
 from formats.model_files import ModelError, enable_checkpointing, load_model, load_skeleton, save_whole
-from harness import checkpoints, flags, memory_report, optimizers, run_files, score_cache, speed
+from harness import checkpoints, device, flags, memory_report, optimizers, run_files, score_cache, sharding, speed
 from harness.memory_estimate import Estimate, EstimateError
-from packed_model import TokenLogps, prepare_model
+from packed_model import prepare_model
 from packing import epoch_plan, hold_out, largest_pass, pack, passes_of_rank, rows_of_run
 from preference_data import DataError, fingerprint, load_pairs
 
@@ -127,9 +127,7 @@ class Run:
         """Whether --estimate-memory was asked for, which is then answered: the run ends there."""
         other = getattr(self.args, "ref_model_path", None)
         reference = load_skeleton(other, tokenizer, self.args) if other else None
-        add_adapter = lora.add_adapter if hasattr(self.args, "lora_r") else None
-        logps = TokenLogps if skeleton.get_output_embeddings() is not None else None
-        self.estimate = Estimate(skeleton, add_adapter, logps, self.world.size, reference, reward_folders, vectors)
+        self.estimate = Estimate(skeleton, self.world.size, reference, reward_folders, vectors)
         if self.args.estimate_memory:
             self.say(memory_report.report(self.estimate, self.args))
             distributed.stop()
@@ -191,7 +189,7 @@ class Run:
     @cached_property
     def dtype(self):
         """What is computed with; a run that goes on takes what it began with."""
-        return distributed.pick_dtype(self.args.dtype, self.world, checkpoints.begun_in(self.checkpoint))
+        return device.pick_dtype(self.args.dtype, self.world, checkpoints.begun_in(self.checkpoint))
 
     @property
     def weights_dtype(self):
@@ -207,11 +205,6 @@ class Run:
         place = "cpu" if self.sharded else self.world.device
         return load_model(path, self.weights_dtype, place, self.args.trust_remote_code, scores)
 
-    def load_scorer(self, path):
-        """A frozen model with a scalar head."""
-        args = self.args
-        return load_model(path, self.dtype, self.world.device, args.trust_remote_code, True, args.max_length)
-
     def add_adapter(self, model, name):
         """What is trained: the parameters of a new LoRA adapter; with --lora-r 0 all there are."""
         args = self.args
@@ -225,7 +218,7 @@ class Run:
         """Packed pairs where they are exact, gradient checkpointing where memory asks for it; says both."""
         self.say(f"{prepare(model)} ({self.world.device}, {str(self.dtype).removeprefix('torch.')})")
         tokens = largest_pass(**self.data.cut, lengths=self.data.lengths)
-        room = distributed.room(self.world)
+        room = device.room(self.world)
         self.checkpointing = self.estimate.checkpointing(self.args, room, tokens, model.packs_pairs)
         if self.checkpointing:
             enable_checkpointing(model)
@@ -260,7 +253,7 @@ class Run:
         if self.sharded:
             reference = frozen["reference"].model if "reference" in frozen else model
             offload = self.args.optimizer_offload
-            parameters = distributed.shard(model, reference, self.world, self.dtype, self.say, offload)
+            parameters = sharding.shard(model, reference, self.world, self.dtype, self.say, offload)
         self.termination = checkpoints.Termination()
         self.watch.phase("other")
         return parameters
@@ -299,7 +292,7 @@ class Run:
 
     def whole_state(self, model):
         """All weights on the CPU of rank 0 where all are trained, else None; every rank has to ask."""
-        return distributed.whole_state(model, self.dtype, self.world) if self.full else None
+        return sharding.whole_state(model, self.dtype, self.world) if self.full else None
 
     def write_adapter(self, folder, model):
         """The LoRA adapter in PEFT's format, a reward model's head beside it."""

@@ -423,8 +423,8 @@ def test_kl_log_probs_and_scores_are_those_of_sequences_one_by_one(toy, adapters
     tokenizer = model_files.load_tokenizer(str(toy / "model"))
     lora.load_adapter(model, adapters["wild"], "policy_0")
     record = reward_models.read_record(reward_folders["harmless"], "harmless", tokenizer)
-    sha256 = record["base_sha256"]
-    judge = reward_models.load(reward_folders["harmless"], "harmless", record, model, sha256, lora.load_adapter, None)
+    home = model, record["base_sha256"]
+    judge = reward_models.load(reward_folders["harmless"], "harmless", record, *home, None, torch.float64, "cpu")
     lora.switch_adapter(model, None)
     packed_model.prepare_model(model)
     texts = [json.loads(line)["prompt"] for line in (toy / "prompts.jsonl").read_text().splitlines()[:5]]
