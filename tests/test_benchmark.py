@@ -8,7 +8,7 @@ import subprocess
 import sys
 
 import pytest
-from test_copy import ROOT
+from helpers import ROOT
 from transformers import AutoTokenizer
 
 from preference_data import load_pairs

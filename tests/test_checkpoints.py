@@ -13,17 +13,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import run_script
+from helpers import ROOT
 from ranks import on_ranks, run_module, run_ranks
+from runs import ask_to_end, assert_same_files, flip, one_line, results, run_script, snapshot
 from safetensors.torch import save_file
-from test_flags import write_world
 
 import distributed
 import lora
 from formats.model_files import load_model
 from harness.checkpoints import CheckpointError, chance, checkpoints, find, new_checkpoint, restore, verify
 
-ROOT = Path(__file__).parent.parent
 # 9 updates of 2 pairs.  LoRA dropout makes every update depend on the state of chance.
 FLAGS = """--dtype fp32 --device cpu --eval-samples 4 --eval-steps 5 --num-samples 22 --learning-rate 1e-3
     --batch-size 1 --gradient-accumulation-steps 2 --lora-dropout 0.2 --logging-steps 2 --report-to none
@@ -31,19 +30,10 @@ FLAGS = """--dtype fp32 --device cpu --eval-samples 4 --eval-steps 5 --num-sampl
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    return write_world(tmp_path_factory.mktemp("world"))
-
-
-@pytest.fixture(scope="module")
 def words(world, tmp_path_factory):
     """Flags of the run but for its folder."""
     cache = tmp_path_factory.mktemp("cache")
     return ["--model", world / "model", "--dataset", world / "pairs.jsonl", "--cache-dir", cache, *FLAGS]
-
-
-def results(folder):
-    return [(folder / name).read_bytes() for name in ("metrics.jsonl", "adapter_model.safetensors")]
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +47,7 @@ def uninterrupted(words, tmp_path_factory):
 KILLER = """
 import os, signal, sys
 call, number = sys.argv.pop(1), int(sys.argv.pop(1))
-import torch, conftest
+import torch, runs
 module = torch.optim.AdamW if call == "step" else os
 plain, calls = getattr(module, call), []
 def killer(*given, **named):
@@ -67,7 +57,7 @@ def killer(*given, **named):
         os.kill(os.getpid(), signal.SIGKILL)
     return plain(*given, **named)
 setattr(module, call, killer)
-conftest.run_script(sys.argv[1:])
+runs.run_script(sys.argv[1:])
 """
 
 
@@ -100,21 +90,6 @@ def test_killed_and_resumed_is_uninterrupted(words, uninterrupted, tmp_path, cap
     assert (f"resumed from {out / goes_on_from}" if goes_on_from else "starting anew") in log
     assert results(out) == uninterrupted
     assert not list(out.glob(".*")), "what the killed run left half-written is gone"
-
-
-def ask_to_end(monkeypatch, number, *signals):
-    """The `signals` (SIGTERM) reach this process in its update `number`."""
-    plain, calls = torch.optim.AdamW.step, []
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # where the tests run behind `&` it is ignored
-
-    def step(*given, **named):
-        calls.append(1)
-        if len(calls) == number:
-            for asked in signals or [signal.SIGTERM]:
-                os.kill(os.getpid(), asked)
-        return plain(*given, **named)
-
-    monkeypatch.setattr(torch.optim.AdamW, "step", step)
 
 
 def test_a_second_ctrl_c_ends_at_once(words, uninterrupted, tmp_path, monkeypatch, capfd):
@@ -186,8 +161,7 @@ def test_all_weights_resume_too(world, tmp_path):
     words = [word for word in words if word not in ("--lora-dropout", "0.2")]
     run_script([*words, "--output-dir", tmp_path / "one"])
     run_script([*words, "--output-dir", tmp_path / "two", "--resume", tmp_path / "one/checkpoint-6"])
-    for name in ("metrics.jsonl", "model.safetensors"):
-        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+    assert_same_files(tmp_path / "one", tmp_path / "two", ("metrics.jsonl", "model.safetensors"))
 
 
 def test_two_ranks_resume_with_a_state_of_chance_each(words, tmp_path):
@@ -262,12 +236,6 @@ DAMAGE = {
 }
 
 
-def flip(path):
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
-
-
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(copy, words, uninterrupted, capsys, damage):
     last = checkpoints(copy)[0]
@@ -284,14 +252,13 @@ def refused(words, capsys):
     """refused(folder, flags ...) -> the sentence of a resume that ends with exit code 2 and changes nothing."""
 
     def run(folder, *more, resume="auto"):
-        before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+        before = snapshot(folder)
         capsys.readouterr()
         with pytest.raises(SystemExit) as error:
             run_script([*words, "--output-dir", folder, "--resume", resume, *more])
         assert error.value.code == 2
-        (line,) = capsys.readouterr().err.splitlines()
-        assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
-        return line
+        assert snapshot(folder) == before
+        return one_line(capsys)
 
     return run
 

@@ -11,7 +11,7 @@ import sys
 
 import pytest
 from helpers import FOLDERS, ROOT
-from test_flags import write_world
+from worlds import RUNS, write_world
 
 FILES = [
     path.relative_to(ROOT).as_posix() for folder in (".", *FOLDERS) for path in sorted((ROOT / folder).glob("*.py"))
@@ -111,23 +111,6 @@ def test_a_file_has_at_most_400_lines(name):
     assert len((ROOT / name).read_text("utf-8").splitlines()) <= most
 
 
-# What each script is run with after the copy; {world} is a folder with a tiny model and pairs.
-RUNS = {
-    "dpo_hf_run.py": "--model {world}/model --dataset {world}/pairs.jsonl --max-steps 1 --device cpu",
-    "train_rm.py": "--task harmless --model {world}/model --train-harmless-path {world}/pairs.jsonl "
-    "--val-harmless-path {world}/pairs.jsonl --max-steps 1 --device cpu",
-    "train_safe_mm_dpo.py": "--model {world}/model --train-helpful-path {world}/pairs.jsonl --eval-samples 0 "
-    "--lambda-init 0 --w 0 --max-steps 1 --report-to none --device cpu",
-    "train_with_preference_prompt.py": "--model {world}/model --dataset-path {world}/pairs.jsonl --preference-text "
-    "polite --max-steps 1 --gradient-accumulation-steps 2 --device cpu",
-    "learn_prompt.py": "--model {world}/model --dataset-path {world}/pairs.jsonl --preference-text polite "
-    "--max-steps 1 --device cpu",
-    "prepare_data.py": "--input {world}/pairs.jsonl --dimension helpful",
-    "evaluate_alignment.py": "--model {world}/model --prompts {world}/pairs.jsonl --num-samples 2 --max-new-tokens 4 "
-    "--device cpu",
-    "generate.py": "--model {world}/model --prompts {world}/pairs.jsonl --num-samples 2 --max-new-tokens 4 "
-    "--output run/responses.jsonl --device cpu",
-}
 LEAVES_BEHIND = {  # a training script: these below
     "prepare_data.py": ["train/helpful_pairs.jsonl", "account.json"],
     "generate.py": ["responses.jsonl", "responses.jsonl.args.json"],

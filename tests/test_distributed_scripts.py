@@ -13,8 +13,8 @@ import time
 
 import pytest
 import torch
-from test_docs import ROOT
-from test_fast_train import (
+from helpers import ROOT
+from machines import (
     CONF,
     FOR_ANOTHER,
     NO_GPU,
@@ -24,24 +24,16 @@ from test_fast_train import (
     SOLO,
     SOME_GPU,
     TORCHRUN,
-    Machine,
+    PolicyMachine,
+    RewardMachine,
     calls,
     write_tool,
 )
-from test_flags import write_world
+from worlds import write_world
 
 import train_rm
 import train_safe_mm_dpo
 from harness.checkpoints import new_checkpoint
-
-
-class RewardMachine(Machine):
-    script = "scripts/train_rm_distributed.sh"
-
-
-class PolicyMachine(Machine):
-    script = "scripts/train_dpo_distributed.sh"
-
 
 HELPFUL = "train_rm.py --task helpful --config configs/rm_config.yaml"
 HARMLESS = "train_rm.py --task harmless --config configs/rm_config.yaml"

@@ -11,9 +11,8 @@ from xml.etree import ElementTree
 
 import pytest
 import torch
-from conftest import run_script
-from test_flags import one_line, write_world
-from test_preference_data import char_tokenizer, ids, write_rows
+from runs import one_line, run_script
+from worlds import char_tokenizer, ids, write_rows, write_world
 
 import evaluate_alignment
 import lora

@@ -14,9 +14,9 @@ import pytest
 import torch
 import transformers
 import yaml
-from conftest import SIZES, run_script
-from safetensors.torch import load_file
-from test_preference_data import CHATML, char_tokenizer, write_rows
+from helpers import parser_actions
+from runs import DPO, LN2, adapter_of, dpo_run, one_line, run_script
+from worlds import write_model, write_rows
 
 import dpo_hf_run
 import evaluate_alignment
@@ -33,18 +33,12 @@ from harness import flag_names
 SCRIPTS = dpo_hf_run, learn_prompt, train_rm, train_safe_mm_dpo, train_with_preference_prompt
 
 ROOT = Path(__file__).resolve().parent.parent
+SCRIPT = "dpo_hf_run.py"
 pytestmark = pytest.mark.usefixtures("script_name")
 
 
 def parse(*words):
     return dpo_hf_run.get_args([str(word) for word in words])
-
-
-def one_line(capsys):
-    """The one line on standard error; anything more or less fails."""
-    lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 1, lines
-    return lines[0]
 
 
 def refused(capsys, *words):
@@ -53,26 +47,6 @@ def refused(capsys, *words):
         parse(*words)
     assert exit.value.code == 2
     return one_line(capsys)
-
-
-def parser_actions(script):
-    """The arguments of a script module's own parser, which its get_args builds and throws away."""
-    original = script.flags.Parser
-
-    class Built(Exception):
-        pass
-
-    class Caught(original):
-        def parse_args(self, argv=None):
-            raise Built(self._actions)  # before it misses a flag that is required
-
-    script.flags.Parser = Caught
-    try:
-        script.get_args([])
-    except Built as built:
-        return built.args[0]
-    finally:
-        script.flags.Parser = original
 
 
 # -- spellings and defaults -------------------------------------------------------------------------------------------
@@ -685,96 +659,17 @@ def test_a_config_file_that_is_no_text(capsys, tmp_path, content):
 # -- every flag has an effect -----------------------------------------------------------------------------------------
 
 
-def write_world(folder):
-    """A model folder (Qwen3, 128 tokens, 2 layers; ids are ASCII numbers) and 24 pairs about 24 prompts."""
-    tokenizer = char_tokenizer(template=CHATML)
-    tokenizer.save_pretrained(folder / "model")
-    write_model(folder / "model", seed=0)
-    rows = [
-        {"prompt": f"{chr(97 + n)}{n}? ", "chosen": "ab" * (n % 5 + 1), "rejected": "cd" * (n % 4 + 1)}
-        for n in range(24)
-    ]
-    write_rows(folder / "pairs.jsonl", rows)
-    return folder
-
-
-def write_model(folder, seed, **changes):
-    """A random model without its tokenizer; weights wide enough for logits to differ clearly."""
-    torch.manual_seed(seed)
-    config = transformers.Qwen3Config(**SIZES | dict(vocab_size=128, head_dim=8, tie_word_embeddings=True) | changes)
-    model = transformers.AutoModelForCausalLM.from_config(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim > 1:
-                parameter.normal_(0, 0.2)
-    model.save_pretrained(folder)
-    return folder
-
-
-BASE = dict(
-    dtype="fp32",
-    device="cpu",
-    report_to="none",
-    learning_rate=1e-2,
-    batch_size=4,
-    gradient_accumulation_steps=1,
-    eval_samples=4,
-    logging_steps=1,
-    max_steps=2,
-)
-
-
-class Run:
-    """One training run in this process: its folder, flags and numbers."""
-
-    def __init__(self, world, folder, **changes):
-        wanted = dict(model=world / "model", dataset=world / "pairs.jsonl", output_dir=folder) | BASE | changes
-        words = []
-        for name, value in wanted.items():
-            if value is True:
-                words.append(f"--{name.replace('_', '-')}")
-            elif isinstance(value, list):
-                words += [f"--{name.replace('_', '-')}", *value]
-            elif value is not None:
-                words.append(f"--{name}={value}")
-        run_script(words)
-        self.folder = Path(folder)
-        self.lines = [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
-        self.train = [line for line in self.lines if "loss" in line]
-        self.evals = [line for line in self.lines if "eval_loss" in line]
-
-    @property
-    def losses(self):
-        return [line["loss"] for line in self.train]
-
-    @property
-    def weights(self):
-        return load_file(self.folder / "adapter_model.safetensors")
-
-    @property
-    def bytes(self):
-        return (self.folder / "adapter_model.safetensors").read_bytes()
-
-
-@pytest.fixture(scope="session")
-def world(tmp_path_factory):
-    return write_world(tmp_path_factory.mktemp("world"))
-
-
 @pytest.fixture
 def run(world, tmp_path):
     """run(flag=value, ...) -> Run; each call writes a folder of its own."""
     folders = iter(range(100))
-    return lambda **changes: Run(world, tmp_path / f"run{next(folders)}", **changes)
+    return lambda **changes: dpo_run(world, tmp_path / f"run{next(folders)}", **changes)
 
 
 @pytest.fixture(scope="session")
 def plain(world, tmp_path_factory):
     """The run that the others are compared with."""
-    return Run(world, tmp_path_factory.mktemp("plain") / "run")
-
-
-LN2 = 0.6931471805599453
+    return dpo_run(world, tmp_path_factory.mktemp("plain") / "run")
 
 
 def test_the_same_flags_give_the_same_bytes(plain, run):
@@ -852,7 +747,6 @@ def test_8_bit_moments(plain, run):
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_8_bit_moments_without_bitsandbytes(monkeypatch, capsys, tmp_path, script):
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
-    monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py"])
     own = {train_rm: ["--task=helpful"], train_with_preference_prompt: ["--preference-text=x"]}
     own[learn_prompt] = ["--prompt-init=vocab"]
     with pytest.raises(SystemExit) as exit:
@@ -1107,7 +1001,7 @@ def load_model(folder):
 def with_adapter(world, folder):
     """The base with an adapter added to its weights here, by hand."""
     model, config = load_model(world / "model"), json.loads((folder / "adapter_config.json").read_text())
-    weights, parameters = load_file(folder / "adapter_model.safetensors"), dict(model.named_parameters())
+    weights, parameters = adapter_of(folder), dict(model.named_parameters())
     for key, b in weights.items():
         if key.endswith("lora_B.weight"):
             a = weights[key.replace("lora_B", "lora_A")]
@@ -1186,7 +1080,7 @@ def test_the_toy_world_is_a_name_for_model_and_data(monkeypatch, world, tmp_path
         (toy / split / "helpful_pairs.jsonl").write_text((world / "pairs.jsonl").read_text())
     (toy / "model").symlink_to(world / "model")
     monkeypatch.setattr(dpo_hf_run.toy_world, "build", lambda folder: toy)
-    result = Run(world, tmp_path / "run", model="toy", dataset="toy", eval_samples=None, max_steps=1)
+    result = dpo_run(world, tmp_path / "run", model="toy", dataset="toy", eval_samples=None, max_steps=1)
     out = capsys.readouterr().out
     assert f"{toy}/train/helpful_pairs.jsonl: prompt/chosen/rejected, 24 rows" in out
     assert f"{toy}/test/helpful_pairs.jsonl: prompt/chosen/rejected, 24 rows" in out
@@ -1216,7 +1110,7 @@ def test_args_json_of_a_run_is_a_config_for_the_same_run(run, plain, changes):
     others = ("config", "given", "typed", "full_rate", "local_rank", "estimate_memory")
     again = {name: value for name, value in vars(args).items() if name not in others}
     assert again == written
-    again = run(**dict.fromkeys(BASE), model=None, dataset=None, config=result.folder / "args.json")
+    again = run(**dict.fromkeys(DPO), model=None, dataset=None, config=result.folder / "args.json")
     assert again.losses == result.losses
 
 

@@ -14,32 +14,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import run_script
-from test_bad_input import snapshot
-from test_flags import ROOT, one_line, write_model, write_world
-from test_lora import randomize
-from test_preference_data import CHATML, char_tokenizer, write_rows
-from test_sampling import argmax_one_by_one
+from helpers import ROOT
+from runs import one_line, rows_of, run_script, snapshot
+from tiny_models import argmax_one_by_one
 from transformers import GenerationConfig
+from worlds import CHATML, char_tokenizer, make_adapter, make_reward_model, write_model, write_rows, write_world
 
 import generate
 import lora
 import toy_world
 from formats.chat_text import prompt_ids
 from formats.model_files import load_model, load_tokenizer
-from harness import score_cache
 from preference_data import load_pairs
 from tools import batch_file, chat_session, generated_rows, reward_function
-from train_rm import save_model
-
-
-@pytest.fixture(autouse=True)
-def script_name(monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["generate.py"])
-
-
-def read_rows(path):
-    return [json.loads(line) for line in Path(path).read_text("utf-8").splitlines()]
 
 
 def progress_of(path):
@@ -71,24 +58,6 @@ def world(tmp_path_factory):
     return folder
 
 
-def make_adapter(base, folder, spread=0.2):
-    model = load_model(str(base), torch.float32, "cpu")
-    randomize(lora.add_adapter(model, "policy", 4, 8), seed=11, spread=spread)
-    lora.save_adapter(model, "policy", folder, str(base))
-
-
-def make_reward_model(base, folder, whole=False):
-    """What train_rm.py leaves, with random weights; the same ones each time."""
-    model, tokenizer = load_model(str(base), torch.float32, "cpu", scores=True), load_tokenizer(str(base))
-    randomize([*lora.add_adapter(model, "reward", 4, 8), model.score.weight], seed=12)
-    record = {"task": "helpful", "base_model": str(base), "base_sha256": score_cache.base_sha256(model)}
-    folder.mkdir(parents=True)
-    if whole:
-        lora.merge_adapter(model, "reward")
-    save_model(folder, model, tokenizer, record | {"pad_token_id": 0}, model.state_dict() if whole else None)
-    return folder
-
-
 FP32 = ["--dtype", "fp32", "--device", "cpu"]
 
 
@@ -102,7 +71,7 @@ def make(tmp_path, capsys):
         short = ["--max-new-tokens", "8"]
         run_script(["--model", model, "--prompts", prompts, "--output", output, *FP32, *short, *words], generate)
         run.log = capsys.readouterr().out
-        return output, read_rows(output)
+        return output, rows_of(output)
 
     return run
 
@@ -136,7 +105,7 @@ def world_make(make, world):
 
 def test_rows_stand_in_the_order_of_their_prompts_with_what_came_along(toy, toy_make):
     _, rows = toy_make("--num-samples", "10", "--num-responses", "2", "--batch-size", "6")
-    prompts = read_rows(toy / "prompts.jsonl")[:10]
+    prompts = rows_of(toy / "prompts.jsonl")[:10]
     assert [(row["prompt"], row["category"]) for row in rows] == [
         (row["prompt"], row["category"]) for row in prompts for _ in range(2)
     ]
@@ -168,7 +137,7 @@ def test_the_batch_size_changes_no_response(toy_make):
 
 
 def test_batches_draw_unlike_each_other(make, toy, tmp_path):
-    (prompt, *_) = read_rows(toy / "prompts.jsonl")
+    (prompt, *_) = rows_of(toy / "prompts.jsonl")
     prompts = write_rows(tmp_path / "prompts.jsonl", [prompt] * 8)
     _, rows = make(toy / "model", prompts, "--batch-size", "2")
     assert len({(first["response"], second["response"]) for first, second in zip(rows[::2], rows[1::2])}) == 4
@@ -429,7 +398,7 @@ def test_the_function_gets_prompt_and_response_in_this_order(make, world, toy, t
 
 def test_pairs_of_texts_and_of_messages_load_as_they_are(make, world, toy, toy_make, tmp_path):
     tokenizer = load_tokenizer(str(toy / "model"))
-    prompts = read_rows(toy / "prompts.jsonl")[:10]
+    prompts = rows_of(toy / "prompts.jsonl")[:10]
     questions = [row["prompt"].removeprefix("User:\n").removesuffix("\nAssistant:\n") for row in prompts]
     chats = write_rows(tmp_path / "c.jsonl", [{"prompt": [{"role": "user", "content": q}]} for q in questions])
     words = ["--num-responses", "2", "--pairs", "--reward-fn", f"{world}/rules.py:length", "--max-new-tokens", "40"]
@@ -439,9 +408,9 @@ def test_pairs_of_texts_and_of_messages_load_as_they_are(make, world, toy, toy_m
     assert rows[0]["chosen"][0]["role"] == rows[0]["rejected"][0]["role"] == "assistant"
     (pairs, _), (chat_pairs, report) = (load_pairs(str(file), tokenizer, 512, 256) for file in (texts, messages))
     assert "messages" in report[0]
-    assert len(pairs) == len(read_rows(texts)) > 5
+    assert len(pairs) == len(rows_of(texts)) > 5
     assert pairs == chat_pairs  # the toy world's template renders its strings
-    for pair, row in zip(pairs, read_rows(texts), strict=True):
+    for pair, row in zip(pairs, rows_of(texts), strict=True):
         assert pair.prompt_ids == prompt_ids(row["prompt"], tokenizer, 256)
         assert pair.chosen_ids == [*tokenizer(row["chosen"]).input_ids, tokenizer.eos_token_id]
         assert len(row["chosen"]) == row["chosen_reward"] > row["rejected_reward"] == len(row["rejected"])
@@ -1038,7 +1007,7 @@ def test_the_base_is_the_one_the_adapter_was_trained_on(world, make, talk, tmp_p
     _, named = make(world / "model", world / "pairs.jsonl", "--adapter", world / "adapter")
     words = ["--adapter", world / "adapter", "--prompts", world / "pairs.jsonl", *FP32, "--max-new-tokens", "8"]
     run_script([*words, "--output", tmp_path / "o.jsonl"], generate)
-    assert read_rows(tmp_path / "o.jsonl") == named
+    assert rows_of(tmp_path / "o.jsonl") == named
     assert f"\n{world}/model with {world}/adapter (cpu, float32)\n" in capsys.readouterr().out
 
 

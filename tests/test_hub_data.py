@@ -3,7 +3,6 @@
 import contextlib
 import gzip
 import importlib.util
-import io
 import json
 import os
 import re
@@ -19,9 +18,10 @@ from urllib.parse import parse_qs, unquote, urlparse
 
 import pytest
 import requests
-from conftest import run_script
-from test_flags import ROOT, one_line, write_world
-from test_preference_data import CHATML, assistant, char_tokenizer, ids, load, strings, user, write_rows
+from found_files import lines_of, parquet
+from helpers import ROOT
+from runs import one_line, run_script
+from worlds import CHATML, assistant, char_tokenizer, ids, load, strings, user, write_rows
 
 from formats import hub_files
 from formats.model_files import ModelError, load_tokenizer
@@ -29,8 +29,6 @@ from preference_data import DataError, Pair
 
 try:
     import datasets
-    import pyarrow
-    import pyarrow.parquet
 except ImportError:
     datasets = None
 needs_datasets = pytest.mark.skipif(datasets is None, reason="the extra `hub` (datasets) is not installed")
@@ -47,13 +45,6 @@ def cache(monkeypatch, tmp_path_factory):
         monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
 
 
-def parquet(rows):
-    """The bytes of a parquet file."""
-    buffer = io.BytesIO()
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), buffer)
-    return buffer.getvalue()
-
-
 def write(folder, files):
     """A folder of {path: bytes or text}."""
     for name, content in files.items():
@@ -61,10 +52,6 @@ def write(folder, files):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content if isinstance(content, bytes) else content.encode())
     return folder
-
-
-def lines(rows):
-    return "".join(json.dumps(row) + "\n" for row in rows)
 
 
 def prompts(pairs):
@@ -110,8 +97,8 @@ def test_a_downloaded_parquet_dataset_gives_its_train_split(tmp_path):
         "README.md": README,
         ".gitattributes": "*.parquet filter=lfs\n",
         ".cache/huggingface/download/data/train-00000-of-00001.parquet.metadata": "a\nb\n1.0\n",
-        "data/train-00000-of-00001.parquet": parquet(TRAIN),
-        "data/test-00000-of-00001.parquet": parquet(TEST),
+        "data/train-00000-of-00001.parquet": parquet(*TRAIN),
+        "data/test-00000-of-00001.parquet": parquet(*TEST),
     }
     folder = write(tmp_path / "pairs", files)
     pairs, report = load(folder)
@@ -127,7 +114,7 @@ def test_a_downloaded_parquet_dataset_gives_its_train_split(tmp_path):
 
 @needs_datasets
 def test_a_snapshot_in_the_cache_of_the_hub_is_a_folder_of_links(tmp_path):
-    write(tmp_path, {"blobs/1": parquet(TRAIN), "snapshots/main/README.md": README})
+    write(tmp_path, {"blobs/1": parquet(*TRAIN), "snapshots/main/README.md": README})
     (tmp_path / "snapshots/main/data").mkdir()
     (tmp_path / "snapshots/main/data/train-00000-of-00001.parquet").symlink_to("../../../blobs/1")
     assert prompts(load(tmp_path / "snapshots/main")[0]) == Q[:5]
@@ -136,12 +123,15 @@ def test_a_snapshot_in_the_cache_of_the_hub_is_a_folder_of_links(tmp_path):
 @pytest.mark.parametrize(
     "files",
     [
-        {"train.jsonl": lines(TRAIN), "test.jsonl": lines(TEST)},
-        {"train.jsonl.gz": gzip.compress(lines(TRAIN).encode()), "test.jsonl.gz": gzip.compress(lines(TEST).encode())},
+        {"train.jsonl": lines_of(*TRAIN), "test.jsonl": lines_of(*TEST)},
+        {
+            "train.jsonl.gz": gzip.compress(lines_of(*TRAIN).encode()),
+            "test.jsonl.gz": gzip.compress(lines_of(*TEST).encode()),
+        },
         {"train.json": json.dumps(TRAIN)},
-        {"rows.jsonl": lines(TRAIN)},
-        {"a/train.jsonl": lines(TRAIN[:2]), "b/train.jsonl": lines(TRAIN[2:]), "b/test.jsonl": lines(TEST)},
-        {"README.md": NAMED_SPLITS.format(first="train"), "a.jsonl": lines(TRAIN), "b.jsonl": lines(TEST)},
+        {"rows.jsonl": lines_of(*TRAIN)},
+        {"a/train.jsonl": lines_of(*TRAIN[:2]), "b/train.jsonl": lines_of(*TRAIN[2:]), "b/test.jsonl": lines_of(*TEST)},
+        {"README.md": NAMED_SPLITS.format(first="train"), "a.jsonl": lines_of(*TRAIN), "b.jsonl": lines_of(*TEST)},
     ],
     ids=["jsonl", "gzip", "list", "no split", "folders", "README names the splits"],
 )
@@ -153,7 +143,7 @@ def test_a_folder_of_json_gives_its_train_split(tmp_path, files):
 @pytest.mark.parametrize("name", ["pairs", "json", "parquet", "someone/some-pairs"])
 @needs_datasets
 def test_a_folder_is_itself_whatever_its_name_means_to_datasets_or_a_hub(tmp_path, monkeypatch, name):
-    write(tmp_path, {"elsewhere/train.jsonl": lines(TEST), f"{name}/train.jsonl": lines(TRAIN)})
+    write(tmp_path, {"elsewhere/train.jsonl": lines_of(*TEST), f"{name}/train.jsonl": lines_of(*TRAIN)})
     monkeypatch.chdir(tmp_path)
     pairs, report = load(name)
     assert prompts(pairs) == Q[:5]
@@ -163,7 +153,9 @@ def test_a_folder_is_itself_whatever_its_name_means_to_datasets_or_a_hub(tmp_pat
 @needs_datasets
 def test_the_default_dataset_may_lie_in_a_folder_of_its_name(tmp_path, monkeypatch):
     name = "lvwerra/stack-exchange-paired"
-    write(tmp_path / name / "data", {"evaluation/train.jsonl": lines(TEST), "finetune/train.jsonl": lines(TRAIN)})
+    write(
+        tmp_path / name / "data", {"evaluation/train.jsonl": lines_of(*TEST), "finetune/train.jsonl": lines_of(*TRAIN)}
+    )
     monkeypatch.chdir(tmp_path)
     assert prompts(load(name)[0]) == prompts(load(f"{name}/data/finetune")[0]) == Q[:5]
 
@@ -171,7 +163,7 @@ def test_the_default_dataset_may_lie_in_a_folder_of_its_name(tmp_path, monkeypat
 @needs_datasets
 def test_messages_in_parquet_go_through_the_chat_template(tmp_path):
     row = {"prompt": [user("Q")], "chosen": [assistant("ab")], "rejected": [assistant("c")]}
-    files = {"train.parquet": parquet([row]), "rows/rows.jsonl": lines([row])}
+    files = {"train.parquet": parquet(row), "rows/rows.jsonl": lines_of(row)}
     tokenizer = char_tokenizer(eos="<|im_end|>", template=CHATML)
     folder = write(tmp_path / "pairs", files)
     pairs, report = load(folder, tokenizer)
@@ -182,7 +174,7 @@ def test_messages_in_parquet_go_through_the_chat_template(tmp_path):
 @needs_datasets
 def test_more_columns_of_any_type_are_no_matter(tmp_path):
     rows = [{"qid": n, "question": f"q{n}", "metadata": ["a"], "response_j": "y", "response_k": "n"} for n in range(3)]
-    pairs, report = load(write(tmp_path / "pairs", {"train.parquet": parquet(rows)}))
+    pairs, report = load(write(tmp_path / "pairs", {"train.parquet": parquet(*rows)}))
     assert prompts(pairs) == [f"Question: q{n}\n\nAnswer: " for n in range(3)]
     assert "question/response_j/response_k, 3 rows, 3 pairs" in report[0]
 
@@ -190,7 +182,7 @@ def test_more_columns_of_any_type_are_no_matter(tmp_path):
 @needs_datasets
 def test_another_split_becomes_a_file_as_the_documents_say(tmp_path):
     rows = [row | {"prompt": row["prompt"] + "?"} for row in TEST]
-    folder = write(tmp_path / "pairs", {"train.parquet": parquet(TRAIN), "test.parquet": parquet(rows)})
+    folder = write(tmp_path / "pairs", {"train.parquet": parquet(*TRAIN), "test.parquet": parquet(*rows)})
     [command] = re.findall(r"-c \"import datasets; (.+)\"", (ROOT / "docs/data.md").read_text())
     command = command.replace("NAME", str(folder)).replace("pairs.jsonl", str(tmp_path / "pairs.jsonl"))
     exec(command, {"datasets": datasets})
@@ -203,7 +195,7 @@ def test_another_split_becomes_a_file_as_the_documents_say(tmp_path):
 @needs_datasets
 def test_only_as_many_rows_are_read_as_asked(tmp_path):
     # The second file is no parquet, so a look at its first row fails.
-    files = {"data/train-00000-of-00002.parquet": parquet(TRAIN), "data/train-00001-of-00002.parquet": b"no parquet"}
+    files = {"data/train-00000-of-00002.parquet": parquet(*TRAIN), "data/train-00001-of-00002.parquet": b"no parquet"}
     folder = write(tmp_path / "pairs", files)
     for limit in (1, 4, 5):
         pairs, report = load(folder, limit=limit)
@@ -218,7 +210,7 @@ def test_only_as_many_rows_are_read_as_asked(tmp_path):
 @needs_datasets
 def test_a_text_of_many_blocks_is_not_read_to_its_end(tmp_path):
     rows = [strings(n) | {"chosen": f"{n}" + "x" * 10_000} for n in range(2500)]
-    folder = write(tmp_path / "pairs", {"train.jsonl": lines(rows) + "{no json\n"})  # 25 MB
+    folder = write(tmp_path / "pairs", {"train.jsonl": lines_of(*rows) + "{no json\n"})  # 25 MB
     assert prompts(load(folder, limit=3)[0]) == Q[:3]
 
 
@@ -227,7 +219,7 @@ def test_a_text_of_many_blocks_is_not_read_to_its_end(tmp_path):
 
 @needs_datasets
 def test_a_null_is_malformed_and_names_its_row(tmp_path):
-    folder = write(tmp_path / "pairs", {"train.parquet": parquet([*ROWS[:3], ROWS[3] | {"chosen": None}, *ROWS[4:]])})
+    folder = write(tmp_path / "pairs", {"train.parquet": parquet(*ROWS[:3], ROWS[3] | {"chosen": None}, *ROWS[4:])})
     mend = "mend the row, or leave such rows out with --skip-invalid"
     assert error(folder) == f"{folder}: row 3: `chosen` is not a str; {mend}"
     pairs, report = load(folder, skip_invalid=True)
@@ -237,7 +229,7 @@ def test_a_null_is_malformed_and_names_its_row(tmp_path):
 
 @needs_datasets
 def test_columns_of_no_known_shape_are_named(tmp_path):
-    folder = write(tmp_path / "pairs", {"data/train.parquet": parquet([{"text": "x", "label": 1}])})
+    folder = write(tmp_path / "pairs", {"data/train.parquet": parquet({"text": "x", "label": 1})})
     assert error(folder).startswith(
         f'{folder}: row 0 has the fields text, label (a number), which is no known shape; the nearest are {{"prompt"'
     )
@@ -258,7 +250,7 @@ JSON_LINE = r"name a \.jsonl file \(docs/data\.md shows how to make one\)"
         ({"config.json": "{}", "model.safetensors": "x"}, r"No \(supported\) data files found"),
         ({"train.parquet": "no parquet"}, "ArrowInvalid: .*"),
         ({"train.jsonl": "{no json\n"}, "ArrowInvalid: JSON parse error: .*"),
-        ({"train.jsonl.gz": gzip.compress(lines(ROWS * 99).encode())[:300]}, ".*"),
+        ({"train.jsonl.gz": gzip.compress(lines_of(*ROWS * 99).encode())[:300]}, ".*"),
         ({"README.md": "---\nconfigs: [\n---\n"}, ".*"),
         ({"README.md": "---\nconfigs: 3\n---\n"}, ".*"),
     ],
@@ -277,9 +269,9 @@ JSON_LINE = r"name a \.jsonl file \(docs/data\.md shows how to make one\)"
 )
 @needs_datasets
 def test_a_folder_that_gives_no_train_split(tmp_path, files, reason):
-    files = {name: parquet(TEST) if content == "TEST" else content for name, content in files.items()}
+    files = {name: parquet(*TEST) if content == "TEST" else content for name, content in files.items()}
     if "README.md" in files:
-        files |= {f"{name}.jsonl": lines(ROWS) for name in ("a", "b", "helpful", "harmless")}
+        files |= {f"{name}.jsonl": lines_of(*ROWS) for name in ("a", "b", "helpful", "harmless")}
     (tmp_path / "pairs").mkdir()
     folder = write(tmp_path / "pairs", files)
     line = error(folder)
@@ -315,15 +307,9 @@ def test_a_folder_named_datasets_is_not_the_package(tmp_path, monkeypatch):
     assert prompts(load(tmp_path / "datasets/rows.jsonl")[0]) == Q
 
 
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    return write_world(tmp_path_factory.mktemp("world"))
-
-
 @needs_datasets
 def test_the_script_takes_a_folder_and_its_mistake_is_exit_code_2(world, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["dpo_hf_run.py"])
-    folder = write(tmp_path / "pairs", {"data/train-00000-of-00001.parquet": parquet(ROWS), "other/x.txt": "x"})
+    folder = write(tmp_path / "pairs", {"data/train-00000-of-00001.parquet": parquet(*ROWS), "other/x.txt": "x"})
     words = ["--model", world / "model", "--device", "cpu", "--dtype", "fp32", "--report-to", "none", "--max-steps", 1]
     words += ["--eval-samples", 2, "--output-dir", tmp_path / "out"]
     run_script([*words, "--dataset", folder, "--num-samples", 6])
@@ -402,12 +388,8 @@ def hub_runs(world, tmp_path_factory):
     folder = tmp_path_factory.mktemp("hub")
 
     def rows(kind):
-        return parquet(
-            [
-                {"qid": n, "question": f"{kind} {n}", "date": "", "response_j": f"yes {n}", "response_k": f"no {n}"}
-                for n in range(100)
-            ]
-        )
+        both = [{"response_j": f"yes {n}", "response_k": f"no {n}"} for n in range(100)]
+        return parquet(*({"qid": n, "question": f"{kind} {n}", "date": ""} | row for n, row in enumerate(both)))
 
     Hub.name, Hub.served = "lvwerra/stack-exchange-paired", []
     Hub.files = {"README.md": README.encode()}
@@ -555,7 +537,7 @@ class ModelScope(BaseHTTPRequestHandler):
 def modelscope(world):
     """The URL of such a server, with a model and pairs."""
     model = {path.name: path.read_bytes() for path in (world / "model").iterdir()} | {"model.gguf": b"unread"}
-    pairs = {"README.md": README.encode(), "train.jsonl": lines(ROWS).encode(), "test.jsonl": b"{}\n"}
+    pairs = {"README.md": README.encode(), "train.jsonl": lines_of(*ROWS).encode(), "test.jsonl": b"{}\n"}
     ModelScope.repositories = {"models/someone/tiny-model": model, "datasets/someone/some-pairs": pairs}
     ModelScope.served = []
     server = ThreadingHTTPServer(("127.0.0.1", 0), ModelScope)

@@ -1,6 +1,5 @@
 """accelerate and deepspeed as launchers: all they do is start the processes.  And a MASTER_PORT that is taken."""
 
-import json
 import os
 import socket
 import subprocess
@@ -8,8 +7,8 @@ import sys
 import time
 
 import pytest
-from safetensors.torch import load_file
-from test_docs import ROOT
+from helpers import ROOT
+from runs import adapter_of, metrics_of
 
 TEXT = "Please answer politely and briefly."
 SCRIPTS = {  # script -> flags
@@ -32,9 +31,9 @@ def offline():
 
 def check_result(folder, script):
     """Two updates have been logged, and the adapter has moved."""
-    lines = [json.loads(line) for line in (folder / "out/metrics.jsonl").read_text().splitlines()]
+    lines = metrics_of(folder / "out")
     assert [line["step"] for line in lines] == [1, 2]
-    adapter = load_file(folder / "out/adapter_model.safetensors")
+    adapter = adapter_of(folder / "out")
     assert max(adapter[name].abs().max() for name in adapter if "lora_B" in name) > 1e-4
     assert (folder / "out" / script).exists()
 

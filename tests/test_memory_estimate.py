@@ -10,11 +10,12 @@ from argparse import Namespace
 import pytest
 import torch
 import transformers
-from conftest import random_batch, run_script, tiny_model
 from ranks import on_ranks
-from test_flags import write_world
+from runs import run_script
+from tiny_models import MISTRAL, random_batch, tiny_model
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp._fully_shard._fsdp_collectives import DefaultAllGather, DefaultReduceScatter
+from worlds import write_world
 
 import distributed
 import dpo_hf_run
@@ -30,14 +31,6 @@ from harness.memory_estimate import CUDA, Estimate, EstimateError, measure
 from harness.memory_report import GB, compared, first_update, lever, report
 
 MODELS = "qwen3", "llama", "gpt2"
-MISTRAL = dict(
-    vocab_size=32000,
-    hidden_size=4096,
-    intermediate_size=14336,
-    num_hidden_layers=32,
-    num_attention_heads=32,
-    num_key_value_heads=8,
-)
 
 
 def flags(**changes):

@@ -6,7 +6,8 @@ import subprocess
 import sys
 
 import pytest
-from test_flags import ROOT, write_world
+from helpers import ROOT
+from worlds import write_world
 
 from preference_data import DataError
 

@@ -10,10 +10,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-from conftest import SIZES, random_pairs, run_script, tiny_model
-from test_copy import RUNS
-from test_flags import write_world
-from test_packed_model import ON, oracle, scores
+from runs import run_script
+from tiny_models import ON, SIZES, oracle, random_pairs, scores, tiny_model
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
@@ -24,6 +22,7 @@ from transformers.masking_utils import (
     or_masks,
     sliding_window_causal_mask_function,
 )
+from worlds import RUNS, write_world
 
 import distributed
 import lora

@@ -9,12 +9,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_bad_input import snapshot
-from test_flags import ROOT, one_line
-from test_preference_data import CHATML, FOUND, assistant, char_tokenizer, ids, user, write_found, write_rows
+from found_files import FOUND, write_found
+from helpers import ROOT
+from runs import one_line, run_script, snapshot
+from worlds import CHATML, assistant, char_tokenizer, ids, user, write_rows
 
 import prepare_data
-from harness import flags
 from preference_data import load_pairs
 
 SPLITS, DIMENSIONS = ("train", "val", "test"), ("helpful", "harmless")
@@ -27,12 +27,10 @@ MEND = "; mend the row, or leave such rows out with --skip-invalid"
 def in_a_folder(tmp_path, monkeypatch):
     """Every test runs in its own folder, where file names in messages are short."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["prepare_data.py"])
 
 
 def prepare(*words):
-    """prepare_data.py in this process, as its last line does; a user error is SystemExit(2)."""
-    flags.run(prepare_data.main, prepare_data.get_args([str(word) for word in words]), *prepare_data.USER_ERRORS)
+    run_script(words, prepare_data)
 
 
 def prepare_rows(rows, *words, name="rows.jsonl"):

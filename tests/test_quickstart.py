@@ -12,8 +12,8 @@ import sys
 from xml.etree import ElementTree
 
 import pytest
-from test_docs import READMES, ROOT
-from test_fast_train import write_tool
+from helpers import READMES, ROOT
+from machines import write_tool
 
 from tools import report_text
 

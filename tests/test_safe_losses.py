@@ -9,7 +9,7 @@ import random
 
 import pytest
 import torch
-from conftest import random_pairs, tiny_model
+from tiny_models import random_pairs, tiny_model
 
 from expected_cost import LEAST_SAMPLES, WINDOW, draw, empty_window, importance_weighted, slide
 from losses import Multiplier, dpo_loss, dynamic_beta, joint_loss, soft_label_loss

@@ -16,7 +16,7 @@ import itertools
 
 import pytest
 import torch
-from conftest import tiny_model
+from tiny_models import tiny_model
 from torch import nn
 
 import packed_model

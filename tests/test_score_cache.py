@@ -1,15 +1,14 @@
 """The cache of reference log-probs: the same run with and without it, and only the right file is ever used."""
 
-import json
 import os
 import signal
 import subprocess
 
 import pytest
 import torch
-from conftest import plain_logps, run_script, tiny_model
+from runs import adapter_bytes, metrics_of, run_script
 from safetensors.torch import load_file, save_file
-from test_flags import write_world
+from tiny_models import plain_logps, tiny_model
 
 import dpo_hf_run
 import lora
@@ -21,11 +20,6 @@ from packing import pack
 from preference_data import load_pairs
 
 
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    return write_world(tmp_path_factory.mktemp("world"))
-
-
 @pytest.fixture
 def train(world, tmp_path, capsys):
     """train(output folder, flags ...) -> (adapter bytes, losses, the log's line about the cache)."""
@@ -35,9 +29,8 @@ def train(world, tmp_path, capsys):
         common = "--dtype fp32 --device cpu --eval-samples 4 --max-steps 3 --logging-steps 1 --learning-rate 1e-3"
         run_script([*data, *common.split(), "--report-to", "none", "--output-dir", tmp_path / name, *words])
         (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("reference log-probs"))
-        lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
-        losses = [value for entry in map(json.loads, lines) for key, value in entry.items() if "loss" in key]
-        return (tmp_path / name / "adapter_model.safetensors").read_bytes(), losses, line
+        losses = [value for entry in metrics_of(tmp_path / name) for key, value in entry.items() if "loss" in key]
+        return adapter_bytes(tmp_path / name), losses, line
 
     return run
 

@@ -12,11 +12,12 @@ from argparse import Namespace
 import pytest
 import torch
 import transformers
-from conftest import SIZES, random_pairs, run_script, tiny_model
 from ranks import on_ranks, run_ranks
+from runs import metrics_of, run_script
 from safetensors import safe_open
 from safetensors.torch import load_file
-from test_flags import write_model, write_world
+from tiny_models import SIZES, random_pairs, tiny_model
+from worlds import write_model, write_world
 
 import distributed
 import sampling
@@ -83,7 +84,7 @@ def distance(one, other):
 
 
 def assert_same_lines(ours, theirs):
-    ours, theirs = ([json.loads(line) for line in (out / "metrics.jsonl").open()] for out in (ours, theirs))
+    ours, theirs = (metrics_of(out) for out in (ours, theirs))
     for our, their in zip(ours, theirs, strict=True):
         assert our.keys() == their.keys()
         for key in their:
@@ -192,7 +193,7 @@ def test_bf16_log_probs_of_one_process_are_not_those_of_shards(world, tmp_path):
     for ranks in (1, 2):
         changes = ["--dtype=bf16", f"--cache-dir={tmp_path}", "--max-steps=1"]
         run(world, "dpo_hf_run", ranks, tmp_path / f"{ranks}", *changes)
-        first = json.loads((tmp_path / f"{ranks}/metrics.jsonl").open().readline())
+        first = metrics_of(tmp_path / str(ranks))[0]
         assert first["eval_logps/chosen_change"] == 0 and first["eval_loss"] == pytest.approx(0.693147)
 
 

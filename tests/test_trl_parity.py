@@ -7,7 +7,7 @@ import json
 
 import pytest
 import torch
-from conftest import run_script
+from runs import metrics_of, run_script
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 import lora
@@ -98,14 +98,14 @@ def trl_run(toy, adapter, rows, tmp_path_factory):
     return losses, gradients
 
 
-def test_loss_curve_of_20_updates(toy, adapter, rows, trl_run, tmp_path, script_name):
+def test_loss_curve_of_20_updates(toy, adapter, rows, trl_run, tmp_path):
     run_script(
         ["--model", toy / "model", "--dataset", toy / "train/helpful_pairs.jsonl", "--adapter", adapter]
         + ["--num-samples", STEPS * BATCH * ACCUMULATION, "--eval-samples", 0, "--dtype", "fp32", "--device", "cpu"]
         + ["--batch-size", BATCH, "--gradient-accumulation-steps", ACCUMULATION, "--learning-rate", LEARNING_RATE]
         + ["--beta", BETA, "--max-grad-norm", 0, "--logging-steps", 1, "--output-dir", tmp_path / "out"]
     )
-    ours = [json.loads(line)["loss"] for line in (tmp_path / "out/metrics.jsonl").read_text().splitlines()]
+    ours = [line["loss"] for line in metrics_of(tmp_path / "out")]
     theirs, _ = trl_run
     assert len(ours) == len(theirs) == STEPS
     assert min(ours) < 0.6, "the runs have to move for the comparison to mean anything"

@@ -13,9 +13,8 @@ import time
 
 import pytest
 from helpers import ROOT, copy_code
-from safetensors.torch import load_file
-from test_distributed_scripts import RewardMachine
-from test_fast_train import write_tool
+from machines import RewardMachine, write_tool
+from runs import adapter_of
 
 pytestmark = pytest.mark.slow
 
@@ -113,7 +112,7 @@ def whole(toy, machine):
     """The run on both hosts, started by the wrapper: (adapter, standard output)."""
     code, out, err = machine.run(*words_of(toy, "whole"), variables=TOLD | {"GPU_NODES": NODES, "LAUNCH": "ssh"})
     assert code == 0, out + err
-    return load_file(machine.folder / "whole/adapter_model.safetensors"), out
+    return adapter_of(machine.folder / "whole"), out
 
 
 def test_a_run_on_two_hosts(machine, whole):
@@ -194,6 +193,6 @@ def test_one_host_goes_on_alone_and_it_is_the_same_run(toy, machine, whole, kill
     assert code == 0, out + err
     assert "resumed from killed/checkpoint-" in out and "world_size" not in out
     assert "Effective batch size: 8 (batch_size=4 x accumulation=2 x 1 processes)" in out
-    ours, theirs = load_file(machine.folder / "killed/adapter_model.safetensors"), whole[0]
+    ours, theirs = adapter_of(machine.folder / "killed"), whole[0]
     assert ours.keys() == theirs.keys()
     assert max((ours[name] - theirs[name]).abs().max().item() for name in ours) < 1e-5

@@ -10,10 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import run_script
-from test_bad_input import snapshot
-from test_flags import ROOT, one_line, write_world
-from test_generate import make_adapter, make_reward_model
+from helpers import ROOT
+from runs import RESULTS, assert_same_files, one_line, run_script, snapshot
+from worlds import make_adapter, make_reward_model, write_world
 
 import dpo_hf_run
 import evaluate_alignment
@@ -55,7 +54,6 @@ def world(tmp_path_factory):
 
 def refused(script, words, capsys, monkeypatch):
     """The sentence of a run that has to end with exit code 2."""
-    monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py"])
     capsys.readouterr()
     with pytest.raises(SystemExit) as ended:
         run_script(words, script)
@@ -129,7 +127,6 @@ def test_an_input_that_would_be_replaced_in_the_output_is_refused(world, tmp_pat
 
 
 def test_data_of_the_users_in_the_output_folder_is_read_and_stays(world, tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["dpo_hf_run.py"])
     out = tmp_path / "out"
     out.mkdir()
     data = shutil.copy(world / "pairs.jsonl", out / "mine.jsonl")
@@ -164,7 +161,6 @@ def test_generate_never_writes_over_what_it_reads(world, tmp_path, capsys, monke
 @pytest.fixture
 def run(world, tmp_path, monkeypatch, capsys):
     """run(flags ...) -> what a run of dpo_hf_run.py into tmp_path/out says."""
-    monkeypatch.setattr(sys, "argv", ["dpo_hf_run.py"])
 
     def start(*more):
         capsys.readouterr()
@@ -429,7 +425,7 @@ def test_killed_while_it_replaces_an_old_run_the_next_one_replaces_the_rest(save
 KILLER = """
 import os, signal, sys
 number = int(sys.argv.pop(1))
-import conftest, train_rm
+import runs, train_rm
 plain, calls = os.rename, []
 def rename(source, target):
     calls.append(1) if str(target).endswith("reward_model.json") else None
@@ -437,7 +433,7 @@ def rename(source, target):
         os.kill(os.getpid(), signal.SIGKILL)
     return plain(source, target)
 os.rename = rename
-conftest.run_script(sys.argv[1:], train_rm)
+runs.run_script(sys.argv[1:], train_rm)
 """
 
 
@@ -458,6 +454,5 @@ def test_a_reward_model_killed_between_two_files_is_refused_and_mended_by_resume
     with pytest.raises(reward_models.RewardModelError):
         read("reward adapter", out, world)
     run_script([*words, "--output-dir", out, "--resume", "auto"], train_rm)
-    for name in ("adapter_model.safetensors", "adapter_config.json", "reward_model.json", "metrics.jsonl"):
-        assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert_same_files(out, tmp_path / "whole", [*RESULTS, "adapter_config.json", "reward_model.json"])
     assert not list(out.glob(".*")), "what the killed run left half-written is gone"
