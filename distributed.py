@@ -180,18 +180,6 @@ def all_reduce_sum(values, world):
     return values
 
 
-@torch.no_grad()
-def sums_over_ranks(passes, num_metrics, measure, world):
-    """Sums and sums of squares over all ranks of measure(indices), (num_metrics, B), for each list of indices in this
-    rank's `passes`: (2, num_metrics) fp64.
-    """
-    sums = torch.zeros(2, num_metrics, dtype=torch.float64)
-    for indices in passes:
-        values = measure(indices).cpu().double()
-        sums += torch.stack((values.sum(1), (values**2).sum(1)))
-    return all_reduce_sum(sums, world)
-
-
 def gather(values, world):
     """The tensors of all ranks, stacked: (ranks, ...)."""
     of_ranks = [values]

@@ -166,5 +166,7 @@ def main(args):
             save_soft_prompt(vectors, folder, args.model, args.preference_position)
 
 
+USER_ERRORS += (PromptError,)
+
 if __name__ == "__main__":
-    flags.run(main, ARGS, *USER_ERRORS, PromptError)
+    flags.run(main, ARGS, *USER_ERRORS)

@@ -360,5 +360,7 @@ def main(args):
     run.save_policy(training, policy, tokenizer, "Safe-MM-DPO")
 
 
+USER_ERRORS += (reward_models.RewardModelError,)
+
 if __name__ == "__main__":
-    flags.run(main, ARGS, *USER_ERRORS, reward_models.RewardModelError)
+    flags.run(main, ARGS, *USER_ERRORS)

@@ -289,5 +289,7 @@ def main(args):
     run.save_policy(training, policy, tokenizer, "preference-guided DPO")
 
 
+USER_ERRORS += (PromptError,)
+
 if __name__ == "__main__":
-    flags.run(main, ARGS, *USER_ERRORS, PromptError)
+    flags.run(main, ARGS, *USER_ERRORS)

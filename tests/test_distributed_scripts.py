@@ -426,16 +426,17 @@ def test_a_rank_waits_for_the_others_as_long_as_it_is_told(ended):
 
 DIES = """
 import os, signal, sys
-import dpo_hf_run, flags
+import distributed, dpo_hf_run
+from harness import flags
 
-plain, calls = dpo_hf_run.distributed.take_step, []
+plain, calls = distributed.take_step, []
 def take_step(*given):
     calls.append(1)
     if len(calls) == 5 and os.environ["RANK"] == "1":
         open("died", "w").close()
         os.kill(os.getpid(), signal.SIGKILL)
     return plain(*given)
-dpo_hf_run.distributed.take_step = take_step
+distributed.take_step = take_step
 flags.run(dpo_hf_run.main, dpo_hf_run.get_args(), *dpo_hf_run.USER_ERRORS)
 """
 

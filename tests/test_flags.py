@@ -23,8 +23,10 @@ import evaluate_alignment
 import generate
 import learn_prompt
 import losses
+import packing
 import preference_prompt
 import prepare_data
+import toy_world
 import train_rm
 import train_safe_mm_dpo
 import train_with_preference_prompt
@@ -800,13 +802,13 @@ def test_batch_size_times_accumulation_is_one_update_however_it_is_split(run, nu
 
 
 def test_passes_of_a_budget_of_tokens_are_the_same_update(run, monkeypatch, capsys):
-    shapes, original = [], dpo_hf_run.pack
+    shapes, original = [], packing.pack
 
     def noted(pairs, device):
         shapes.append([sum(map(len, pair[:3])) for pair in pairs])
         return original(pairs, device)
 
-    monkeypatch.setattr(dpo_hf_run, "pack", noted)
+    monkeypatch.setattr("harness.run.pack", noted)
     same = dict(eval_samples=4, max_steps=1, max_grad_norm=0, num_samples=0, batch_size=8)
     whole = run(**same)
     by_pairs, longest = list(shapes), max(map(max, shapes))
@@ -1079,7 +1081,7 @@ def test_the_toy_world_is_a_name_for_model_and_data(monkeypatch, world, tmp_path
         (toy / split).mkdir(parents=True)
         (toy / split / "helpful_pairs.jsonl").write_text((world / "pairs.jsonl").read_text())
     (toy / "model").symlink_to(world / "model")
-    monkeypatch.setattr(dpo_hf_run.toy_world, "build", lambda folder: toy)
+    monkeypatch.setattr(toy_world, "build", lambda folder: toy)
     result = dpo_run(world, tmp_path / "run", model="toy", dataset="toy", eval_samples=None, max_steps=1)
     out = capsys.readouterr().out
     assert f"{toy}/train/helpful_pairs.jsonl: prompt/chosen/rejected, 24 rows" in out

@@ -18,6 +18,7 @@ import learn_prompt
 import lora
 import toy_world
 import train_with_preference_prompt
+from formats import model_files
 from formats.model_files import load_model, load_tokenizer
 from packed_model import prepare_model
 from packing import pack
@@ -77,7 +78,7 @@ def test_random_tokens_and_noise_of_their_size(learn, embeddings):
 def test_gemmas_vectors_are_scaled_as_its_layer_scales_them():
     model = tiny_model("gemma3", vocab_size=128)
     args = learn_prompt.get_args(["--preference-text", "hi"])
-    vectors = learn_prompt.first_vectors(model, char_tokenizer(), args)
+    vectors = learn_prompt.first_vectors(model, char_tokenizer(), 2, args)
     expected = model.get_input_embeddings().weight[[ord("h"), ord("i")]] * math.sqrt(32)
     torch.testing.assert_close(vectors, expected.detach(), rtol=1e-6, atol=0)
 
@@ -109,8 +110,8 @@ def test_what_is_trained_is_what_plain_forwards_measure(learn, world):
 
 
 def test_the_model_stays_as_it_was_to_the_last_bit(learn, world, monkeypatch):
-    loaded, plain = [], learn_prompt.load_model
-    monkeypatch.setattr(learn_prompt, "load_model", lambda *given: loaded.append(plain(*given)) or loaded[-1])
+    loaded, plain = [], model_files.load_model
+    monkeypatch.setattr("harness.run.load_model", lambda *given: loaded.append(plain(*given)) or loaded[-1])
     learn("out")
     (model,) = loaded
     before = load_file(world / "model/model.safetensors")
@@ -202,7 +203,7 @@ def learned(polite):
 def politeness(toy):
     """politeness(text in front, adapter) -> the rule's verdict on 300 responses to held-out prompts."""
     tokenizer = load_tokenizer(toy / "model")
-    prompts = [json.loads(line)["prompt"] for line in (toy / "prompts.jsonl").read_text().splitmetrics_of()]
+    prompts = [json.loads(line)["prompt"] for line in (toy / "prompts.jsonl").read_text().splitlines()]
 
     def judge(text="", folder=None):
         model = load_model(toy / "model", torch.float32, "cpu")

@@ -16,7 +16,7 @@ from distributed import World
 from formats.model_files import load_model, load_tokenizer
 from harness.score_cache import cache_path, load_scores, pair_scores, save_scores, weights_sha256
 from packed_model import prepare_model
-from packing import pack
+from packing import epoch_plan, pack
 from preference_data import load_pairs
 
 
@@ -108,7 +108,7 @@ def test_a_cached_run_is_the_run_that_asks_the_reference_each_time(train, world)
     args = dpo_hf_run.get_args([])
     optimizer = torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.0)
     online = []
-    for step, (num_pairs, ranks) in enumerate(dpo_hf_run.epoch_plan(range(len(pairs)), 0, 42, 2, 4, 1)[:3]):
+    for step, (num_pairs, ranks) in enumerate(epoch_plan(range(len(pairs)), 0, 42, 2, 4, 1)[:3]):
         optimizer.param_groups[0]["lr"] = 1e-3 * (3 - step) / 3
         total = 0
         for indices in ranks[0]:
