@@ -7,13 +7,12 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import ROOT
+from processes import environment, run_program
 from ranks import on_ranks, run_module, run_ranks
 from runs import ask_to_end, assert_same_files, flip, one_line, results, run_script, snapshot
 from safetensors.torch import save_file
@@ -78,10 +77,8 @@ runs.run_script(sys.argv[1:])
 def test_killed_and_resumed_is_uninterrupted(words, uninterrupted, tmp_path, capsys, call, number, goes_on_from):
     out = tmp_path / "out"
     program = [sys.executable, "-c", KILLER, call, number, *words, "--output-dir", out]
-    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
     threads = str(torch.get_num_threads())  # another number of threads adds in another order
-    environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": threads}
-    killed = subprocess.run([str(word) for word in program], env=environment, capture_output=True, text=True)
+    killed = run_program(program, env=environment(OMP_NUM_THREADS=threads))
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert not (out / "adapter_model.safetensors").exists()
     capsys.readouterr()

@@ -4,10 +4,8 @@ agree, and a rank that dies.
 
 import importlib
 import json
-import os
 import re
 import shlex
-import subprocess
 import sys
 import time
 
@@ -29,6 +27,7 @@ from machines import (
     calls,
     write_tool,
 )
+from processes import environment, run_program
 from worlds import write_world
 
 import train_rm
@@ -302,11 +301,6 @@ json.dump(ended, open(sys.argv[2], "w"))
 '''
 
 
-def offline():
-    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-    return os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-
-
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     """A tiny model, pairs, the same pairs elsewhere, in another order, and fewer of them."""
@@ -390,12 +384,12 @@ def ended(world, tmp_path_factory):
     """{name of a case: (exit codes, seconds until rank 0 ended, standard errors)}"""
     folder, cases = tmp_path_factory.mktemp("ended"), []
     for name, (script, both, *of_ranks, _) in CASES.items():
-        common = f"--model {{w}}/model --device cpu --dtype fp32 --report-to none --output-dir {{w}}/out {both}"
-        words = [f"{common} {own}".format(w=world).split() for own in of_ranks]
+        common = "--model {w}/model --device cpu --dtype fp32 --report-to none --output-dir {w}/out --ddp-timeout 60"
+        words = [f"{common} {both} {own}".format(w=world).split() for own in of_ranks]
         cases.append([script, words, str(folder / name), name == "a rank that does not come"])
     (folder / "cases.json").write_text(json.dumps(cases))
     program = [sys.executable, "-c", TWO_RANKS, folder / "cases.json", folder / "ended.json"]
-    done = subprocess.run(list(map(str, program)), env=offline(), capture_output=True, text=True, timeout=300)
+    done = run_program(program, env=environment())
     assert done.returncode == 0, done.stderr
     return dict(zip(CASES, json.loads((folder / "ended.json").read_text()), strict=True))
 
@@ -426,7 +420,8 @@ def test_a_rank_waits_for_the_others_as_long_as_it_is_told(ended):
 
 DIES = """
 import os, signal, sys
-import dpo_hf_run, flags
+import dpo_hf_run
+from harness import flags
 
 plain, calls = dpo_hf_run.distributed.take_step, []
 def take_step(*given):
@@ -445,14 +440,7 @@ def test_a_dead_rank_ends_the_job_within_a_minute_with_a_message(world, tmp_path
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "dies.py"]
     words = f"--model {world}/model --dataset {world}/pairs.jsonl --device cpu --dtype fp32 --report-to none"
     words += " --eval-samples 0 --batch-size 1 --gradient-accumulation-steps 1 --epochs 100 --save-steps 2"
-    done = subprocess.run(
-        [*torchrun, *words.split(), "--output-dir", "out"],
-        cwd=tmp_path,
-        env=offline(),
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    done = run_program([*torchrun, *words.split(), "--output-dir", "out"], cwd=tmp_path, env=environment())
     assert time.time() - (tmp_path / "died").stat().st_mtime < 60
     assert done.returncode == 1
     sentence = r"^dies.py: rank 0 cannot reach another \(.+\): see what that one said last; --resume auto goes on from"

@@ -6,7 +6,6 @@ import argparse
 import json
 import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -15,6 +14,7 @@ import torch
 import transformers
 import yaml
 from helpers import parser_actions
+from processes import run_program
 from runs import DPO, LN2, adapter_of, dpo_run, one_line, run_script
 from worlds import write_model, write_rows
 
@@ -282,7 +282,7 @@ def test_ctrl_c_while_torch_is_loaded_is_one_line(words, tmp_path):
     (tmp_path / "torch.py").write_text("import os, signal; os.kill(os.getpid(), signal.SIGINT)")
     script, *words = words.split()
     program = [sys.executable, "-c", INTERRUPTED, tmp_path, ROOT, ROOT / script, *words]
-    done = subprocess.run(program, capture_output=True, text=True)
+    done = run_program(program)
     assert (done.returncode, done.stdout, done.stderr) == (130, "", f"{script}: interrupted\n")
 
 
@@ -292,7 +292,7 @@ def test_help_and_a_wrong_flag_are_answered_before_torch_is_loaded(script, words
     """Started as a person would, with a torch that cannot be imported."""
     code = "import runpy, sys; sys.modules |= dict(torch=None, transformers=None); del sys.argv[0]; "
     code += "runpy.run_path(sys.argv[0], run_name='__main__')"
-    done = subprocess.run([sys.executable, "-c", code, script.__file__, *words], capture_output=True, text=True)
+    done = run_program([sys.executable, "-c", code, script.__file__, *words])
     assert done.returncode == (0 if words == ["--help"] else 2), done.stderr
     assert len(done.stderr.splitlines()) == (0 if words == ["--help"] else 1)
 

@@ -2,10 +2,10 @@
 
 import os
 import signal
-import subprocess
 
 import pytest
 import torch
+from processes import end_of, start
 from runs import adapter_bytes, metrics_of, run_script
 from safetensors.torch import load_file, save_file
 from tiny_models import plain_logps, tiny_model
@@ -234,8 +234,8 @@ def test_what_was_scored_before_a_signal_is_kept(tmp_path):
 
 
 def test_drafts_of_killed_processes_go(tmp_path):
-    killed = subprocess.Popen(["true"])
-    killed.wait()
+    killed = start(["true"])
+    end_of(killed)
     path = cache_path(tmp_path, "reference", weights="a")
     stays = [tmp_path / f".{path.name}.{os.getpid()}", tmp_path / f".{path.name}.md", tmp_path / f".mine.{killed.pid}"]
     for draft in [tmp_path / f".{path.name}.{killed.pid}", *stays[:2], stays[2]]:
