@@ -251,13 +251,16 @@ def test_a_node_that_fails_ends_a_run_that_is_logged(tmp_path):
 TWO_RANKS = '''
 """Two gloo ranks of each case, forked from a process that has imported the scripts once."""
 import importlib, json, os, signal, socket, sys, time, traceback
-import torch
+import torch, transformers
 from harness import flags
 
 torch.set_num_threads(1)
 
+class ModelLoads(BaseException):
+    pass
+
 def no_model(*_, **__):
-    raise RuntimeError("a model loads")
+    raise ModelLoads
 
 def rank(number, script, words, folder, port, stalls):
     os.environ |= {"RANK": str(number), "LOCAL_RANK": str(number), "WORLD_SIZE": "2"}
@@ -265,9 +268,9 @@ def rank(number, script, words, folder, port, stalls):
     os.dup2(os.open(f"{folder}/{number}.err", os.O_CREAT | os.O_WRONLY), 2)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     module, sys.argv, code = importlib.import_module(script), [f"{script}.py"], 0
-    module.load_model = no_model
+    transformers.AutoModelForCausalLM.from_pretrained = no_model
     if stalls and number == 1:
-        module.load_tokenizer = lambda *_: time.sleep(60)
+        transformers.AutoTokenizer.from_pretrained = lambda *_, **__: time.sleep(60)
     try:
         flags.run(module.main, module.get_args(words), *module.USER_ERRORS)
     except SystemExit as exit:
@@ -405,7 +408,7 @@ def test_ranks_that_do_not_agree_end_with_one_sentence(ended, name):
 
 def test_the_same_rows_may_lie_elsewhere(ended):
     codes, _, errors = ended["places may differ"]
-    assert codes == [1, 1] and all("RuntimeError: a model loads" in error for error in errors), errors
+    assert codes == [1, 1] and all("ModelLoads" in error for error in errors), errors
 
 
 def test_a_rank_waits_for_the_others_as_long_as_it_is_told(ended):
@@ -420,17 +423,17 @@ def test_a_rank_waits_for_the_others_as_long_as_it_is_told(ended):
 
 DIES = """
 import os, signal, sys
-import dpo_hf_run
+import dpo_hf_run, torch
 from harness import flags
 
-plain, calls = dpo_hf_run.distributed.take_step, []
-def take_step(*given):
+plain, calls = torch.optim.AdamW.step, []
+def step(*given, **named):
     calls.append(1)
     if len(calls) == 5 and os.environ["RANK"] == "1":
         open("died", "w").close()
         os.kill(os.getpid(), signal.SIGKILL)
-    return plain(*given)
-dpo_hf_run.distributed.take_step = take_step
+    return plain(*given, **named)
+torch.optim.AdamW.step = step
 flags.run(dpo_hf_run.main, dpo_hf_run.get_args(), *dpo_hf_run.USER_ERRORS)
 """
 

@@ -21,6 +21,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from worlds import BROKEN, CHATML, char_tokenizer, write_model, write_rows
 
 import lora
+import toy_world
 import train_rm
 from formats.model_files import load_model
 from harness.score_cache import base_sha256, weights_sha256
@@ -488,7 +489,7 @@ def test_the_toy_world_is_a_name_for_model_and_data(run, plain, world, tmp_path,
         (toy / part).mkdir(parents=True)
         (toy / part / "harmless_pairs.jsonl").write_text((world / f"{part}.jsonl").read_text())
     (toy / "model").symlink_to(world / "model")
-    monkeypatch.setattr(train_rm.toy_world, "build", lambda folder: toy)
+    monkeypatch.setattr(toy_world, "build", lambda folder: toy)
     result = run(model="toy", train_harmless_path=None, val_harmless_path=None)
     assert [result.weights[key].equal(plain.weights[key]) for key in plain.weights] == [True] * 29
     out = capsys.readouterr().out
