@@ -14,7 +14,7 @@ import pytest
 import torch
 from processes import environment, run_program
 from ranks import on_ranks, run_module, run_ranks
-from runs import ask_to_end, assert_same_files, flip, one_line, results, run_script, snapshot
+from runs import ask_to_end, flip, one_line, results, run_script, snapshot
 from safetensors.torch import save_file
 
 import distributed
@@ -151,14 +151,6 @@ def test_resume_from_a_named_checkpoint_into_another_folder(words, uninterrupted
     run_script([*words, "--output-dir", tmp_path / "three"])
     run_script([*words, "--output-dir", tmp_path / "four", "--resume", tmp_path / "three/checkpoint-3"])
     assert results(tmp_path / "four") == uninterrupted
-
-
-def test_all_weights_resume_too(world, tmp_path):
-    words = ["--model", world / "model", "--dataset", world / "pairs.jsonl", *FLAGS, "--lora-r", "0"]
-    words = [word for word in words if word not in ("--lora-dropout", "0.2")]
-    run_script([*words, "--output-dir", tmp_path / "one"])
-    run_script([*words, "--output-dir", tmp_path / "two", "--resume", tmp_path / "one/checkpoint-6"])
-    assert_same_files(tmp_path / "one", tmp_path / "two", ("metrics.jsonl", "model.safetensors"))
 
 
 def test_two_ranks_resume_with_a_state_of_chance_each(words, tmp_path):
