@@ -2,6 +2,7 @@
 
 import logging
 import os
+import signal
 import sys
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach a network
@@ -11,7 +12,7 @@ import pytest
 import torch
 import transformers
 
-pytest.register_assert_rewrite("helpers", "machines", "runs", "tiny_models", "worlds")
+pytest.register_assert_rewrite("helpers", "machines", "processes", "runs", "tiny_models", "worlds")
 
 from ranks import run_ranks
 from safetensors.torch import save_file
@@ -21,6 +22,25 @@ import toy_world
 
 transformers.utils.logging.set_verbosity_error()
 logging.getLogger("transformers").setLevel(logging.ERROR)
+LIMIT = 600  # seconds for a test, and for its fixtures: what waits for ever fails, and shows where it waits
+
+
+def too_long(*_):
+    pytest.fail(f"not ended after {LIMIT} s")
+
+
+def in_time():
+    before = signal.signal(signal.SIGALRM, too_long)
+    signal.alarm(LIMIT)
+    try:
+        return (yield)
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+pytest_runtest_setup = pytest.hookimpl(wrapper=True)(in_time)
+pytest_runtest_call = pytest.hookimpl(wrapper=True)(in_time)
 
 
 @pytest.fixture(scope="session")

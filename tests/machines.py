@@ -4,10 +4,10 @@ whose python writes down what it was called with.
 
 import glob
 import shutil
-import subprocess
 from pathlib import Path
 
 from helpers import ROOT
+from processes import run_program
 
 CONF = "PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True"
 
@@ -58,7 +58,7 @@ class Machine:
         """A .venv that setup.sh finds whole, with `python`, the text of a shell script."""
         write_tool(self.folder / ".venv/bin/python", python)
         key = "cat requirements.txt pyproject.toml | cksum >.venv/core.stamp"
-        subprocess.run(key, shell=True, cwd=self.folder, check=True)
+        assert run_program(["bash", "-c", key], cwd=self.folder).returncode == 0
 
     def run(self, *words, gpus=None, variables=None):
         """(exit code, stdout, stderr) of fast_train.sh, called from another folder."""
@@ -69,14 +69,7 @@ class Machine:
             write_tool(smi, f"printf '{lines}'")
         environment = {"PATH": str(self.tools), "HOSTNAME": "here.lan", "HOME": "/", "LC_ALL": "C.UTF-8"}
         environment |= variables or {}
-        done = subprocess.run(
-            ["bash", self.folder / self.script, *words],
-            cwd="/",
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
+        done = run_program(["bash", self.folder / self.script, *words], cwd="/", env=environment)
         return done.returncode, done.stdout, done.stderr
 
     def printed(self, *words, gpus=None, **variables):

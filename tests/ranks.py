@@ -51,7 +51,7 @@ def on_ranks(work, arguments, ranks, out, timeout=120):
     for process in alive:
         process.kill()
     for process in processes:
-        process.join()
+        process.join(10)
     said = [(Path(out) / f"rank{rank}.txt").read_text("utf-8") for rank in range(ranks)]
     return [process.exitcode for process in processes], said
 

@@ -9,13 +9,13 @@ import math
 import os
 import re
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 from helpers import ROOT
+from processes import end_of, environment, start
 from runs import LN2, dpo_run, one_line, run_script, snapshot
 from safetensors.torch import load_file, save_file
 from transformers import TrainerState
@@ -226,23 +226,19 @@ def processes(world, tmp_path_factory):
         "no weights": ["--model", no_weights, "--dataset", world / "pairs.jsonl"],
         "other shapes": ["--model", other_shapes, "--dataset", world / "pairs.jsonl"],
     }
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(folder / "home"), "OMP_NUM_THREADS": "1"}
-    script = str(ROOT / "dpo_hf_run.py")
+    script = ROOT / "dpo_hf_run.py"
     running = {
-        name: subprocess.Popen(
-            [sys.executable, script, *map(str, words), "--output-dir", str(folder / name), "--device", "cpu"],
-            env=environment,
+        name: start(
+            [sys.executable, script, *words, "--output-dir", folder / name, "--device", "cpu"],
+            env=environment(HF_HOME=str(folder / "home")),
             cwd=folder,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
         )
         for name, words in cases.items()
     }
     outcomes = {}
     for name, process in running.items():
-        lines = process.communicate(timeout=120)[1].splitlines()
-        outcomes[name] = process.returncode, lines, (folder / name).exists()
+        done = end_of(process)
+        outcomes[name] = done.returncode, done.stderr.splitlines(), (folder / name).exists()
     return outcomes
 
 

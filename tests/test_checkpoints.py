@@ -7,15 +7,14 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import ROOT
+from processes import environment, run_program
 from ranks import on_ranks, run_module, run_ranks
-from runs import ask_to_end, assert_same_files, flip, one_line, results, run_script, snapshot
+from runs import ask_to_end, flip, one_line, results, run_script, snapshot
 from safetensors.torch import save_file
 
 import distributed
@@ -78,10 +77,8 @@ runs.run_script(sys.argv[1:])
 def test_killed_and_resumed_is_uninterrupted(words, uninterrupted, tmp_path, capsys, call, number, goes_on_from):
     out = tmp_path / "out"
     program = [sys.executable, "-c", KILLER, call, number, *words, "--output-dir", out]
-    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
     threads = str(torch.get_num_threads())  # another number of threads adds in another order
-    environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": threads}
-    killed = subprocess.run([str(word) for word in program], env=environment, capture_output=True, text=True)
+    killed = run_program(program, env=environment(OMP_NUM_THREADS=threads))
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert not (out / "adapter_model.safetensors").exists()
     capsys.readouterr()
@@ -154,14 +151,6 @@ def test_resume_from_a_named_checkpoint_into_another_folder(words, uninterrupted
     run_script([*words, "--output-dir", tmp_path / "three"])
     run_script([*words, "--output-dir", tmp_path / "four", "--resume", tmp_path / "three/checkpoint-3"])
     assert results(tmp_path / "four") == uninterrupted
-
-
-def test_all_weights_resume_too(world, tmp_path):
-    words = ["--model", world / "model", "--dataset", world / "pairs.jsonl", *FLAGS, "--lora-r", "0"]
-    words = [word for word in words if word not in ("--lora-dropout", "0.2")]
-    run_script([*words, "--output-dir", tmp_path / "one"])
-    run_script([*words, "--output-dir", tmp_path / "two", "--resume", tmp_path / "one/checkpoint-6"])
-    assert_same_files(tmp_path / "one", tmp_path / "two", ("metrics.jsonl", "model.safetensors"))
 
 
 def test_two_ranks_resume_with_a_state_of_chance_each(words, tmp_path):

@@ -6,11 +6,11 @@ import ast
 import os
 import re
 import shutil
-import subprocess
 import sys
 
 import pytest
 from helpers import FOLDERS, ROOT
+from processes import run_program
 from worlds import RUNS, write_world
 
 FILES = [
@@ -133,14 +133,7 @@ def test_a_copied_script_runs(name, tmp_path):
     environment |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     words = RUNS[name].format(world=world).split()
     words += [] if "--output" in words else ["--output-dir", "run"]
-    done = subprocess.run(
-        [sys.executable, name, *words],
-        cwd=lesson,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    done = run_program([sys.executable, name, *words], cwd=lesson, env=environment)
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     assert "saved to run" in done.stdout

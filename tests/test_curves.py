@@ -7,13 +7,13 @@ import re
 import shutil
 import stat
 import struct
-import subprocess
 import sys
 from xml.etree import ElementTree
 
 import pytest
 import torch
 from helpers import ROOT
+from processes import run_program
 from runs import DPO, dpo_run, metrics_of, one_line, run_script
 from worlds import write_rows
 
@@ -70,11 +70,12 @@ def test_the_page_is_drawn_at_each_evaluation_and_not_at_each_log_line(world, tm
 
 
 def test_a_run_that_ends_early_has_its_curves_to_the_last_log_line(tmp_path):
-    program = f"""import sys, dpo_hf_run, run_files
+    program = f"""import sys, dpo_hf_run
+from harness import run_files
 log = run_files.MetricsLog(dpo_hf_run.get_args(["--report-to", "none", "--output-dir", "{tmp_path}/run"]), True)
 log.write(7, 0.5, {{"loss": 0.25, "grad_norm": float("nan")}})
 sys.exit(143)"""
-    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = run_program([sys.executable, "-c", program], cwd=ROOT)
     assert done.returncode == 143, done.stderr
     page = (tmp_path / "run" / "curves.html").read_text("utf-8")
     assert "Up to update 7," in page and figures(page).keys() == {"loss"}

@@ -13,8 +13,8 @@ import pytest
 import torch
 import transformers
 from ranks import TRAINERS
-from runs import ask_to_end, assert_same_files, flip, metrics_of, one_line, run_script, snapshot
-from worlds import QUICK, words_of
+from runs import RESULTS, ask_to_end, assert_same_files, flip, metrics_of, one_line, run_script, snapshot
+from worlds import QUICK, data_of, words_of
 
 from harness import score_cache
 
@@ -28,11 +28,12 @@ def test_no_script_is_forgotten():
 
 @pytest.fixture
 def train(labelled_world, monkeypatch, capsys):
-    """train(script, output folder, words ...) -> what it said: a run in this process, with LoRA dropout."""
+    """train(script, output folder, words ...) -> what it said: a run in this process; LoRA has dropout."""
 
     def run(script, out, *words):
         capsys.readouterr()
-        data = words_of(script, labelled_world, dropout=0.1)
+        adapter = "--lora-r" not in words
+        data = words_of(script, labelled_world, dropout=0.1) if adapter else data_of(script, labelled_world)
         where = ["--model", labelled_world / "model", *data, "--output-dir", out]
         run_script([*where, *QUICK, *SIZE, *words], __import__(script))
         return capsys.readouterr().out
@@ -83,9 +84,32 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(script, train, stopped, tmp_pat
     shutil.copytree(stopped(script, train), tmp_path / "stopped")
     said = train(script, tmp_path / "stopped", "--dtype", "auto", "--resume", "auto")
     assert f"resumed from {tmp_path / 'stopped/checkpoint-3'}" in said and "(cpu, float32)" in said
-    assert_same_files(tmp_path / "stopped", tmp_path / "whole")
+    record = ["reward_model.json"] if script == "train_rm" else []
+    assert_same_files(tmp_path / "stopped", tmp_path / "whole", [*RESULTS, *record])
     steps = [line["step"] for line in metrics_of(tmp_path / "whole")]
     assert max(steps) == 10 and len(steps) > 10
+
+
+WEIGHTS = {
+    "dpo_hf_run": "fp32",
+    "train_rm": "bf16",
+    "train_safe_mm_dpo": "fp32",
+    "train_with_preference_prompt": "bf16",
+}
+
+
+@pytest.mark.parametrize(("script", "dtype"), WEIGHTS.items())
+def test_all_weights_go_on_to_the_same_bytes(script, dtype, train, tmp_path):
+    """Stopped in the second epoch, behind an evaluation."""
+    words = ["--lora-r", 0, "--dtype", dtype]
+    train(script, tmp_path / "whole", *words)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit):
+        ask_to_end(patch, 7, signal.SIGINT)
+        train(script, tmp_path / "stopped", *words)
+    said = train(script, tmp_path / "stopped", *words, "--resume", "auto")
+    assert f"resumed from {tmp_path / 'stopped/checkpoint-7'}" in said
+    record = ["reward_model.json"] if script == "train_rm" else []
+    assert_same_files(tmp_path / "stopped", tmp_path / "whole", ["metrics.jsonl", "model.safetensors", *record])
 
 
 @pytest.mark.parametrize("script", [script for script in TRAINERS if script != "train_rm"])

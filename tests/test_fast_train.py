@@ -9,7 +9,6 @@ import json
 import os
 import shlex
 import socket
-import subprocess
 import sys
 
 import pytest
@@ -28,6 +27,7 @@ from machines import (
     calls,
     write_tool,
 )
+from processes import run_program
 
 import train_with_preference_prompt
 
@@ -432,7 +432,8 @@ def test_what_is_printed_is_what_runs_and_what_a_shell_makes_of_it(own_machine):
     assert ran[:6] == ["expandable_segments:True", "2,1", "-m", "torch.distributed.run", "--standalone", ran[5]]
     assert ran[-2:] == ["--cache-dir", "a b"] and settings["PREFERENCE_TEXT"] in ran
     (own_machine.folder / "called").unlink()
-    subprocess.run(["bash", "-c", out], cwd=own_machine.folder, check=True, env={"PATH": os.environ["PATH"]})
+    variables = {"PATH": os.environ["PATH"]}
+    assert run_program(["bash", "-c", out], cwd=own_machine.folder, env=variables).returncode == 0
     assert calls(own_machine) == ran
 
 

@@ -6,7 +6,6 @@ import argparse
 import json
 import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -15,15 +14,15 @@ import torch
 import transformers
 import yaml
 from helpers import parser_actions
+from processes import run_program
 from runs import DPO, LN2, adapter_of, dpo_run, one_line, run_script
-from worlds import write_model, write_rows
+from worlds import char_tokenizer, write_model, write_rows
 
 import dpo_hf_run
 import evaluate_alignment
 import generate
 import learn_prompt
 import losses
-import packing
 import preference_prompt
 import prepare_data
 import toy_world
@@ -31,6 +30,7 @@ import train_rm
 import train_safe_mm_dpo
 import train_with_preference_prompt
 from harness import flag_names
+from preference_data import load_pairs
 
 SCRIPTS = dpo_hf_run, learn_prompt, train_rm, train_safe_mm_dpo, train_with_preference_prompt
 
@@ -284,7 +284,7 @@ def test_ctrl_c_while_torch_is_loaded_is_one_line(words, tmp_path):
     (tmp_path / "torch.py").write_text("import os, signal; os.kill(os.getpid(), signal.SIGINT)")
     script, *words = words.split()
     program = [sys.executable, "-c", INTERRUPTED, tmp_path, ROOT, ROOT / script, *words]
-    done = subprocess.run(program, capture_output=True, text=True)
+    done = run_program(program)
     assert (done.returncode, done.stdout, done.stderr) == (130, "", f"{script}: interrupted\n")
 
 
@@ -294,7 +294,7 @@ def test_help_and_a_wrong_flag_are_answered_before_torch_is_loaded(script, words
     """Started as a person would, with a torch that cannot be imported."""
     code = "import runpy, sys; sys.modules |= dict(torch=None, transformers=None); del sys.argv[0]; "
     code += "runpy.run_path(sys.argv[0], run_name='__main__')"
-    done = subprocess.run([sys.executable, "-c", code, script.__file__, *words], capture_output=True, text=True)
+    done = run_program([sys.executable, "-c", code, script.__file__, *words])
     assert done.returncode == (0 if words == ["--help"] else 2), done.stderr
     assert len(done.stderr.splitlines()) == (0 if words == ["--help"] else 1)
 
@@ -801,24 +801,28 @@ def test_batch_size_times_accumulation_is_one_update_however_it_is_split(run, nu
     assert split.train[0]["logps/chosen"] == pytest.approx(whole.train[0]["logps/chosen"], rel=1e-5)
 
 
-def test_passes_of_a_budget_of_tokens_are_the_same_update(run, monkeypatch, capsys):
-    shapes, original = [], packing.pack
+def test_passes_of_a_budget_of_tokens_are_the_same_update(run, world, monkeypatch, capsys):
+    passes, layer = [], transformers.models.qwen3.modeling_qwen3.Qwen3Model
+    plain = layer.forward
 
-    def noted(pairs, device):
-        shapes.append([sum(map(len, pair[:3])) for pair in pairs])
-        return original(pairs, device)
+    def noted(self, *given, **named):
+        hidden = plain(self, *given, **named)
+        passes.append(hidden[0].shape[:-1].numel())  # tokens
+        return hidden
 
-    monkeypatch.setattr("harness.run.pack", noted)
+    monkeypatch.setattr(layer, "forward", noted)
+    pairs, _ = load_pairs(str(world / "pairs.jsonl"), char_tokenizer(), 512, 256)
+    longest = max(sum(map(len, pair[:3])) for pair in pairs)
     same = dict(eval_samples=4, max_steps=1, max_grad_norm=0, num_samples=0, batch_size=8)
     whole = run(**same)
-    by_pairs, longest = list(shapes), max(map(max, shapes))
-    shapes.clear()
+    by_pairs = list(passes)
+    passes.clear()
     packed = run(**same, tokens_per_microbatch=3 * longest)
     assert packed.train[0]["grad_norm"] == pytest.approx(whole.train[0]["grad_norm"], rel=1e-4)
-    assert packed.train[0]["num_tokens"] == whole.train[0]["num_tokens"] == sum(by_pairs[-2])  # then the evaluation
+    assert packed.train[0]["num_tokens"] == whole.train[0]["num_tokens"] == by_pairs[-2]  # then the evaluation
     assert packed.evals[0]["eval_logps/chosen"] == pytest.approx(whole.evals[0]["eval_logps/chosen"], rel=1e-5)
-    assert all(sum(lengths) <= 3 * longest for lengths in shapes), "reference, evaluation and training alike"
-    assert len(shapes) > len(by_pairs)
+    assert all(tokens <= 3 * longest for tokens in passes), "reference, evaluation and training alike"
+    assert len(passes) > len(by_pairs)
     assert "take a pass each" not in capsys.readouterr().out
     run(**same, tokens_per_microbatch=longest - 1)
     assert f"Pairs of more than {longest - 1} tokens take a pass each; the longest has " in capsys.readouterr().out

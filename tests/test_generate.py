@@ -7,7 +7,6 @@ import re
 import shutil
 import signal
 import statistics
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -15,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import ROOT
+from processes import run_program
 from runs import one_line, rows_of, run_script, snapshot
 from tiny_models import argmax_one_by_one
 from transformers import GenerationConfig
@@ -1086,14 +1086,14 @@ def loop(tmp_path, toy, **variables):
     environment |= {"OUTPUT_DIR": str(tmp_path / "online"), "EVAL_PROMPTS": "none", "ROUNDS": "2", "NUM_SAMPLES": "96"}
     command = ["bash", ROOT / "scripts/online_dpo.sh", "--eval-samples", "0", "--batch-size", "8", "--device", "cpu"]
     environment |= {"LEARNING_RATE": "3e-3"} | variables
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    return run_program(command, env=environment)
 
 
 @pytest.mark.parametrize("rounds", ["round[$(touch ran)]", "1.5", "08", "-1", "0", "1;x", "two", " 1", "99999"])
 def test_rounds_are_digits_and_nothing_is_evaluated(rounds, tmp_path):
     environment = os.environ | {"ROUNDS": rounds, "OUTPUT_DIR": str(tmp_path / "online"), "PYTHON": "true"}
     words = ["bash", ROOT / "scripts/online_dpo.sh"]
-    done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=60)
+    done = run_program(words, env=environment)
     assert done.returncode == 2
     assert done.stderr == f"online_dpo.sh: ROUNDS is a number of rounds, 1 or more, and not '{rounds}'\n"
     assert not (tmp_path / "online").exists() and not (ROOT / "ran").exists()

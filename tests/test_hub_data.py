@@ -7,7 +7,6 @@ import json
 import os
 import re
 import socket
-import subprocess
 import sys
 import threading
 import time
@@ -20,6 +19,7 @@ import pytest
 import requests
 from found_files import lines_of, parquet
 from helpers import ROOT
+from processes import end_of, run_program, start
 from runs import one_line, run_script
 from worlds import CHATML, assistant, char_tokenizer, ids, load, strings, user, write_rows
 
@@ -410,31 +410,26 @@ def hub_runs(world, tmp_path_factory):
     broken = write(folder / "pairs", {"train.parquet": "no parquet"})
     cases = {"default": [], "missing": ["--dataset", "someone/some-pairs"], "broken": ["--dataset", broken]}
     running = {
-        name: subprocess.Popen(
-            [sys.executable, str(ROOT / "dpo_hf_run.py"), *map(str, words + more), "--output-dir", str(folder / name)],
+        name: start(
+            [sys.executable, ROOT / "dpo_hf_run.py", *words, *more, "--output-dir", folder / name],
             env=environment,
             cwd=folder,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
         )
         for name, more in cases.items()
     }
-    outcomes = {name: (*process.communicate(timeout=300), process.returncode) for name, process in running.items()}
+    ended = {name: end_of(process) for name, process in running.items()}
     server.shutdown()
     server.server_close()
-    return folder, outcomes
+    return folder, {name: (done.stdout, done.stderr, done.returncode) for name, done in ended.items()}
 
 
-def start(words, folder, **variables):
-    """The script as a process that knows no hub but those of the variables."""
+def asking(words, folder, **variables):
+    """The script to its end, in a process that knows no hub but those of the variables."""
     environment = {key: value for key, value in os.environ.items() if not re.match("HF_|MODELSCOPE_|.*OFFLINE", key)}
     environment |= {"OMP_NUM_THREADS": "1", "NO_PROXY": "127.0.0.1", "HF_HOME": str(folder / "home")} | variables
     environment |= {"MODELSCOPE_CACHE": str(folder / "cache"), "MODELSCOPE_HOME": str(folder / "modelscope")}
     words = [*words, "--device", "cpu", "--report-to", "none", "--max-steps", 1, "--output-dir", folder / "out"]
-    command = [sys.executable, str(ROOT / "dpo_hf_run.py"), *map(str, words)]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(command, env=environment, cwd=folder, **pipes)
+    return run_program([sys.executable, ROOT / "dpo_hf_run.py", *words], env=environment, cwd=folder)
 
 
 @pytest.fixture
@@ -456,14 +451,13 @@ def hole():
 def test_a_hub_that_does_not_answer_is_asked_once(world, hole, tmp_path, what):
     url, taken = hole
     names = {"model": world / "model", "dataset": world / "pairs.jsonl"} | {what: "someone/something"}
-    process = start(["--model", names["model"], "--dataset", names["dataset"]], tmp_path, HF_ENDPOINT=url)
-    _, err = process.communicate(timeout=300)
+    done = asking(["--model", names["model"], "--dataset", names["dataset"]], tmp_path, HF_ENDPOINT=url)
     which = "no tokenizer at someone/something" if what == "model" else "there is no file someone/something"
-    assert err == (
+    assert done.stderr == (
         f"dpo_hf_run.py: {which}: it is not in the cache, and {url} does not answer (timed out): set HF_ENDPOINT to a "
         "mirror, pass --hub modelscope to have it from ModelScope, or name a file or folder\n"
     )
-    assert (process.returncode, len(taken)) == (2, 1)
+    assert (done.returncode, len(taken)) == (2, 1)
     assert not (tmp_path / "out").exists()
 
 
@@ -554,17 +548,16 @@ FROM_MODELSCOPE = ["--hub", "modelscope", "--model", "someone/tiny-model", "--ev
 @needs_modelscope
 def test_a_model_and_pairs_from_modelscope_are_trained_on_and_kept(modelscope, hole, tmp_path):
     words = [*FROM_MODELSCOPE, "--dataset", "someone/some-pairs"]
-    process = start(words, tmp_path, HF_ENDPOINT=hole[0], MODELSCOPE_ENDPOINT=modelscope)
-    out, err = process.communicate(timeout=300)
-    assert (process.returncode, err) == (0, "")
-    assert "someone/some-pairs: prompt/chosen/rejected, 8 rows, 8 pairs\n" in out
+    done = asking(words, tmp_path, HF_ENDPOINT=hole[0], MODELSCOPE_ENDPOINT=modelscope)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "someone/some-pairs: prompt/chosen/rejected, 8 rows, 8 pairs\n" in done.stdout
     config = json.loads((tmp_path / "out/adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == "someone/tiny-model"
     assert ModelScope.served[-1] == "model.safetensors"  # behind all that can be wrong with the rows
     assert "model.gguf" not in ModelScope.served and len(set(ModelScope.served)) == len(ModelScope.served)
     # Without an answer, from its cache.
-    process = start([*words, "--overwrite"], tmp_path, HF_ENDPOINT=hole[0], MODELSCOPE_ENDPOINT=hole[0])
-    assert (process.communicate(timeout=300)[1], process.returncode, len(hole[1])) == ("", 0, 1)
+    done = asking([*words, "--overwrite"], tmp_path, HF_ENDPOINT=hole[0], MODELSCOPE_ENDPOINT=hole[0])
+    assert (done.stderr, done.returncode, len(hole[1])) == ("", 0, 1)
 
 
 @needs_modelscope
@@ -572,13 +565,12 @@ def test_a_model_and_pairs_from_modelscope_are_trained_on_and_kept(modelscope, h
 def test_what_modelscope_does_not_give_is_one_sentence(modelscope, hole, tmp_path, world, silent):
     url = hole[0] if silent else modelscope
     words = ["--hub", "modelscope", "--model", "someone/nothing", "--dataset", world / "pairs.jsonl"]
-    process = start(words, tmp_path, MODELSCOPE_ENDPOINT=url)
-    _, err = process.communicate(timeout=300)
+    done = asking(words, tmp_path, MODELSCOPE_ENDPOINT=url)
     reason = f"it is not in the cache, and {url} does not answer (ReadTimeout)"
     reason = reason if silent else "[E3020] [404] record not found | code=404"
     advice = "check the name, set MODELSCOPE_ENDPOINT, or name a file or folder"
-    assert err == f"dpo_hf_run.py: no model someone/nothing from ModelScope ({reason}): {advice}\n"
-    assert process.returncode == 2
+    assert done.stderr == f"dpo_hf_run.py: no model someone/nothing from ModelScope ({reason}): {advice}\n"
+    assert done.returncode == 2
 
 
 def test_without_its_package_one_sentence_names_the_extra(monkeypatch):

@@ -12,13 +12,12 @@ from runs import metrics_of, one_line, run_script
 from safetensors.torch import load_file
 from tiny_models import logps_of_one, tiny_model
 from transformers import AutoModelForCausalLM
-from worlds import char_tokenizer
+from worlds import CHATML, char_tokenizer
 
 import learn_prompt
 import lora
 import toy_world
 import train_with_preference_prompt
-from formats import model_files
 from formats.model_files import load_model, load_tokenizer
 from packed_model import prepare_model
 from packing import pack
@@ -75,10 +74,11 @@ def test_random_tokens_and_noise_of_their_size(learn, embeddings):
         assert abs(noise.mean().item()) < 4 * noise.std().item() / math.sqrt(640)
 
 
-def test_gemmas_vectors_are_scaled_as_its_layer_scales_them():
+def test_gemmas_vectors_are_scaled_as_its_layer_scales_them(learn, tmp_path):
     model = tiny_model("gemma3", vocab_size=128)
-    args = learn_prompt.get_args(["--preference-text", "hi"])
-    vectors = learn_prompt.first_vectors(model, char_tokenizer(), 2, args)
+    model.save_pretrained(tmp_path / "gemma")
+    char_tokenizer(template=CHATML).save_pretrained(tmp_path / "gemma")
+    _, _, vectors = learn("out", *STILL, "--model", tmp_path / "gemma", text="hi")
     expected = model.get_input_embeddings().weight[[ord("h"), ord("i")]] * math.sqrt(32)
     torch.testing.assert_close(vectors, expected.detach(), rtol=1e-6, atol=0)
 
@@ -110,8 +110,14 @@ def test_what_is_trained_is_what_plain_forwards_measure(learn, world):
 
 
 def test_the_model_stays_as_it_was_to_the_last_bit(learn, world, monkeypatch):
-    loaded, plain = [], model_files.load_model
-    monkeypatch.setattr("harness.run.load_model", lambda *given: loaded.append(plain(*given)) or loaded[-1])
+    loaded, plain = [], AutoModelForCausalLM.from_pretrained
+
+    def kept(*given, **named):
+        found = plain(*given, **named)  # the model, and what its file had of it
+        loaded.append(found[0])
+        return found
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", kept)
     learn("out")
     (model,) = loaded
     before = load_file(world / "model/model.safetensors")

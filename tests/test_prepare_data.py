@@ -4,13 +4,13 @@ import gzip
 import json
 import os
 import random
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from found_files import FOUND, write_found
 from helpers import ROOT
+from processes import run_program
 from runs import one_line, run_script, snapshot
 from worlds import CHATML, assistant, char_tokenizer, ids, user, write_rows
 
@@ -784,9 +784,7 @@ def test_the_benchmark_of_an_earlier_split_does_not_stay_behind(capsys):
 def test_in_a_process_of_its_own_and_read_by_the_training_scripts_reader(tmp_path):
     rows = [pku(n, better=n % 2, safe=(False, n % 3 > 0)) for n in range(40)]
     write_rows(tmp_path / "pku.jsonl", rows)
-    done = subprocess.run(
-        [sys.executable, ROOT / "prepare_data.py", "--input", "pku.jsonl"], capture_output=True, text=True, cwd=tmp_path
-    )
+    done = run_program([sys.executable, ROOT / "prepare_data.py", "--input", "pku.jsonl"], cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.endswith("saved to data\n")
     found = 0

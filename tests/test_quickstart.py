@@ -6,14 +6,15 @@ A .venv whose python writes down what it was called with stands for the training
 import os
 import pty
 import re
+import select
 import shutil
-import subprocess
 import sys
 from xml.etree import ElementTree
 
 import pytest
 from helpers import READMES, ROOT
 from machines import write_tool
+from processes import end_of, run_program, start
 
 from tools import report_text
 
@@ -47,7 +48,7 @@ def project(tmp_path):
 def run(project, *words):
     """(exit code, stdout, stderr) of quickstart.sh, called from another folder."""
     command = ["bash", project / "quickstart.sh", *words]
-    done = subprocess.run(command, cwd="/", capture_output=True, text=True, timeout=60)
+    done = run_program(command, cwd="/")
     return done.returncode, done.stdout, done.stderr
 
 
@@ -131,9 +132,7 @@ def test_a_setup_that_fails_is_the_end(project):
 @pytest.mark.parametrize("system", ["msys", "cygwin"])
 def test_on_windows_bash_names_the_way_that_needs_none(project, system):
     shutil.copy(ROOT / "setup.sh", project)
-    done = subprocess.run(
-        ["bash", project / "quickstart.sh"], env=os.environ | {"OSTYPE": system}, capture_output=True, text=True
-    )
+    done = run_program(["bash", project / "quickstart.sh"], env=os.environ | {"OSTYPE": system})
     assert done.returncode == 2
     assert done.stderr == ("setup.sh: on Windows use WSL, or the lines for Windows in README.md, which need no bash\n")
     assert "## Windows" in (ROOT / "README.md").read_text("utf-8") and not (project / "called").exists()
@@ -142,7 +141,7 @@ def test_on_windows_bash_names_the_way_that_needs_none(project, system):
 def test_the_help_of_setup_makes_nothing(project):
     (project / "setup.sh").write_text((ROOT / "setup.sh").read_text("utf-8"))
     shutil.rmtree(project / ".venv")
-    done = subprocess.run(["bash", project / "setup.sh", "--help"], cwd="/", capture_output=True, text=True)
+    done = run_program(["bash", project / "setup.sh", "--help"], cwd="/")
     assert (done.returncode, done.stderr) == (0, "") and done.stdout.startswith("Makes .venv, or finds it whole")
     assert not (project / ".venv").exists()
 
@@ -171,10 +170,10 @@ def test_help_is_what_the_script_begins_with(project):
 def test_on_a_terminal_one_line_counts_down_and_ends_in_what_the_step_took(project):
     write_tool(project / ".venv/bin/python", "sleep 1.1\n" + PYTHON)
     said, written = pty.openpty()
-    process = subprocess.Popen(["bash", project / "quickstart.sh"], stdout=written, stderr=written)
+    process = start(["bash", project / "quickstart.sh"], stdout=written, stderr=written)
     os.close(written)
     text = b""
-    while True:
+    while select.select([said], [], [], 60)[0]:
         try:
             piece = os.read(said, 4096)
         except OSError:  # Linux: the other side is closed
@@ -183,7 +182,7 @@ def test_on_a_terminal_one_line_counts_down_and_ends_in_what_the_step_took(proje
             break
         text += piece
     os.close(said)
-    assert process.wait() == 0
+    assert end_of(process, 10).returncode == 0
     screen = text.decode().replace("\r\n", "\n")
     drawn = [part for line in screen.split("\n") for part in line.split("\r\x1b[K")]
     assert max(map(len, drawn)) < 80

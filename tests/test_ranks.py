@@ -4,7 +4,6 @@ import itertools
 import json
 import math
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import pytest
 import torch
 import transformers
 from helpers import ROOT
+from processes import run_program
 from ranks import TRAINERS, on_ranks, run_module, run_ranks
 from runs import adapter_of, assert_same_files, metrics_of
 from tiny_models import MISTRAL
@@ -98,8 +98,7 @@ def test_importance_weights_look_back_on_the_responses_of_all_ranks(world, tmp_p
 
 def run_python(*words):
     """A Python command in a process of its own, one thread per rank."""
-    environment, command = os.environ | {"OMP_NUM_THREADS": "1"}, [sys.executable, *map(str, words)]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    return run_program([sys.executable, *words], env=os.environ | {"OMP_NUM_THREADS": "1"})
 
 
 def test_torchrun_starts_the_same_ranks(world, tmp_path):

@@ -11,7 +11,7 @@ from runs import metrics_of, run_script
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 import lora
-from dpo_hf_run import get_args, pair_losses
+from losses import dpo_loss
 from packed_model import prepare_model
 from packing import epoch_plan, pack
 from preference_data import load_pairs
@@ -118,13 +118,12 @@ def test_gradient_of_every_tensor(toy, adapter, rows, trl_run):
     lora.load_adapter(model, adapter, "policy", trainable=True)
     assert prepare_model(model).startswith("packed pairs: on")
 
-    args = get_args(["--beta", str(BETA)])
     num_pairs, ranks = epoch_plan(range(len(rows[1])), 0, 42, BATCH, ACCUMULATION, 1)[0]
     for indices in ranks[0]:
         batch = pack([rows[1][i] for i in indices])
         with torch.no_grad(), lora.use_adapter(model, "ref"):
-            ref_logps = torch.stack(model.packed_logps(batch), dim=1)
-        losses, _ = pair_losses(model, batch, ref_logps, args)
+            ref_logps = model.packed_logps(batch)
+        losses = dpo_loss(*model.packed_logps(batch), *ref_logps, BETA)[0]
         (losses.sum() / num_pairs).backward()
     theirs = {name: gradient.norm().item() for name, gradient in trl_run[1].items()}
     ours = {}

@@ -14,6 +14,7 @@ import time
 import pytest
 from helpers import ROOT, copy_code
 from machines import RewardMachine, write_tool
+from processes import end_of, run_program, start
 from runs import adapter_of
 
 pytestmark = pytest.mark.slow
@@ -26,7 +27,7 @@ TOLD = {"GLOO_SOCKET_IFNAME": "pair0", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS":
 
 
 def ip(*words, check=True):
-    done = subprocess.run([IP, *words], capture_output=True, text=True)
+    done = run_program([IP, *words], limit=30)
     if check and done.returncode:
         raise OSError(f"ip {' '.join(words)}: {done.stderr.strip()}")
     return done.stdout
@@ -132,23 +133,18 @@ def started(machine, toy, out, *words):
     processes = {}
     for heading, line in zip(lines[::2], lines[1::2], strict=True):
         address = re.fullmatch("# on (.*):", heading)[1]
-        processes[address] = subprocess.Popen(
-            [machine.tools / "ssh", address, f"cd {machine.folder} && {line}"],
-            env=os.environ | TOLD,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        command = [machine.tools / "ssh", address, f"cd {machine.folder} && {line}"]
+        processes[address] = start(command, env=os.environ | TOLD, stdout=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
     while not (machine.folder / out / "checkpoint-2").exists() and time.monotonic() < deadline:
         time.sleep(0.01)
     return processes
 
 
-def end_of(process):
+def ending(process):
     """(exit code, standard error) of a host that has a minute to end by itself."""
-    err = process.communicate(timeout=60)[1]
-    return process.returncode, err
+    done = end_of(process, 60)
+    return done.returncode, done.stderr
 
 
 @pytest.fixture(scope="module")
@@ -156,8 +152,8 @@ def killed(toy, machine, hosts):
     """What becomes of the second host when the first, with rank 0, is killed: (exit code, standard error)."""
     processes = started(machine, toy, "killed", "--ddp-timeout", "600")
     hosts.kill(FIRST)
-    code, err = end_of(processes[SECOND])
-    assert end_of(processes[FIRST])[0] == -signal.SIGKILL
+    code, err = ending(processes[SECOND])
+    assert ending(processes[FIRST])[0] == -signal.SIGKILL
     assert not (machine.folder / "killed/adapter_model.safetensors").exists(), "it had ended before the kill"
     return code, err
 
@@ -177,7 +173,7 @@ def test_a_cut_cable_ends_both_hosts_after_the_timeout(toy, machine, hosts):
     processes = started(machine, toy, "cut", "--ddp-timeout", "10")
     hosts.plug("down")
     try:
-        ends = [end_of(processes[address]) for address in (FIRST, SECOND)]
+        ends = [ending(processes[address]) for address in (FIRST, SECOND)]
     finally:
         hosts.plug("up")
     for rank, (code, err) in enumerate(ends):

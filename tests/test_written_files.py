@@ -4,13 +4,12 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import ROOT
+from processes import environment, fork, run_program
 from runs import RESULTS, assert_same_files, one_line, run_script, snapshot
 from worlds import make_adapter, make_reward_model, write_world
 
@@ -335,9 +334,9 @@ def test_scripts_refuse_a_changed_reward_model(saved, world, tmp_path, capsys, m
 
 def kill_at(number, save):
     """Whether save() ends, in a process of its own that is killed at its call `number` to the file system."""
-    child = os.fork()
-    if child == 0:
-        calls = []
+    calls = []
+
+    def killed():
 
         def watched(plain):
             def call(*given, **named):
@@ -350,11 +349,9 @@ def kill_at(number, save):
 
         for name in "replace rename unlink mkdir rmdir fsync".split():
             setattr(os, name, watched(getattr(os, name)))
-        try:
-            save()
-        finally:
-            os._exit(0)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        save()
+
+    return fork(killed) == 0
 
 
 @pytest.mark.parametrize("kind", ["adapter", "policy", "reward adapter", "reward model", "soft prompt"])
@@ -446,10 +443,8 @@ def test_a_reward_model_killed_between_two_files_is_refused_and_mended_by_resume
     best = capsys.readouterr().out.count("Saving best model")
     assert best > 1
     out = tmp_path / "out"
-    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-    environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": str(torch.get_num_threads())}
     program = [sys.executable, "-c", KILLER, best, *words, "--output-dir", out]
-    done = subprocess.run([str(word) for word in program], env=environment, capture_output=True, text=True)
+    done = run_program(program, env=environment(OMP_NUM_THREADS=str(torch.get_num_threads())))
     assert done.returncode == -signal.SIGKILL, done.stderr
     with pytest.raises(reward_models.RewardModelError):
         read("reward adapter", out, world)
