@@ -224,7 +224,8 @@ def read_files(sources, args, ledger):
 
     Raises DataError at the first malformed row, which --skip-invalid counts instead.
     """
-    files, preferences, answers, categories, labels = [], [], *map(defaultdict, (list, set, set))
+    files, preferences = [], []
+    answers, categories, labels = defaultdict(list), defaultdict(set), defaultdict(set)
     for source in sources:
         files.append({"file": source, "kind": "no row of a known kind", "read": 0, "used": 0, "dropped": {}})
         reader, not_read = None, Counter()

@@ -134,7 +134,7 @@ def bradley_terry(features, penalty):
 
 def train_bigrams(pairs, texts, seed):
     """(weights (BUCKETS,), penalty): the penalty with the least loss on a tenth of the pairs, by whole prompts."""
-    parts = hold_out(pairs, -(-len(pairs) // 10), seed)
+    parts = hold_out(pairs, math.ceil(len(pairs) / 10), seed)
     fit, choose = (bigram_features([texts[i] for i in part]) for part in parts)
     penalty = min(PENALTIES, key=lambda p: -F.logsigmoid(linear_margins(choose, bradley_terry(fit, p))).mean())
     return bradley_terry(bigram_features(texts), penalty), penalty

@@ -8,6 +8,7 @@ import re
 import textwrap
 from typing import NamedTuple
 
+from formats.chat_text import as_messages
 from formats.row_files import DataError, Malformed, Unusable
 from formats.row_prompts import CONTEXT, as_turns, check_columns, said, with_context
 from formats.row_shapes import ANSWERS, ASKS, SCORES, SHAPES, TEXTS
@@ -101,14 +102,14 @@ def own_texts(row, shape):
     return shape.texts(row | turns)
 
 
-def row_texts(row, shape, wrap=None):
+def row_texts(row, shape, as_chat=False):
     """Texts of one row.  Raises Malformed or Unusable.
 
-    wrap: (prompt, chosen, rejected) as strings -> as messages, for rows of strings that go through the chat template.
+    as_chat: strings become messages, to go through the chat template.
     """
     prompt, chosen, rejected = own_texts(row, shape)
-    if wrap and isinstance(prompt, str):
-        prompt, chosen, rejected = wrap(prompt, chosen, rejected)
+    if as_chat and isinstance(prompt, str):
+        prompt, chosen, rejected = as_messages(prompt, chosen, rejected)
     if isinstance(prompt, list) and not any(m["content"].strip() for m in prompt if m["role"] != "system"):
         raise Unusable("the prompt is empty")
     prompt, args = with_context(row, prompt)

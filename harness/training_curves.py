@@ -60,8 +60,13 @@ def points_of(rows):
                         points.pop()
                     half = found.get(f"{name}_ci95", math.nan)
                     points.append([step, value, half] if math.isfinite(half) else [step, value])
-    every = {name: -(-len(points) // POINTS) for name, points in curves.items()}
-    return {name: points[: -1 : every[name]] + points[-1:] for name, points in curves.items()}
+    return {name: thinned(points) for name, points in curves.items()}
+
+
+def thinned(points):
+    """At most POINTS of them, evenly, and the last."""
+    every = math.ceil(len(points) / POINTS)
+    return points[:-1:every] + points[-1:]
 
 
 def read_rows(path):

@@ -26,9 +26,10 @@ import packed_probe
 import train_rm
 import train_safe_mm_dpo
 import train_with_preference_prompt
-from harness import memory_estimate, sharding
-from harness.memory_estimate import CUDA, Estimate, EstimateError, measure
+from harness import memory_estimate, pass_memory, sharding
+from harness.memory_estimate import CUDA, Estimate, EstimateError
 from harness.memory_report import GB, compared, first_update, lever, report
+from harness.pass_memory import measure
 
 MODELS = "qwen3", "llama", "gpt2"
 
@@ -186,9 +187,7 @@ def test_the_heads_chunk_is_what_real_tensors_take(name, trained, with_kl):
     model = tiny_model(name, vocab_size=2000)  # where what is as long as the tokens hardly counts, as in real ones
     model.requires_grad_(trained)
     num_tokens = 3000
-    expected = memory_estimate.head_bytes(
-        skeleton_of(model).requires_grad_(trained), num_tokens, torch.float32, with_kl
-    )
+    expected = pass_memory.head_bytes(skeleton_of(model).requires_grad_(trained), num_tokens, torch.float32, with_kl)
     weight = model.get_output_embeddings().weight
     states = torch.randn(num_tokens, weight.shape[1], requires_grad=True)
     targets = torch.zeros(num_tokens, dtype=torch.long)
@@ -197,7 +196,7 @@ def test_the_heads_chunk_is_what_real_tensors_take(name, trained, with_kl):
         reference = (states.detach().clone(), weight.detach(), None) if with_kl else None
         packed_model.token_logps(states, weight, targets, None, reference=reference).sum().backward()
 
-    assert memory_estimate.most_alive(work) == pytest.approx(expected[0], rel=0.01)
+    assert pass_memory.most_alive(work) == pytest.approx(expected[0], rel=0.01)
     pieces = min(num_tokens, packed_model.HEAD_CHUNK) * weight.shape[0] * 4
     assert expected[0] > (pieces if not with_kl else 1.5 * pieces)
 
@@ -231,7 +230,7 @@ def test_keys_of_chosen_are_repeated_where_flash_attention_does_not_run(dtype, c
     query, key = torch.empty(1, 4, 6, 8, dtype=dtype, requires_grad=True), torch.empty(1, 2, 6, 8, dtype=dtype)
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(tuple(t.shape)) or t, lambda t: t):
-        memory_estimate._attend(None, query, key, key, None)
+        pass_memory._attend(None, query, key, key, None)
     assert [shape[1] for shape in kept if len(shape) == 4] == [4, chosen_heads, chosen_heads, 4] + [4] * 4
 
 
@@ -241,7 +240,7 @@ def test_beyond_some_chunks_the_head_is_reckoned_and_not_counted(with_kl):
     estimate, many = estimate_of("qwen3", 4), memory_estimate.MANY
     how = 4, 0.0, torch.float32
     for tokens in (many + 1, 3 * many + 517):
-        counted = memory_estimate.head_bytes(estimate.model(*how), tokens, torch.float32, with_kl)
+        counted = pass_memory.head_bytes(estimate.model(*how), tokens, torch.float32, with_kl)
         assert estimate.head(*how, tokens, with_kl) == pytest.approx(counted, abs=1)
     assert estimate.head(*how, 10**16, with_kl)[0] > 10**16
 
