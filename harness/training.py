@@ -42,65 +42,47 @@ class Update(NamedTuple):
         return len(self.indices)
 
 
-class Averages:
-    """Which metrics there are, and over what each is a mean.
-
-    counts: {metric: what its sum is divided by}: "pairs", or a name that the metrics of a pass have besides.
-    """
-
-    def __init__(self, counts):
-        self.counts = counts
-        self.names = list(dict.fromkeys([*counts, *counts.values(), "pairs"]))  # of what is summed
-
-    def rows(self, metrics):
-        """Metrics {name: (B,)} of a pass as (len(names), B), without gradient."""
-        first = next(iter(metrics.values())).detach()
-        metrics = metrics | {"pairs": torch.ones_like(first)}
-        return torch.stack([metrics[name].detach().to(first.dtype) for name in self.names])
-
-    def means(self, sums, divided_by=None):
-        """{metric: mean} of sums in the order of `names`; NaN of what nothing was counted of.
-
-        divided_by: the sums that the counts stand in, if it is not these.
-        """
-        sums = dict(zip(self.names, sums, strict=True))
-        number_of = dict(zip(self.names, divided_by, strict=True)) if divided_by else sums
-        return {name: sums[name] / (number_of[count] or math.nan) for name, count in self.counts.items()}
+def rows_of(metrics, names):
+    """Metrics {name: (B,)} of a pass as (len(names), B) without gradient; "pairs" is 1 for each pair."""
+    first = next(iter(metrics.values())).detach()
+    metrics = metrics | {"pairs": torch.ones_like(first)}
+    return torch.stack([metrics[name].detach().to(first.dtype) for name in names])
 
 
 class HeldOut:
-    """An evaluation: `passes` of this rank, whose metrics go to `add`."""
+    """An evaluation: `passes` of this rank, whose metrics go to `add`.  names, counts: as Training has them."""
 
-    def __init__(self, averages, passes, world):
-        self.averages, self.passes, self.world = averages, passes, world
-        self.sums = torch.zeros(2, len(averages.names), dtype=torch.float64)  # of the metrics, of their squares
+    def __init__(self, names, counts, passes, world):
+        self.names, self.counts, self.passes, self.world = names, counts, passes, world
+        self.sums = torch.zeros(2, len(names), dtype=torch.float64)  # of the metrics, of their squares
 
     def add(self, metrics):
         """Metrics {name: (B,)} of a pass."""
-        rows = self.averages.rows(metrics).cpu().double()
+        rows = rows_of(metrics, self.names).cpu().double()
         self.sums += torch.stack((rows.sum(1), (rows**2).sum(1)))
 
     def means(self):
         """{metric: mean} over the pairs of all ranks, of metrics that any pair has; behind them {metric_ci95: half its
         95 % interval} of those that are means over pairs.  All ranks have to ask."""
         sums, squares = distributed.all_reduce_sum(self.sums, self.world).tolist()
-        number_of = dict(zip(self.averages.names, sums, strict=True))
-        counts = {name: number_of[count] for name, count in self.averages.counts.items() if number_of[count]}
-        means, mean_squares = self.averages.means(sums), self.averages.means(squares, divided_by=sums)
-        intervals = {}
-        for name, count in counts.items():
-            if self.averages.counts[name] != "tokens":  # whose squares are of sums over tokens
-                variance = max(mean_squares[name] - means[name] ** 2, 0)
-                intervals[f"{name}_ci95"] = 1.96 * (variance / count) ** 0.5
-        return {name: means[name] for name in counts} | intervals
+        sums, squares = dict(zip(self.names, sums, strict=True)), dict(zip(self.names, squares, strict=True))
+        means, intervals = {}, {}
+        for name, count in self.counts.items():
+            if number := sums[count]:
+                means[name] = sums[name] / number
+                if count != "tokens":  # whose squares are of sums over tokens
+                    variance = max(squares[name] / number - means[name] ** 2, 0)
+                    intervals[f"{name}_ci95"] = 1.96 * (variance / number) ** 0.5
+        return means | intervals
 
 
 class Training:
     """The updates of a run, from where its checkpoint was.
 
-    model: what is put in training mode; parameters: what is trained; counts: of the metrics that `backward` gets, as
-    Averages takes them; name: what is trained, for the log.  What else a checkpoint keeps: state {name: JSON}, and
-    tensors {name: tensor of this rank}; a resumed run finds those of all ranks there, in their first dimension.
+    model: what is put in training mode; parameters: what is trained.  counts: {metric: what its sum is divided by},
+    "pairs" or a name that the metrics of a pass have besides.  name: of what is trained, for the log.
+    What else a checkpoint keeps: state {name: JSON}, and tensors {name: tensor of this rank}; a resumed run finds those
+    of all ranks there, in their first dimension.
     """
 
     def __init__(self, run, model, parameters, counts, name, state=None, tensors=None):
@@ -113,8 +95,9 @@ class Training:
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=run.dtype == torch.float16)
         distributed.assert_same_on_all_ranks(parameters, world)
         distributed.seed_everything(args.seed + world.rank)  # from here on the draws of dropout differ between ranks
-        self.averages = Averages(counts)
-        self.sums = torch.zeros(len(self.averages.names), device=world.device)  # since the last log line
+        self.counts = counts
+        self.names = list(dict.fromkeys([*counts, *counts.values(), "pairs"]))  # of what is summed
+        self.sums = torch.zeros(len(self.names), device=world.device)  # since the last log line
         self.grad_norms = []  # since the last log line, on the device: to look at each at once would wait for it
         self.flops = speed.useful_flops(model, self.data.pairs)
         self.state = {"step": 0, "tokens": 0, "warned": [], "history": None} | (state or {})
@@ -177,12 +160,12 @@ class Training:
         """Add the gradient of a pass, whose loss is its part of the whole update's, and its metrics {name: (B,)}."""
         self.watch.phase("backward")
         self.scaler.scale(loss).backward()
-        self.sums += self.averages.rows(metrics).sum(1)
+        self.sums += rows_of(metrics, self.names).sum(1)
 
     def add(self, metrics):
         """Add some metrics {name: (B,)} of a pass to the sums that the next log line is the mean of."""
         for name, values in metrics.items():
-            self.sums[self.averages.names.index(name)] += values.sum()
+            self.sums[self.names.index(name)] += values.sum()
 
     def all_reduce_gradients(self):
         """Sum over the ranks: one exchange."""
@@ -211,10 +194,10 @@ class Training:
 
     def means(self):
         """{metric: mean} over the pairs of all ranks since the last log line; NaN of what none of them has."""
-        totals = distributed.all_reduce_sum(self.sums, self.world).tolist()
-        self.totals = dict(zip(self.averages.names, totals, strict=True))  # {name: sum}
+        sums = distributed.all_reduce_sum(self.sums, self.world).tolist()
+        self.totals = totals = dict(zip(self.names, sums, strict=True))
         self.sums.zero_()
-        return self.averages.means(totals)
+        return {name: totals[name] / (totals[count] or math.nan) for name, count in self.counts.items()}
 
     def log(self, metrics, shown, prefix="", **constants):
         """A line of metrics.jsonl and one of the log, with the gradient's norm, the rate and `constants`.
@@ -252,7 +235,7 @@ class Training:
         """A HeldOut to fill, with dropout off and without gradients."""
         self.model.eval()
         with torch.no_grad():
-            yield HeldOut(self.averages, self.data.passes(self.data.held_out), self.world)
+            yield HeldOut(self.names, self.counts, self.data.passes(self.data.held_out), self.world)
         self.model.train()
 
     def log_held_out(self, means, shown):
