@@ -254,5 +254,6 @@ def clash(args, replaced):
             name = path.relative_to(around)
             is_ours = any(fnmatch.fnmatch(name.parts[0], pattern) for pattern in replaced)
             if is_ours or name.as_posix() in read(place):
-                return f"{source.flag} is read, and would be replaced in {output_flag}: choose another place to write to"
+                advice = "choose another place to write to"
+                return f"{source.flag} is read, and would be replaced in {output_flag}: {advice}"
     return None
