@@ -15,7 +15,7 @@ import torch
 
 
 def epoch_plan(indices, epoch, seed, batch_size, accumulation, ranks, lengths=None, budget=0):
-    """The updates of one epoch over pairs `indices`: a list of (pairs in the update, passes of each rank).
+    """The updates of one epoch over pairs `indices`: a list of (number of pairs, passes of each rank).
 
     One shuffle that every rank computes alike.  An update is batch_size * accumulation * ranks pairs, the last
     one what is left; rank r takes every ranks-th pair from r, in passes of batch_size pairs or, with a budget, of
@@ -39,15 +39,19 @@ def rows_of_run(plan_epoch, num_updates, held_out):
 
     plan_epoch(epoch): epoch_plan.  The first epoch has all that later ones have.
     """
-    ranks = [rank for _, ranks in plan_epoch(epoch=0)[:num_updates] for rank in ranks]
-    return sorted({*held_out, *(i for rank in ranks for indices in rank for i in indices)})
+    needed = set(held_out)
+    for _, passes_of_each_rank in plan_epoch(epoch=0)[:num_updates]:
+        for passes_of_one in passes_of_each_rank:
+            needed.update(*passes_of_one)
+    return sorted(needed)
 
 
 def joined(helpful, harmless):
     """The pairs of both files, and the directions of their labels, [helpful, harmless] each: 1 as the pair stands, -1
     the other way, 0 none.  A pair that both files have, in either order, is one row with two labels.
     """
-    pairs, labels, places = list(helpful), [[1, 0] for _ in helpful], {}
+    pairs, labels = list(helpful), [[1, 0] for _ in helpful]
+    places = {}  # (prompt, chosen, rejected) -> place of the pair
     for place, pair in enumerate(helpful):
         places.setdefault(tuple(map(tuple, pair[:3])), place)
     for pair in harmless:
@@ -68,25 +72,27 @@ def passes(indices, batch_size, lengths=None, budget=0):
     """
     if not budget:
         return [list(indices[start : start + batch_size]) for start in range(0, len(indices), batch_size)]
-    rows, room = [], []
+    lists, room = [], []  # room: tokens that each list has left
     for index in sorted(indices, key=lambda index: -lengths[index]):
-        fits = next((row for row, left in enumerate(room) if lengths[index] <= left), None)
-        if fits is None:
-            fits = len(rows)
-            rows.append([])
+        place = next((place for place, left in enumerate(room) if lengths[index] <= left), None)
+        if place is None:
+            place = len(lists)
+            lists.append([])
             room.append(budget)
-        rows[fits].append(index)
-        room[fits] -= lengths[index]
-    return rows
+        lists[place].append(index)
+        room[place] -= lengths[index]
+    return lists
 
 
 def passes_of_ranks(indices, ranks, batch_size, lengths=None, budget=0):
     """The passes of each rank over its share of the pairs, every ranks-th; as many of them on each, if need be empty
     ones: where the weights are sharded, no rank goes through the model without the others.
     """
-    shares = [passes(indices[rank::ranks], batch_size, lengths, budget) for rank in range(ranks)]
-    most = max(map(len, shares))
-    return [share + [[]] * (most - len(share)) for share in shares]
+    of_ranks = [passes(indices[rank::ranks], batch_size, lengths, budget) for rank in range(ranks)]
+    most = max(len(of_rank) for of_rank in of_ranks)
+    for of_rank in of_ranks:
+        of_rank += [[] for _ in range(most - len(of_rank))]
+    return of_ranks
 
 
 def passes_of_rank(indices, rank, ranks, batch_size, lengths=None, budget=0):
@@ -96,7 +102,9 @@ def passes_of_rank(indices, rank, ranks, batch_size, lengths=None, budget=0):
 
 def largest_pass(ranks, batch_size, lengths, budget):
     """The most tokens that a pass can have, whatever the shuffle, on any number of ranks."""
-    return min(max(budget, *lengths, 0), sum(lengths)) if budget else sum(sorted(lengths)[-batch_size:])
+    if not budget:
+        return sum(sorted(lengths)[-batch_size:])
+    return min(max([budget, *lengths]), sum(lengths))  # a pair beyond the budget has a pass of its own
 
 
 def hold_out(pairs, num_samples, seed):

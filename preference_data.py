@@ -120,16 +120,16 @@ def read_texts(source, tokenizer, max_length, limit, skip_invalid, chat_template
             row = parse_row(raw)
             account.shape = account.shape or recognise(row, where)
             labels = harm_labels(row)
-            said = row_texts(row, account.shape, as_chat=chat_template_strings)
-            if isinstance(said.prompt, list) and not tokenizer.chat_template:
+            content = row_texts(row, account.shape, as_chat=chat_template_strings)
+            if isinstance(content.prompt, list) and not tokenizer.chat_template:
                 raise DataError(f"{where} needs a chat template and this tokenizer has none: use an instruct model's")
-            prompt = shortened(said.prompt, -max_length)
-            chosen, rejected = shortened(said.chosen, max_length), shortened(said.rejected, max_length)
-            texts = full_texts(prompt, chosen, rejected, tokenizer, prefer, **said.template_args)
+            prompt = shortened(content.prompt, -max_length)
+            chosen, rejected = shortened(content.chosen, max_length), shortened(content.rejected, max_length)
+            texts = full_texts(prompt, chosen, rejected, tokenizer, prefer, **content.template_args)
             if isinstance(prompt, list):
-                check_tools(said, tokenizer)
-            rows.append(TextRow(where, labels, prompt, chosen, rejected, said.template_args, texts))
-            account.unread.update(said.unread)
+                check_tools(content, tokenizer)
+            rows.append(TextRow(where, labels, prompt, chosen, rejected, content.template_args, texts))
+            account.unread.update(content.unread)
         except Malformed as problem:
             if not skip_invalid:
                 advice = "mend the row, or leave such rows out with --skip-invalid"

@@ -44,7 +44,7 @@ def read_record(folder, task, tokenizer, trust_remote_code=False):
         raise RewardModelError(damage)
     try:
         record = json.loads((folder / "reward_model.json").read_text(encoding="utf-8"))
-        its_task, _ = record["task"], record["base_sha256"]
+        its_task, _ = record["task"], record["base_sha256"]  # KeyError where one is missing
     except (OSError, ValueError, KeyError, TypeError):
         raise RewardModelError(
             f"{folder} is no reward model (no reward_model.json that can be read): name a folder of train_rm.py"
@@ -73,8 +73,8 @@ def files_sha256(folder):
 
 def _unlike(folder, recorded):
     """The first file that is not as recorded, {name: sha256}, or None."""
-    found = files_sha256(folder)
-    return next((name for name, sha256 in recorded.items() if found.get(name) != sha256), None)
+    now = files_sha256(folder)
+    return next((name for name, sha256 in recorded.items() if now.get(name) != sha256), None)
 
 
 def load(folder, task, record, home, base_sha256, args, dtype, device, max_length=None):

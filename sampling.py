@@ -76,20 +76,29 @@ def sample(
     width = max(map(len, prompts))
     draws = []  # without any, `generate` takes the likeliest token
     if temperature > 0:
-        draws += [TemperatureLogitsWarper(float(temperature))] if temperature != 1 else []
-        draws += [TopKLogitsWarper(top_k)] if top_k else []
-        draws += [TopPLogitsWarper(top_p)] if top_p < 1 else []
-        numbers = random_numbers(seed, range(len(prompts)) if places is None else places, max_new_tokens, device)
-        draws += [RowDraws(numbers, width)]
+        if temperature != 1:
+            draws.append(TemperatureLogitsWarper(float(temperature)))
+        if top_k:
+            draws.append(TopKLogitsWarper(top_k))
+        if top_p < 1:
+            draws.append(TopPLogitsWarper(top_p))
+        places = range(len(prompts)) if places is None else places
+        draws.append(RowDraws(random_numbers(seed, places, max_new_tokens, device), width))
     ids = torch.tensor([[ends[0]] * (width - len(prompt)) + prompt for prompt in prompts], device=device)
     mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
     # What a config leaves open, `generate` takes from the model's own: a repetition penalty, say, as Qwen2.5's has.
     own, model.generation_config = model.generation_config, GenerationConfig()
     model.eval()
     try:
-        how = {"generation_config": config, "logits_processor": LogitsProcessorList(draws), "streamer": streamer}
-        # Else a sharded model generates in step with the other ranks, and one that asks for nothing never comes.
-        output = model.generate(input_ids=ids, attention_mask=mask, synced_gpus=False, **how)
+        output = model.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            generation_config=config,
+            logits_processor=LogitsProcessorList(draws),
+            streamer=streamer,
+            # Else a sharded model generates in step with the other ranks, and one that asks for nothing never comes.
+            synced_gpus=False,
+        )
     finally:
         model.generation_config = own
         model.train(was_training)

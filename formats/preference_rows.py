@@ -29,10 +29,12 @@ def example_of(shape):
     """A row of the shape, in short."""
     if shape.example:
         return shape.example
-    answers = ("chosen", "rejected")
-    kinds = {str: lambda field: '"…"', int: lambda field: "0", bool: lambda field: "true", dict: lambda field: ANSWERS}
-    kinds[list] = lambda field: f"[{ANSWERS if field in answers else ASKS}]"
-    return "{" + ", ".join(f'"{field}": {kinds[kind](field)}' for field, kind in shape.fields.items()) + "}"
+    values = {str: '"…"', int: "0", bool: "true", dict: ANSWERS, list: f"[{ASKS}]"}
+    fields = []
+    for field, kind in shape.fields.items():
+        is_answers = kind is list and field in ("chosen", "rejected")
+        fields.append(f'"{field}": ' + (f"[{ANSWERS}]" if is_answers else values[kind]))
+    return "{" + ", ".join(fields) + "}"
 
 
 def nearest_shapes(row, others=()):
@@ -42,12 +44,13 @@ def nearest_shapes(row, others=()):
     words = {word for name in row for word in _words(name)}
 
     def distance(shape):
-        same = len({*shape.fields, *shape.reads} & row.keys())
-        near = len({word for name in shape.fields for word in _words(name)} & words)
-        return -same, -near, len(shape.fields.keys() - row.keys()) if same else 0
+        shared = len({*shape.fields, *shape.reads} & row.keys())
+        shared_words = len({word for name in shape.fields for word in _words(name)} & words)
+        lacking = len(shape.fields.keys() - row.keys()) if shared else 0
+        return -shared, -shared_words, lacking
 
-    known = [shape for shape in [*SHAPES, *others] if not shape.lists or row.keys() >= shape.fields.keys()]
-    return sorted(known, key=distance)[:2]
+    candidates = [shape for shape in [*SHAPES, *others] if not shape.lists or row.keys() >= shape.fields.keys()]
+    return sorted(candidates, key=distance)[:2]
 
 
 def _words(name):
@@ -71,15 +74,16 @@ def recognise(row, where, others=()):
     kinds = {str: "", list: " (a list)", dict: " (an object)", type(None): " (null)", bool: " (true or false)"}
     kinds |= {int: " (a number)", float: " (a number)"}
     fields = [textwrap.shorten(name, 40) + kinds.get(type(row[name]), " (no text)") for name in list(row)[:20]]
-    found = f"{where} has the fields {', '.join(fields) or '(none)'}{', …' * (len(row) > 20)}"
+    rest = ", …" if len(row) > 20 else ""
+    has_fields = f"{where} has the fields {', '.join(fields) or '(none)'}{rest}"
     if of_one_response(row):
         raise DataError(
-            f"{found}, which is one response that is good or bad (KTO), and a pair is two responses to one prompt: "
-            f"write a good and a bad one as {example_of(SHAPES[0])}"
+            f"{has_fields}, which is one response that is good or bad (KTO), and a pair is two responses to one "
+            f"prompt: write a good and a bad one as {example_of(SHAPES[0])}"
         )
     nearest = " or ".join(map(example_of, nearest_shapes(row, others)))
     raise DataError(
-        f"{found}, which is no known shape; the nearest are {nearest}: rename or rewrite them (docs/data.md)"
+        f"{has_fields}, which is no known shape; the nearest are {nearest}: rename or rewrite them (docs/data.md)"
     )
 
 

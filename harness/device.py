@@ -21,10 +21,10 @@ def pick_dtype(name, world, begun_in=None):
     of the machine would make two runs of one command.
     """
     kind = world.device.type
-    known = {str(dtype).removeprefix("torch."): short for short, dtype in DTYPES.items()}
+    short_names = {str(dtype).removeprefix("torch."): short for short, dtype in DTYPES.items()}
     begun_in = str(begun_in).removeprefix("torch.")
-    if name == "auto" and begun_in in known:
-        name = known[begun_in]
+    if name == "auto" and begun_in in short_names:
+        name = short_names[begun_in]
     elif name == "auto" and kind == "cuda":
         name = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     elif name == "auto":

@@ -70,11 +70,11 @@ def compared(predicted, measured):
 def lever(estimate, args, limit):
     """The flags of the cheapest lever, or pair of them, with which the run takes at most `limit` bytes, or None."""
     sharded = estimate.shards(getattr(args, "lora_r", None)) > 1
-    known = list(levers(args, sharded))
-    for some in [(steps,) for steps in known] + list(itertools.combinations(known, 2)):
-        strongest = [steps[-1] for steps in some]
+    alone = list(levers(args, sharded))
+    for pulled in [(steps,) for steps in alone] + list(itertools.combinations(alone, 2)):
+        strongest = [steps[-1] for steps in pulled]
         if estimate.total(_with(args, *strongest)) <= limit:
-            mildest_first = itertools.product(*some)
+            mildest_first = itertools.product(*pulled)
             return _words(next(steps for steps in mildest_first if estimate.total(_with(args, *steps)) <= limit))
     return None
 

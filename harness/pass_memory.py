@@ -168,7 +168,8 @@ def measure(model, num_tokens, compute=None):
         with torch.no_grad():
             ungraded = most_alive(forward)
         if not trained:  # a soft prompt is
-            hooks.append(model.get_input_embeddings().register_forward_hook(lambda *of: of[-1].requires_grad_()))
+            train_output = lambda module, args, output: output.requires_grad_()
+            hooks.append(model.get_input_embeddings().register_forward_hook(train_output))
         for parameter in trained:
             parameter.grad = torch.empty_like(parameter)  # gradients are counted elsewhere
         most = most_alive(forward_and_backward)

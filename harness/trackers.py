@@ -76,10 +76,15 @@ def tagged(metrics):
 
     The widths of intervals would be charts of their own there: they are in metrics.jsonl and curves.html.
     """
-    found = {}
+    tags = {}
     for name, value in metrics.items():
-        tag = f"eval/{name[5:]}" if name.startswith("eval_") else f"train/{name}"
-        in_group = "/" in name and name.partition("/")[0] in AS_THEY_ARE
-        if value is not None and math.isfinite(value) and not name.endswith("_ci95"):
-            found[name if in_group else tag] = value
-    return found
+        if value is None or not math.isfinite(value) or name.endswith("_ci95"):
+            continue
+        if "/" in name and name.partition("/")[0] in AS_THEY_ARE:
+            tag = name
+        elif name.startswith("eval_"):
+            tag = f"eval/{name.removeprefix('eval_')}"
+        else:
+            tag = f"train/{name}"
+        tags[tag] = value
+    return tags
