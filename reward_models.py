@@ -107,16 +107,18 @@ def load(folder, task, record, home, base_sha256, args, dtype, device, max_lengt
 def check_loads(folder, record, skeleton, tokenizer, args):
     """Raise what `load` would raise, before any weights of a base are read: AdapterError, ModelError.
 
-    skeleton: the home, on the meta device, which may be given the adapter.
+    skeleton: the home, on the meta device, which may be given the adapter.  Returns the skeleton of a model of its own,
+    None where the home takes it.
     """
     if not (Path(folder) / "adapter_config.json").exists():
-        load_skeleton(str(folder), tokenizer, args, scores=True)
-        return
+        return load_skeleton(str(folder), tokenizer, args, scores=True)
     try:
         lora.load_adapter(skeleton, folder, record["task"], with_head=True)
+        return None
     except lora.AdapterError:  # it may fit a base of its own
         base = load_skeleton(record["base_model"], tokenizer, args, scores=True)
         lora.load_adapter(base, folder, record["task"], with_head=True)
+        return base
 
 
 def _num_bytes(tensors):
