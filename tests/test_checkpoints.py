@@ -7,12 +7,10 @@ import json
 import os
 import shutil
 import signal
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from processes import environment, run_program
 from ranks import on_ranks, run_module, run_ranks
 from runs import ask_to_end, flip, one_line, results, run_script, snapshot
 from safetensors.torch import save_file
@@ -43,21 +41,21 @@ def uninterrupted(words, tmp_path_factory):
     return results(folder)
 
 
-KILLER = """
-import os, signal, sys
-call, number = sys.argv.pop(1), int(sys.argv.pop(1))
-import torch, runs
-module = torch.optim.AdamW if call == "step" else os
-plain, calls = getattr(module, call), []
-def killer(*given, **named):
-    path = os.readlink(f"/proc/self/fd/{given[0]}") if call == "fsync" else str(given[0])
-    calls.extend([path] * (call == "step" or ".checkpoint-" in path))  # logs and curves are written beside
-    if len(calls) == number and calls[-1:] == [path]:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return plain(*given, **named)
-setattr(module, call, killer)
-runs.run_script(sys.argv[1:])
-"""
+def be_killed(call, number, threads, argv):
+    """dpo_hf_run.py until SIGKILL at its step `number`, or at that call of os.fsync or os.replace for a checkpoint."""
+    torch.set_num_threads(threads)  # another number of threads adds in another order
+    module = torch.optim.AdamW if call == "step" else os
+    plain, calls = getattr(module, call), []
+
+    def killer(*given, **named):
+        path = os.readlink(f"/proc/self/fd/{given[0]}") if call == "fsync" else str(given[0])
+        calls.extend([path] * (call == "step" or ".checkpoint-" in path))  # logs and curves are written beside
+        if len(calls) == number and calls[-1:] == [path]:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return plain(*given, **named)
+
+    setattr(module, call, killer)
+    run_script(argv)
 
 
 @pytest.mark.parametrize(
@@ -76,10 +74,9 @@ runs.run_script(sys.argv[1:])
 )
 def test_killed_and_resumed_is_uninterrupted(words, uninterrupted, tmp_path, capsys, call, number, goes_on_from):
     out = tmp_path / "out"
-    program = [sys.executable, "-c", KILLER, call, number, *words, "--output-dir", out]
-    threads = str(torch.get_num_threads())  # another number of threads adds in another order
-    killed = run_program(program, env=environment(OMP_NUM_THREADS=threads))
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    argv = [str(word) for word in [*words, "--output-dir", out]]
+    codes, said = on_ranks(be_killed, (call, number, torch.get_num_threads(), argv), 1, tmp_path)
+    assert codes == [-signal.SIGKILL], said
     assert not (out / "adapter_model.safetensors").exists()
     capsys.readouterr()
     run_script([*words, "--output-dir", out, "--resume", "auto"])

@@ -4,12 +4,12 @@ import json
 import os
 import shutil
 import signal
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from processes import environment, fork, run_program
+from processes import fork
+from ranks import on_ranks
 from runs import RESULTS, assert_same_files, one_line, run_script, snapshot
 from worlds import make_adapter, make_reward_model, write_world
 
@@ -419,19 +419,19 @@ def test_killed_while_it_replaces_an_old_run_the_next_one_replaces_the_rest(save
     assert number > 15
 
 
-KILLER = """
-import os, signal, sys
-number = int(sys.argv.pop(1))
-import runs, train_rm
-plain, calls = os.rename, []
-def rename(source, target):
-    calls.append(1) if str(target).endswith("reward_model.json") else None
-    if len(calls) == number:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return plain(source, target)
-os.rename = rename
-runs.run_script(sys.argv[1:], train_rm)
-"""
+def be_killed(number, threads, argv):
+    """train_rm.py until SIGKILL at the rename of its `number`-th reward_model.json."""
+    torch.set_num_threads(threads)  # another number of threads adds in another order
+    plain, calls = os.rename, []
+
+    def rename(source, target):
+        calls.extend([target] * str(target).endswith("reward_model.json"))
+        if len(calls) == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return plain(source, target)
+
+    os.rename = rename
+    run_script(argv, train_rm)
 
 
 def test_a_reward_model_killed_between_two_files_is_refused_and_mended_by_resume(world, tmp_path, capsys):
@@ -443,9 +443,9 @@ def test_a_reward_model_killed_between_two_files_is_refused_and_mended_by_resume
     best = capsys.readouterr().out.count("Saving best model")
     assert best > 1
     out = tmp_path / "out"
-    program = [sys.executable, "-c", KILLER, best, *words, "--output-dir", out]
-    done = run_program(program, env=environment(OMP_NUM_THREADS=str(torch.get_num_threads())))
-    assert done.returncode == -signal.SIGKILL, done.stderr
+    argv = [str(word) for word in [*words, "--output-dir", out]]
+    codes, said = on_ranks(be_killed, (best, torch.get_num_threads(), argv), 1, tmp_path)
+    assert codes == [-signal.SIGKILL], said
     with pytest.raises(reward_models.RewardModelError):
         read("reward adapter", out, world)
     run_script([*words, "--output-dir", out, "--resume", "auto"], train_rm)
