@@ -56,12 +56,17 @@ class Frozen:
             return self.model.packed_logps(batch) if self.head is None else self.model.packed_scores(batch, self.head)
 
 
+def pair_length(pair):
+    """Tokens of a packed pair, which has its prompt once."""
+    return len(pair.prompt_ids) + len(pair.chosen_ids) + len(pair.rejected_ids)
+
+
 class Data:
     """The pairs of a run, the places of those to train on and of those held out, and how they are cut into passes."""
 
     def __init__(self, pairs, train, held_out, args, world):
         self.pairs, self.train, self.held_out, self.world = pairs, train, held_out, world
-        self.lengths = [len(pair.prompt_ids) + len(pair.chosen_ids) + len(pair.rejected_ids) for pair in pairs]
+        self.lengths = [pair_length(pair) for pair in pairs]  # tokens
         self.cut = {"ranks": world.size, "batch_size": args.batch_size, "budget": args.tokens_per_microbatch}
         self.shuffle = {"seed": args.seed, "accumulation": args.gradient_accumulation_steps}
         self.updates_per_epoch = len(self.updates(0))
@@ -265,28 +270,41 @@ class Run:
         needs), the others are NaN; depends_on: what else than weights, tokens and type the numbers depend on.
         """
         self.watch.phase("cache")
-        pairs = self.data.pairs if pairs is None else pairs
+        args, pairs = self.args, self.data.pairs if pairs is None else pairs
         needed = self.data.needed if needed is None else needed
-        lengths = [len(pair.prompt_ids) + len(pair.chosen_ids) + len(pair.rejected_ids) for pair in pairs]
+        lengths = [pair_length(pair) for pair in pairs]
+        what = f"{role} {'log-probs' if frozen.head is None else 'scores'} of {len(needed):,} pairs"
+        path = score_cache.cache_path(
+            args.cache_dir or f"{args.output_dir}/cache",
+            role,
+            weights=frozen.sha256 + depends_on,
+            pairs=fingerprint(pairs),
+            dtype=f"{self.dtype}{' sharded' if self.sharded else ''}",  # shards round elsewhere than autocast does
+        )
         with self.autocast:
-            scores = score_cache.frozen_scores(
-                self.args.cache_dir or f"{self.args.output_dir}/cache",
-                role,
-                frozen.sha256 + depends_on,
-                fingerprint(pairs),
-                f"{self.dtype}{' sharded' if self.sharded else ''}",  # shards round elsewhere than autocast does
-                lambda indices: frozen(pack([pairs[i] for i in indices], self.world.device)),
+            scores = score_cache.pair_scores(
+                path,
                 len(pairs),
                 needed,
                 lambda indices: self.data.passes(indices, lengths),
+                lambda indices: frozen(pack([pairs[i] for i in indices], self.world.device)),
                 self.world,
                 self.termination,
-                self.say,
+                lambda sentence: self.say(f"{what}: {sentence}"),
             )
+        self._check_scores(scores[needed].isfinite().all(1), what, path)
         self.watch.phase("other")
-        asked = torch.full_like(scores, torch.nan)
-        asked[needed] = scores[needed]  # the file may have more, of other runs
-        return asked
+        asked_for = torch.full_like(scores, torch.nan)
+        asked_for[needed] = scores[needed]  # the file may have more, of other runs
+        return asked_for
+
+    def _check_scores(self, known, what, path):
+        """End the run where a signal asked for it, or where a number is missing: known (N,) bool."""
+        if signal := distributed.on_any_rank(self.termination.asked, self.world):
+            kept = f"ended with {int(known.sum()):,} of the {what}, kept in {path}"
+            self.termination.end(signal, f"{kept}: the same command goes on from there", self.say)
+        if not known.all():
+            raise FloatingPointError(f"{what} are not all finite: nothing is saved; look for broken weights or data")
 
     # -- the end -----------------------------------------------------------------------------------------------------
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 FILES = "events.out.tfevents.*", "wandb/**/*", "swanlog/**/*"  # in the logging folder
-AS_THEY_ARE = "loss", "loss_components", "rewards_train", "preference_metrics"  # groups of tags
+UNCHANGED_GROUPS = "loss", "loss_components", "rewards_train", "preference_metrics"  # groups of tags
 PROJECT = "preference-alignment"  # for trackers that sort runs by one, unless their variable names another
 
 
@@ -72,7 +72,7 @@ TRACKERS = {"tensorboard": open_tensorboard, "wandb": open_wandb, "swanlab": ope
 
 
 def tagged(metrics):
-    """{tag: value} for trackers: eval_x is eval/x, a name in AS_THEY_ARE itself, and any other x train/x.
+    """{tag: value} for trackers: eval_x is eval/x, a name in UNCHANGED_GROUPS itself, and any other x train/x.
 
     The widths of intervals would be charts of their own there: they are in metrics.jsonl and curves.html.
     """
@@ -80,7 +80,7 @@ def tagged(metrics):
     for name, value in metrics.items():
         if value is None or not math.isfinite(value) or name.endswith("_ci95"):
             continue
-        if "/" in name and name.partition("/")[0] in AS_THEY_ARE:
+        if "/" in name and name.partition("/")[0] in UNCHANGED_GROUPS:
             tag = name
         elif name.startswith("eval_"):
             tag = f"eval/{name.removeprefix('eval_')}"
