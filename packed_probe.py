@@ -186,12 +186,15 @@ def settle_train_mode(model, numbers):
     in eval mode for good.  Raises ModelError where that does not help.
     """
     kept, expected = [], _in_mode(model, numbers, training=False)[0]
+    if not expected.isfinite().all():
+        return ""  # NaN equals nothing, itself neither; the first numbers of the data say that the weights are broken
     while True:
         trained, drew = _in_mode(model, numbers, training=True)
         if not drew and torch.equal(trained, expected):
             break
         path, module = at_fault(model, numbers)
-        if module not in (None, model) and not isinstance(module, GradientCheckpointingLayer):
+        is_one_part = module not in (None, model) and not isinstance(module, GradientCheckpointingLayer)
+        if is_one_part and type(module).__name__ not in kept:
             for other in [other for other in model.modules() if type(other) is type(module)]:
                 keep_in_eval(other)
             kept.append(type(module).__name__)
