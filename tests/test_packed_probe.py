@@ -30,6 +30,7 @@ import lora
 from formats.model_files import ModelError, load_skeleton, load_tokenizer
 from packed_attention import NO_REACH, PairLayout, packed_attention, reach_mask
 from packed_model import prepare_model, prepare_scores
+from packing import Segment
 
 MOE = dict(num_local_experts=4, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32)
 MOE |= dict(shared_expert_intermediate_size=32)
