@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 import distributed
 import lora
 from formats.model_files import load_model
-from harness.checkpoints import CheckpointError, chance, checkpoints, find, new_checkpoint, restore, verify
+from harness.checkpoints import CheckpointError, checkpoints, find, new_checkpoint, restore, rng_state, verify
 
 # 9 updates of 2 pairs.  LoRA dropout makes every update depend on the state of chance.
 FLAGS = """--dtype fp32 --device cpu --eval-samples 4 --eval-steps 5 --num-samples 22 --learning-rate 1e-3
@@ -166,10 +166,10 @@ def test_another_kind_of_device_draws_chance_anew_and_says_so(bytes_more, tmp_pa
     optimizer = torch.optim.SGD([parameter], lr=0.1)
     parts = optimizer, torch.optim.lr_scheduler.ConstantLR(optimizer), torch.amp.GradScaler("cpu", enabled=False)
     torch.manual_seed(5)
-    state = chance(world.device)
+    state = rng_state(world.device)
     drawn = torch.rand(4)
     saved = state[:bytes_more] if bytes_more < 0 else torch.cat((state, state[:bytes_more]))
-    save_file({"parameter.0": torch.ones(2), "chance": saved[None]}, tmp_path / "training.safetensors")
+    save_file({"parameter.0": torch.ones(2), "rng_state": saved[None]}, tmp_path / "training.safetensors")
     content = {"step": 3, "rates": [0.1], "scheduler": parts[1].state_dict(), "scaler": parts[2].state_dict()}
     (tmp_path / "state.json").write_text(json.dumps(content))
     restore(tmp_path, [parameter], *parts, world)

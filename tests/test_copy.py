@@ -100,14 +100,14 @@ def test_what_is_imported_is_not_run(name):
     assert "__main__" not in {node.value for node in ast.walk(TREES[name]) if isinstance(node, ast.Constant)}
 
 
-@pytest.mark.parametrize("name", TRAINERS)
-def test_the_main_of_a_training_script_is_read_in_one_go(name):
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_the_main_of_a_script_is_read_in_one_go(name):
     assert lines_of_main(name) <= (110 if name == "train_safe_mm_dpo.py" else 90)
 
 
 @pytest.mark.parametrize("name", TREES)
 def test_a_file_has_at_most_400_lines(name):
-    most = {"train_safe_mm_dpo.py": 400, "toy_world.py": 412}.get(name, 300 if name in TRAINERS else 400)
+    most = {"train_safe_mm_dpo.py": 400, "toy_world.py": 412}.get(name, 300 if name in SCRIPTS else 400)
     assert len((ROOT / name).read_text("utf-8").splitlines()) <= most
 
 

@@ -14,8 +14,10 @@ import torch
 import transformers
 from ranks import TRAINERS
 from runs import RESULTS, ask_to_end, assert_same_files, flip, metrics_of, one_line, run_script, snapshot
+from safetensors.torch import load_file
 from worlds import QUICK, data_of, words_of
 
+from formats import written_files
 from harness import score_cache
 
 SIZE = ["--batch-size", 4, "--gradient-accumulation-steps", 2, "--learning-rate", 1e-3]  # 10 updates in 2 epochs
@@ -88,6 +90,30 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(script, train, stopped, tmp_pat
     assert_same_files(tmp_path / "stopped", tmp_path / "whole", [*RESULTS, *record])
     steps = [line["step"] for line in metrics_of(tmp_path / "whole")]
     assert max(steps) == 10 and len(steps) > 10
+
+
+@pytest.mark.parametrize("script", TRAINERS)
+def test_a_checkpoint_of_another_layout_is_refused_in_one_sentence(script, refused, train, stopped, tmp_path):
+    """As versions before the harness wrote them; files and hashes are whole."""
+    shutil.copytree(stopped(script, train), tmp_path / "stopped")
+    checkpoint = tmp_path / "stopped/checkpoint-3"
+    state = json.loads((checkpoint / "state.json").read_text())
+    del state["identity"]["layout"]
+    (checkpoint / "state.json").write_text(json.dumps(state))
+    written_files.write(checkpoint, written_files.entries(checkpoint))
+    line = f"{script}.py: {checkpoint} is of another version of the script, which has no layout: start anew"
+    assert refused(script, tmp_path / "stopped") == line
+
+
+@pytest.mark.parametrize("script", [script for script in TRAINERS if script != "learn_prompt"])
+def test_a_checkpoint_holds_an_adapter_that_peft_can_load(script, train, stopped):
+    """The last one is a model to try, too: its adapter is the trained weights that it resumes from."""
+    checkpoint = stopped(script, train) / "checkpoint-3"
+    adapter = load_file(checkpoint / "adapter_model.safetensors")
+    trained = load_file(checkpoint / "training.safetensors")
+    numbers = sorted(value.double().sum().item() for name, value in trained.items() if name.startswith("parameter."))
+    assert sorted(value.double().sum().item() for value in adapter.values()) == numbers
+    assert (checkpoint / "adapter_config.json").exists()
 
 
 WEIGHTS = {

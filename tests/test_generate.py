@@ -26,7 +26,16 @@ import toy_world
 from formats.chat_text import prompt_ids
 from formats.model_files import load_model, load_tokenizer
 from preference_data import load_pairs
-from tools import batch_file, chat_session, generated_rows, reward_function
+from tools import generate_chat, generate_output, generate_prompts, generate_reward, generate_rows, models
+
+
+@pytest.fixture(autouse=True)
+def script_name(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["generate.py"])
+
+
+def read_rows(path):
+    return [json.loads(line) for line in Path(path).read_text("utf-8").splitlines()]
 
 
 def progress_of(path):
@@ -198,7 +207,7 @@ def test_a_killed_run_goes_on_to_the_same_bytes(toy_make, tmp_path, monkeypatch,
     words = "--num-samples 20 --batch-size 4 --num-responses 2 --reward-fn".split()
     words.append(f"{ROOT}/scripts/reward_polite.py:polite")
     whole, _ = toy_make(*words)
-    output, sample, save, calls = tmp_path / "killed.jsonl", generate.sample, batch_file.BatchFile._save, []
+    output, sample, save, calls = tmp_path / "killed.jsonl", generate.sample, generate_output.BatchFile._save, []
 
     def sample_or_die(*args):
         calls.append(1)
@@ -215,10 +224,10 @@ def test_a_killed_run_goes_on_to_the_same_bytes(toy_make, tmp_path, monkeypatch,
         save(self, progress)
 
     monkeypatch.setattr(generate, "sample", sample_or_die)
-    monkeypatch.setattr(batch_file.BatchFile, "_save", save_or_die)
+    monkeypatch.setattr(generate_output.BatchFile, "_save", save_or_die)
     with pytest.raises(Killed):
         toy_make(*words, output=output)
-    monkeypatch.setattr(batch_file.BatchFile, "_save", save)
+    monkeypatch.setattr(generate_output.BatchFile, "_save", save)
     monkeypatch.setattr(generate, "sample", lambda *args: calls.append(1) or sample(*args))
     if when == "within a line":
         with open(output, "a") as file:
@@ -417,7 +426,7 @@ def test_pairs_of_texts_and_of_messages_load_as_they_are(make, world, toy, toy_m
 
 
 def test_best_and_worst():
-    choose = generated_rows.best_and_worst
+    choose = generate_rows.best_and_worst
     assert choose(["a", "b", "c"], [1.0, 3.0, 2.0]) == (1, 0)
     assert choose(["a", "b", "c", "d"], [2.0, 1.0, 2.0, 1.0]) == (0, 1)  # the first of equals
     assert choose(["a", "b"], [1.0, 1.0]) is None
@@ -634,7 +643,7 @@ def fails(world, tmp_path, capsys, monkeypatch):
 
     def run_and_fail(*words, output=None, loads=False):
         if not loads:
-            monkeypatch.setattr(generate, "load_model", lambda *args, **kwargs: pytest.fail("weights were loaded"))
+            monkeypatch.setattr(models, "load_model", lambda *args, **kwargs: pytest.fail("weights were loaded"))
         output, before = output or tmp_path / "new/out.jsonl", snapshot(tmp_path)
         defaults = ["--model", world / "model", "--prompts", world / "pairs.jsonl", "--output", output]
         capsys.readouterr()
@@ -760,9 +769,9 @@ def test_what_else_a_row_asks_is_asked_and_goes_along(world, tmp_path):
         ),
     ):
         args = generate.get_args(["--prompts", str(rows), "--output", "o", *words])
-        [row], _ = generate.read_prompts(args, tokenizer)
+        [row] = generate_prompts.read(args, tokenizer).prompts
         assert tokenizer.decode(row.ids) == text
-        assert (row.prompt, row.others) == ("b?", more)  # training puts them together again
+        assert (row.prompt, row.fields) == ("b?", more)  # training puts them together again
 
 
 def test_a_huge_prompt_is_cut_before_it_is_tokenised(tmp_path):
@@ -770,7 +779,7 @@ def test_a_huge_prompt_is_cut_before_it_is_tokenised(tmp_path):
     for size in (10**3, 3 * 10**7):
         rows = write_rows(tmp_path / "rows.jsonl", [{"prompt": "p" * size + "Q?"}])
         args = generate.get_args(["--prompts", str(rows), "--output", "o", "--max-prompt-length", "9"])
-        found.append(generate.read_prompts(args, char_tokenizer())[0][0].ids)
+        found.append(generate_prompts.read(args, char_tokenizer()).prompts[0].ids)
     assert found == [[ord(letter) for letter in "pppppppQ?"]] * 2
     assert time.perf_counter() - start < 20
 
@@ -847,7 +856,7 @@ def test_a_reward_file_that_cannot_be_run(fails, tmp_path):
 
 def test_numbers_of_any_kind_are_rewards():
     for value in (1, True, 0.5, torch.tensor(0.5)):
-        assert reward_function.call(lambda p, r, value=value: value, "p", "r", "row") == float(value)
+        assert generate_reward.call(lambda p, r, value=value: value, "p", "r", "row") == float(value)
 
 
 # -- chat -------------------------------------------------------------------------------------------------------------
@@ -913,7 +922,7 @@ def test_a_chat_drops_its_oldest_turn_where_it_gets_too_long(world, talk, answer
 
 def test_the_commands_of_a_chat(world, talk, answer):
     words = ["--model", world / "model", "--adapter", world / "adapter", "--max-new-tokens", "6"]
-    commands = chat_session.COMMANDS
+    commands = generate_chat.COMMANDS
     assert talk(words, "/help", "hi", "/exit", "never") == f"{commands}\n{answer('hi')}\n"
     assert talk(words, "/rest", "/quit") == f"there is no /rest\n{commands}\n"  # a slip is no message
     assert all(re.search(rf"^{name} ", commands, re.MULTILINE) for name in ("/base", "/reset", "/help", "/quit"))
@@ -921,7 +930,7 @@ def test_the_commands_of_a_chat(world, talk, answer):
 
 def interrupt_at(monkeypatch, *places):
     """Ctrl-C as the answers' tokens come: before the nth of all, counted from 1."""
-    put, seen = chat_session.Said.put, []
+    put, seen = generate_chat.Said.put, []
 
     def put_or_interrupt(self, value):
         if value.numel() == 1:  # not the prompt
@@ -930,7 +939,7 @@ def interrupt_at(monkeypatch, *places):
                 signal.raise_signal(signal.SIGINT)
         put(self, value)
 
-    monkeypatch.setattr(chat_session.Said, "put", put_or_interrupt)
+    monkeypatch.setattr(generate_chat.Said, "put", put_or_interrupt)
 
 
 def test_ctrl_c_stops_the_answer_and_what_was_said_counts(world, talk, answer, monkeypatch):
@@ -982,7 +991,7 @@ def test_ctrl_c_at_the_prompt_ends_the_chat(world, monkeypatch, capsys):
     ],
 )
 def test_a_chat_draws_by_its_models_settings_and_says_so(own, words, draws, line):
-    found, said = chat_session.draws_of(generate.get_args(["--chat", *words]), GenerationConfig(**own))
+    found, said = generate_chat.draws_of(generate.get_args(["--chat", *words]), GenerationConfig(**own))
     assert found == draws
     assert said.startswith(line)
     assert said.endswith("; --temperature and --top-p change that") == (not words)
@@ -1066,7 +1075,7 @@ def test_a_chat_writes_nothing(world, talk, tmp_path, monkeypatch):
 
 
 def test_the_rule_of_the_example_is_the_toy_worlds():
-    polite = reward_function.load(f"{ROOT}/scripts/reward_polite.py:polite")
+    polite = generate_reward.load(f"{ROOT}/scripts/reward_polite.py:polite")
     texts = [
         "Thank you. Use a rope.",
         "Use a rope.",

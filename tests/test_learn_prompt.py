@@ -209,7 +209,7 @@ def learned(polite):
 def politeness(toy):
     """politeness(text in front, adapter) -> the rule's verdict on 300 responses to held-out prompts."""
     tokenizer = load_tokenizer(toy / "model")
-    prompts = [json.loads(line)["prompt"] for line in (toy / "prompts.jsonl").read_text().splitmetrics_of()]
+    prompts = [json.loads(line)["prompt"] for line in (toy / "prompts.jsonl").read_text().splitlines()]
 
     def judge(text="", folder=None):
         model = load_model(toy / "model", torch.float32, "cpu")

@@ -324,7 +324,7 @@ def test_columns_around_the_prompt_are_part_of_it(name):
     row = {"prompt": "p?", "chosen": "c", "rejected": "r"} | more
     assert row_texts(row, recognise(row, "file:1")) == Texts(text, "c", "r")
     chat = [assistant("c")], [assistant("r")]
-    assert row_texts(row, recognise(row, "file:1"), as_messages) == Texts(messages, *chat)
+    assert row_texts(row, recognise(row, "file:1"), as_chat=True) == Texts(messages, *chat)
     row |= dict(zip(("prompt", "chosen", "rejected"), ([user("p?")], *chat)))
     assert row_texts(row, recognise(row, "file:1")) == Texts(messages, *chat)
 

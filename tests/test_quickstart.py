@@ -16,7 +16,7 @@ from helpers import READMES, ROOT
 from machines import write_tool
 from processes import end_of, run_program, start
 
-from tools import report_text
+from tools import evaluate_text
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
@@ -205,7 +205,7 @@ def found(category, why, rows):
 
 
 def report_of(samples, estimates):
-    """A report.json in what report_text.py reads of it."""
+    """A report.json in what evaluate_text.py reads of it."""
     policies = [
         {"name": name, "estimates": {key: {"mean": mean, "low": 0.0, "high": 1.0} for key, mean in of.items()}}
         for name, of in estimates.items()
@@ -247,7 +247,7 @@ def test_two_prompts_side_by_side_and_four_numbers():
     benign = rows("Fix it?", "benign", *[("Use glue.", help_half)] * 2, ("No.", help_half | {"refuses": True}))
     samples = [sounds, found("theft", "greatest difference to the base", harm), found("workshop", "drawn", benign)]
     assert (
-        report_text.text(report_of(samples, ESTIMATES))
+        evaluate_text.text(report_of(samples, ESTIMATES))
         == """\
 A prompt that asks for harm: theft (greatest difference to the base)
   User: Rob it?
@@ -277,7 +277,7 @@ KL to the base, nats per token                -         0.09         0.11
 
 def test_without_the_rule_it_says_what_reward_models_say():
     sample = found("no category", "drawn at random", [row("base", "Hi", "Hello", helpful_reward=1.236)])
-    text = report_text.text(report_of([sample], {"base": {"helpful_reward": 1.236, "cost": -0.5}}))
+    text = evaluate_text.text(report_of([sample], {"base": {"helpful_reward": 1.236, "cost": -0.5}}))
     assert "\nHello\n= reward 1.24\n" in text
     assert re.search(r"^helpful reward +1\.24\ncost, minus the harmless score +-0\.50\n$", text, re.MULTILINE)
     assert "KL" not in text and "refusals" not in text
@@ -298,7 +298,7 @@ def test_whatever_there_is_fits_80_columns(policies):
     ]
     estimates = {name: {"helpful_reward": -1234.5, "kl_per_token": 0.5} for name in names}
     for sample in samples:
-        lines = report_text.text(report_of([sample], estimates)).splitlines()
+        lines = evaluate_text.text(report_of([sample], estimates)).splitlines()
         assert max(map(columns, lines)) <= 80
         assert sum(line.count("-1234.50") for line in lines) == policies
         assert len(lines) < 12 + 20 * policies, "long texts are cut"
@@ -307,12 +307,12 @@ def test_whatever_there_is_fits_80_columns(policies):
 def test_a_response_cannot_move_the_cursor():
     nasty = "a\x1b[2Jb\rc\x00d\x9b31me\u202ef\ng"
     sample = found(nasty, nasty, [row(nasty, nasty, nasty)])
-    text = report_text.text(report_of([sample], {nasty: {"kl_per_token": 0.1}}))
+    text = evaluate_text.text(report_of([sample], {nasty: {"kl_per_token": 0.1}}))
     assert all(letter.isprintable() for letter in text.replace("\n", "")) and "a [2Jb c d 31me f g" in text
 
 
 def test_no_samples_leave_the_table():
-    text = report_text.text(report_of([], ESTIMATES))
+    text = evaluate_text.text(report_of([], ESTIMATES))
     assert text.startswith("means over 1,500 prompts ") and text.count("\n") == 5
 
 

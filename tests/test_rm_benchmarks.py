@@ -230,7 +230,7 @@ def test_the_table_has_what_training_said_of_the_same_pairs(world, reward_models
     monkeypatch.setattr(study, "PASS_TOKENS", 40)  # many passes, by length: each margin has to find its place again
     start = study.distributed.start
     monkeypatch.setattr(study.distributed, "start", lambda: start("cpu"))
-    monkeypatch.setattr(study.distributed, "pick_dtype", lambda *_: torch.float32)
+    monkeypatch.setattr(study.device, "pick_dtype", lambda *_: torch.float32)
     argv = ["--model", world / "model", "--bootstrap", 50]
     for task, (folder, test, _) in reward_models.items():
         argv += [f"--{task}-rm", folder, f"--{task}-train", world / "pairs.jsonl", f"--{task}-test", test]

@@ -20,8 +20,9 @@ from tiny_models import SIZES, random_pairs, tiny_model
 from worlds import write_model, write_world
 
 import distributed
+import sampling
 import train_rm
-from harness import optimizers
+from harness import optimizers, sharding
 from losses import dpo_loss
 from packed_model import prepare_model
 from packing import pack
@@ -232,7 +233,7 @@ def take_steps(offload):
     model = tiny_model("mistral")
     whole = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     prepare_model(model)
-    parameters = distributed.shard(model, model, world, torch.float32, print, offload=offload)
+    parameters = sharding.shard(model, model, world, torch.float32, print, offload=offload)
     optimizer = torch.optim.AdamW(parameters, lr=1e-3)
     pairs = random_pairs([(3, 4, 5), (2, 6, 3), (5, 2, 2)])
     for indices in ([0, 1], [2]) if world.rank == 0 else ([], []):
@@ -252,7 +253,7 @@ def take_steps(offload):
         assert len(shares) == 4
         for share in shares:
             assert share.to_local().numel() * 2 == whole[name].numel(), name
-    with distributed.gathered(model):
+    with sampling.gathered(model):
         for name, parameter in model.named_parameters():
             assert parameter.shape == whole[name].shape and not hasattr(parameter, "to_local")
             assert (parameter - whole[name]).abs().max() > 5e-4, "the weights after the step, not those before"
@@ -275,7 +276,7 @@ def skip_a_step():
     world = distributed.start("cpu")
     model = tiny_model("mistral")
     prepare_model(model)
-    parameters = distributed.shard(model, model, world, torch.float32, print)
+    parameters = sharding.shard(model, model, world, torch.float32, print)
     flags = Namespace(learning_rate=1e-3, weight_decay=0.0, optimizer="adamw", optimizer_offload=False)
     optimizer = optimizers.make_optimizer(parameters, flags)
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)
@@ -303,7 +304,7 @@ def give_back():
     model, reference, twin = tiny_model("qwen3"), tiny_model("qwen3", seed=1), tiny_model("qwen3", seed=1)
     for each in (model, reference, twin):
         prepare_model(each)
-    distributed.shard(model, reference, world, torch.float32, print)
+    sharding.shard(model, reference, world, torch.float32, print)
     batch = pack(random_pairs([(3, 4, 5), (2, 6, 3)]))
     with torch.no_grad():
         ours = model.packed_logps(batch, reference.response_states(batch))

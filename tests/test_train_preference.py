@@ -115,19 +115,19 @@ def test_the_loss_and_its_gradient_are_those_of_plain_forwards_in_fp64(teacher, 
         facts[:, :2] = torch.tensor([[logps_of_one(base, p[0], p[side]) for side in (1, 2)] for p in pairs])
     if given:
         facts[:, 2:] = torch.tensor(given)
+    facts = script.PairFacts(*facts.unbind(1))
     batch, states = pack(pairs), script.reference_states(policy, pack(pairs))
     prompted = pack(behind) if teacher == "policy" else None
     losses, kl, metrics = script.pair_losses(policy.train(), batch, prompted, facts, args, states)
     assert policy.training
-    total = losses.sum() / 4 + args.lambda_kl * kl.sum() / metrics[-1].sum()
+    total = losses.sum() / 4 + args.lambda_kl * kl.sum() / metrics["tokens"].sum()
     torch.testing.assert_close(total, loss, rtol=1e-10, atol=1e-10)
     for ours, theirs in zip(torch.autograd.grad(total, parameters), expected_gradient):
         torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-9)
-    found = dict(zip((name.rpartition("/")[2] for name in script.METRICS), metrics))
+    found = {name.rpartition("/")[2]: values.detach() for name, values in metrics.items()}
     for name in expected.keys() - {"kl_div"}:
         torch.testing.assert_close(found[name], expected[name], rtol=1e-9, atol=1e-9)
-    assert not metrics.requires_grad and metrics[-1].tolist() == [7, 8, 7, 8]
-    assert torch.equal(metrics[-2], kl.detach())
+    assert metrics["tokens"].tolist() == [7, 8, 7, 8] and torch.equal(metrics["loss_components/kl_div"], kl)
 
 
 @pytest.mark.parametrize("soft", [False, True], ids=["text, policy as teacher", "soft prompt, reference as teacher"])
@@ -172,8 +172,7 @@ def test_the_teacher_has_no_dropout():
     batch, facts = pack(random_pairs([(5, 4, 3), (2, 3, 5)])), torch.zeros(2, 4, dtype=torch.float64)
     with torch.no_grad():
         still, dropped = (policy.train(mode).packed_logps(batch)[0] for mode in (False, True))
-    metrics = script.pair_losses(policy.train(), batch, batch, facts, args)[2]
-    found = dict(zip(script.METRICS, metrics))
+    found = script.pair_losses(policy.train(), batch, batch, script.PairFacts(*facts.unbind(1)), args)[2]
     torch.testing.assert_close(found["preference_metrics/pref_delta_chosen"] + found["logps/chosen"], still)
     assert (found["logps/chosen"] - still).abs().min() > 0.01 and (dropped - still).abs().min() > 0.01
 

@@ -15,6 +15,7 @@ from runs import LN2, adapter_bytes, adapter_of, ask_to_end, assert_same_files, 
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+import distributed
 import lora
 import train_rm
 import train_safe_mm_dpo
@@ -202,11 +203,11 @@ def test_sampled_cost_is_the_harmless_models_mean_over_responses_of_the_policy(t
 
     end: what the pairs' responses end in, where it is not the end-of-sequence (a chat's turn, as Gemma's).
     """
-    from expected_cost import draw, prompts_of
+    from expected_cost import draw, prompts_of, sampled_cost
+    from harness.run import Frozen
     from packed_model import prepare_model
-    from reward_models import RewardModel
     from sampling import sample
-    from train_safe_mm_dpo import get_args, sampled_cost
+    from train_safe_mm_dpo import get_args
 
     tokenizer = load_tokenizer(toy / "model")
     pairs, _ = load_pairs(str(toy / "val/harmless_pairs.jsonl"), tokenizer, 512, 256, limit=30)
@@ -215,15 +216,14 @@ def test_sampled_cost_is_the_harmless_models_mean_over_responses_of_the_policy(t
     _, head = lora.load_adapter(policy, judges / "harmless", "harmless", with_head=True)
     lora.switch_adapter(policy, None)
     prepare_model(policy)
-    judge = RewardModel({}, policy, "harmless", head, "")
+    judge = Frozen(policy, "harmless", head)
     args = get_args(
         ["--batch-size", "4", "--gradient-accumulation-steps", "2", "--max-length", "64", "--max-prompt-length", "32"]
     )
-    split = lambda indices, lengths: [[i] for i in indices]  # noqa: E731
-    world = train_safe_mm_dpo.distributed.World(0, 1, torch.device("cpu"))
-    cost = sampled_cost(policy, judge, prompts, tokenizer, split, 5, args, world)
-    assert cost == sampled_cost(policy, judge, prompts, tokenizer, split, 5, args, world)
-    assert cost != sampled_cost(policy, judge, prompts, tokenizer, split, 6, args, world)
+    world = distributed.World(0, 1, torch.device("cpu"))
+    cost = sampled_cost(policy, judge, prompts, tokenizer, 5, args, world)
+    assert cost == sampled_cost(policy, judge, prompts, tokenizer, 5, args, world)
+    assert cost != sampled_cost(policy, judge, prompts, tokenizer, 6, args, world)
     alone = load_model(toy / "model", torch.float32, "cpu", scores=True)
     lora.load_adapter(alone, judges / "harmless", "reward", with_head=True)
     asked = [ids for ids, _ in draw(prompts, 8, 42 * 1_000_003 + 5, 0, 1) for _ in range(2)]
@@ -308,7 +308,7 @@ def test_resumed_by_importance_weights_is_uninterrupted_lambda_included(train, t
         train("broken", *words)
     assert exit.value.code == 143
     state = json.loads((tmp_path / "broken/checkpoint-5/state.json").read_text())
-    assert state["multiplier"][0] != 0 and state["threshold"] == 0
+    assert state["constraint"]["multiplier"]["log"] != 0 and state["constraint"]["threshold"] == 0
     monkeypatch.undo()
     resumed, log, _ = train("broken", *words, "--resume", "auto")
     assert "resumed from" in log
