@@ -38,10 +38,14 @@ class FusedAttention(torch.autograd.Function):
 def _attend(module, query, key, value, attention_mask, **kwargs):
     """As packed attention: the second half of the tokens, rejected, has keys and values of its own for each head, and
     the first too where flash attention does not run (packed_attention.takes_groups)."""
-    outputs, groups = [], query.shape[1] // key.shape[1]
-    flash = value.element_size() == 2 and value.shape[-1] <= 256
-    for q, *kv, grouped in zip(*(x.to(value.dtype).chunk(2, 2) for x in (query, key, value)), (flash, False)):
-        outputs.append(FusedAttention.apply(q, *(kv if grouped else [x.repeat_interleave(groups, 1) for x in kv])))
+    query, key = query.to(value.dtype), key.to(value.dtype)
+    groups = query.shape[1] // key.shape[1]
+    runs_flash = value.element_size() == 2 and value.shape[-1] <= 256
+    outputs = []
+    for is_chosen, q, k, v in zip((True, False), query.chunk(2, 2), key.chunk(2, 2), value.chunk(2, 2)):
+        if not (is_chosen and runs_flash):
+            k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+        outputs.append(FusedAttention.apply(q, k, v))
     return torch.cat(outputs, 2).transpose(1, 2).contiguous(), None
 
 

@@ -40,11 +40,7 @@ def scored(text, score, **more):
 
 
 HAVE, TWO = "name,prompt,chosen,rejected", {"chosen": "c", "rejected": "r"}
-
-
 ASKED = user("p")
-
-
 OPENAI = {
     "input": {"messages": [system("s"), ASKED], "tools": [], "parallel_tool_calls": True},
     "preferred_output": [assistant("c")],

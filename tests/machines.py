@@ -10,27 +10,13 @@ from helpers import ROOT
 from processes import run_program
 
 CONF = "PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True"
-
-
 NOTE = "fast_train.sh: no GPU here, MODEL_PATH is as it was: the toy world, with settings that it learns from\n"
-
-
 NO_GPU = "there is no GPU to be seen here"
-
-
 FOR_ANOTHER = f"{NO_GPU}: the command is for a machine that has them"
-
-
 # Where something stands for a GPU and no nvidia-smi counts them, a wrapper cannot say that there is none.
 SOME_GPU = any(glob.glob(device) for device in ("/dev/nvidia[0-9]*", "/dev/kfd", "/dev/dxg"))
-
-
 SOLO, TORCHRUN = ".venv/bin/python", ".venv/bin/python -m torch.distributed.run"
-
-
 ONE_NODE = f"{TORCHRUN} --standalone"
-
-
 TOOLS = "bash cat cksum dirname env grep mkdir sed sleep sort tee touch"
 
 
@@ -88,8 +74,6 @@ class Machine:
 
 
 NODES = "--nnodes=2 --node-rank={} --master-addr=node1 --master-port=29400"
-
-
 RECORDS = """if [ "$1" = -c ]; then exit 0; fi  # setup.sh asks for the packages
 printf '%s\\0' "$PYTORCH_CUDA_ALLOC_CONF" "$CUDA_VISIBLE_DEVICES" "$@" >>"$PWD/called"
 """

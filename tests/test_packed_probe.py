@@ -29,6 +29,7 @@ import lora
 from formats.model_files import ModelError, load_skeleton, load_tokenizer
 from packed_attention import NO_REACH, PairLayout, packed_attention, reach_mask
 from packed_model import prepare_model, prepare_scores
+from packing import Segment
 
 MOE = dict(num_local_experts=4, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32)
 MOE |= dict(shared_expert_intermediate_size=32)
@@ -298,7 +299,7 @@ def test_on_cuda_heads_are_grouped_where_flash_attention_runs_and_only_there(dty
         query = torch.empty(1, 4, 9, 8, dtype=dtype, device="cuda")
         key = torch.empty(1, 2, 9, 8, dtype=dtype, device="cuda")
         with Calls() as calls:
-            output = packed_attention(module, query, key, key, None, PairLayout(((0, 3, 6, 9),)))[0]
+            output = packed_attention(module, query, key, key, None, PairLayout((Segment(0, 3, 6, 9),)))[0]
     assert output.shape == (1, 9, 4, 8) and output.device.type == "cuda"
     assert calls.found == [(not grouped, False), (True, True)]  # chosen, causal; rejected, by a mask
 

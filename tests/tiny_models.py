@@ -26,8 +26,6 @@ SIZES = dict(
 
 
 GPT = dict(vocab_size=64, n_layer=2, n_head=4, bos_token_id=0, eos_token_id=1)
-
-
 CONFIGS = {  # name -> (config class, its arguments); a sliding window of 4 is shorter than most prompts below
     "qwen3": (transformers.Qwen3Config, SIZES | dict(head_dim=8, tie_word_embeddings=True)),
     "qwen2": (transformers.Qwen2Config, SIZES),
@@ -77,14 +75,8 @@ def plain_logps(model, batch):
 
 
 PACKING = ["qwen3", "qwen2", "llama", "mistral", "gemma3", "gpt2"]
-
-
 SHAPES = [(5, 4, 3), (1, 3, 1), (9, 1, 6), (1, 1, 1), (12, 7, 8)]  # (prompt, chosen, rejected) lengths
-
-
 ON = "packed pairs: on, chosen and rejected share one pass over their prompt"
-
-
 OTHERS = {  # architectures that only the choice of path is tested on
     "cohere": (transformers.CohereConfig, SIZES),
     "lfm2": (
