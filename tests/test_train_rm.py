@@ -555,7 +555,7 @@ TOY = dict(learning_rate=3e-3, batch_size=16, max_steps=0, logging_steps=25)
 
 def toy_run(toy, folder, task, **changes):
     data = {f"{part}_{task}_path": toy / f"{part}/{task}_pairs.jsonl" for part in ("train", "val")}
-    return Run(toy, folder, **TOY | dict(task=task) | data | changes)
+    return rm_run(toy, folder, **TOY | dict(task=task) | data | changes)
 
 
 def test_the_harmless_model_learns_the_order_and_its_zero(toy, tmp_path):
@@ -581,8 +581,9 @@ def test_flipped_labels_move_the_scores_the_other_way(toy, tmp_path):
 
 
 def test_the_helpful_model_learns_the_order(toy, tmp_path):
-    # Held-out prompts combine verbs and targets never seen together: one epoch gets 0.79 right, two 0.885.
-    numbers = toy_run(toy, tmp_path / "out", "helpful", epochs=2).record["validation"]
+    # Held-out prompts combine verbs and targets never seen together.  The toy world differs between processors: two
+    # epochs get 0.79 right on one and 0.885 on another, three 0.875 where two get 0.79.
+    numbers = toy_run(toy, tmp_path / "out", "helpful", epochs=3).record["validation"]
     assert numbers["accuracy"] > 0.83 and numbers["margin"] > 2
 
 
