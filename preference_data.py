@@ -1,7 +1,8 @@
 """Preference rows of a known shape -> texts -> token ids.
 
-rows   of a file or a dataset (row_files.py)
-texts  (prompt, chosen, rejected): strings as they stand, or messages through the chat template (preference_rows.py)
+rows   of a file or a dataset (formats/row_files.py)
+texts  (prompt, chosen, rejected): strings as they stand, or messages through the chat template
+       (formats/preference_rows.py)
 pairs  prompt_ids, chosen_ids, rejected_ids: a response ends in exactly one end token and carries the loss
 """
 

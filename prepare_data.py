@@ -9,7 +9,7 @@ safety_labels {"chosen": -1, "rejected": 1} (1 is harmful, -1 is safe) and categ
         BeaverTails: safe and harmful responses to one prompt, in whichever rows and files, are paired
     prompt, responses [{response, is_safe}, ...]    or    prompt, responses [...], is_safe [...]
         the same, from lists
-    prompt, response_chosen, response_rejected    and the shapes of row_shapes.py, HH transcripts among them
+    prompt, response_chosen, response_rejected    and the shapes of formats/row_shapes.py, HH transcripts among them
         a pair; its dimension is the row's, or --dimension, or else what the file's name says; messages stay messages
 
 The seed and a prompt alone decide its split: it is the same for both dimensions, and stays where it is as rows come in.

@@ -6,7 +6,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = "formats", "harness", "tools"  # of code, beside the files of the root
 SOURCES = {path.name: path.read_text("utf-8") for path in sorted(ROOT.glob("*.py"))}  # of the root
-SCRIPTS = [name for name, text in SOURCES.items() if 'if __name__ == "__main__":' in text]
+SCRIPTS = [name for name, text in SOURCES.items() if "def main(args):" in text]  # and toy_world.py, which is a leaf too
 TRAINERS = [name[:-3] for name in SCRIPTS if "training_flags.add_common_flags(" in SOURCES[name]]  # their modules
 READMES = ["README.md", "README.zh.md"]
 
