@@ -26,7 +26,15 @@ import toy_world
 from formats.chat_text import prompt_ids
 from formats.model_files import load_model, load_tokenizer
 from preference_data import load_pairs
-from tools import generate_chat, generate_output, generate_prompts, generate_reward, generate_rows, models
+from tools import (
+    evaluate_prompts,
+    generate_chat,
+    generate_output,
+    generate_prompts,
+    generate_reward,
+    generate_rows,
+    models,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -782,6 +790,36 @@ def test_a_huge_prompt_is_cut_before_it_is_tokenised(tmp_path):
         found.append(generate_prompts.read(args, char_tokenizer()).prompts[0].ids)
     assert found == [[ord(letter) for letter in "pppppppQ?"]] * 2
     assert time.perf_counter() - start < 20
+
+
+def test_a_column_that_says_what_the_system_message_says_is_no_mistake(tmp_path):
+    """As in training and in evaluate_alignment.py: whatever is asked is read, if in another column."""
+    row = {"prompt": "b?", "system": "Be brief.", "instruction": "Be brief."}
+    rows = write_rows(tmp_path / "rows.jsonl", [row])
+    args = generate.get_args(["--prompts", str(rows), "--output", "o"])
+    found = [module.read(args, char_tokenizer()).prompts[0].ids for module in (generate_prompts, evaluate_prompts)]
+    assert found == [[ord(letter) for letter in "Be brief.\n\nb?"]] * 2
+
+
+def test_a_reward_model_without_room_for_a_response_is_refused(fails, world, tmp_path):
+    folder = make_reward_model(world / "model", tmp_path / "reward", whole=True)
+    (folder / "manifest.json").unlink(missing_ok=True)
+    for name, changes in (("config.json", {"max_position_embeddings": 8}), ("reward_model.json", {"sha256": {}})):
+        content = json.loads((folder / name).read_text())
+        (folder / name).write_text(json.dumps(content | changes))
+    line = fails("--reward-model", folder)  # --max-new-tokens 4
+    said = f"a prompt of 5 tokens and --max-new-tokens 4 is more than the 8 positions of the model {folder}"
+    assert line == f"{said}: make it smaller"
+
+
+def test_an_adapter_that_is_not_finite_ends_with_exit_code_3(world, tmp_path, capsys):
+    make_adapter(world / "model", tmp_path / "broken", spread=float("inf"))
+    words = ["--model", world / "model", "--prompts", world / "pairs.jsonl", "--output", tmp_path / "new" / "out.jsonl"]
+    with pytest.raises(SystemExit) as exit:
+        run_script([*words, "--adapter", tmp_path / "broken", *FP32], generate)
+    assert exit.value.code == 3
+    assert "has weights that are not finite: train it anew" in one_line(capsys)
+    assert not (tmp_path / "new").exists()
 
 
 def test_messages_need_a_template(fails, world, tmp_path):
