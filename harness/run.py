@@ -138,8 +138,8 @@ class Run:
             distributed.stop()
         return self.args.estimate_memory
 
-    def read(self, source, tokenizer, limit, prefer=None):
-        """(pairs, lines to print) of a file, a folder or a dataset on a hub; prefer: as load_pairs takes it."""
+    def read(self, source, tokenizer, limit, prefer=None, by_default=False):
+        """(pairs, lines to print) of a file, a folder or a dataset on a hub; prefer, by_default: see load_pairs."""
         self.watch.phase("tokenise")
         args = self.args
         return load_pairs(
@@ -151,13 +151,13 @@ class Run:
             skip_invalid=args.skip_invalid,
             chat_template_strings=args.chat_template_strings,
             prefer=prefer,
-            by_default="num_samples" not in args.given,
+            by_default=by_default,
         )
 
     def read_pairs(self, source, held_out_source, tokenizer, prefer=None):
         """(pairs, places of those to train on, places of those held out): of another source, or a part of this one."""
         args = self.args
-        pairs, report = self.read(source, tokenizer, args.num_samples, prefer)
+        pairs, report = self.read(source, tokenizer, args.num_samples, prefer, "num_samples" not in args.given)
         train, held_out = list(range(len(pairs))), []
         if args.eval_samples == 0:
             pass
