@@ -17,15 +17,10 @@ Copy with: formats/ harness/ tools/ distributed.py lora.py lora_targets.py packe
     packed_probe.py packing.py preference_data.py reward_models.py sampling.py toy_world.py
 """
 
-import hashlib
-import json
-import os
-import re
-from collections import Counter
 from functools import partial
-from pathlib import Path
 
 from harness import flags
+from tools.evaluate_adapters import named_folder
 
 
 def get_args(argv=None):
@@ -35,8 +30,8 @@ def get_args(argv=None):
     share = flags.number(float, above=0, most=1)
     add = parser.group("model")
     add("--model", "--base-model-path", default="Qwen/Qwen3-0.6B", help="the base: folder, hub id or `toy`")
-    what = "LoRA adapters, each a policy to measure; --model is then by default what they were trained on"
-    add("--adapters", nargs="*", default=[], metavar="[NAME=]DIR", help=what)
+    adapters = "LoRA adapters, each a policy to measure; --model is then by default what they were trained on"
+    add("--adapters", nargs="*", default=[], metavar="[NAME=]DIR", help=adapters)
     add("--helpful-rm-path", metavar="DIR", help="helpful reward model, a folder of train_rm.py")
     add("--harmless-rm-path", metavar="DIR", help="harmless reward model, a folder of train_rm.py")
     add("--trust-remote-code", action="store_true", help="run model code that comes with the weights")
@@ -74,159 +69,35 @@ def get_args(argv=None):
     return args
 
 
-def named_folder(word):
-    """NAME=DIR, or DIR named after itself (an epoch_N after its run too) -> (name, folder)."""
-    name, equals, folder = word.partition("=")
-    if equals and name and not Path(word).exists():
-        return name, folder
-    path = Path(word).resolve()
-    return (f"{path.parent.name}/{path.name}" if is_part_of_run(path) else path.name), word
-
-
-def is_part_of_run(path):
-    return re.fullmatch(r"(epoch_|checkpoint-)\d+", path.name) is not None
-
-
 if __name__ == "__main__":
     ARGS = get_args()  # before torch is loaded, which takes seconds: --help and a wrong flag are answered at once
 
-import torch
-import transformers
 from tqdm import tqdm
 
 import distributed
 import lora
 import reward_models
 import toy_world
-from formats import written_files
-from formats.model_files import ModelError, base_of, check_positions, load_model, load_skeleton, load_tokenizer
+from formats.model_files import ModelError, base_of, load_tokenizer
 from formats.row_files import DataError
-from harness import run_files, score_cache, training_curves
-from packed_model import logps_of, prepare_model, prepare_scores
-from packing import pack, passes
-from sampling import closed, end_tokens, response_text, sample
-from tools import evaluation_numbers, implicit_rewards, report_page, report_text
-from tools.evaluation_prompts import benign_prompts, read_prompts
+from harness import device, run_files, score_cache
+from packed_model import prepare_model
+from sampling import end_tokens
+from tools import (
+    evaluate_numbers,
+    evaluate_pairs,
+    evaluate_prompts,
+    evaluate_report,
+    evaluate_text,
+    evaluate_words,
+    models,
+)
+from tools.evaluate_adapters import CURVES, adapter_folder, other_bases
+from tools.evaluate_report import Policy
+from tools.evaluate_responses import measured, response_rows, sampled
 
 TOY_FOLDER = "outputs/toy_world"
-REPORTS = "report.json", "report.html", "report.txt", "responses.jsonl"
-MANIFEST = "report.manifest.json"  # of these, for the folder may be a run's, which has one of its own
-NOT_SETTINGS = "output_dir", "overwrite", "device", "hub"  # of the flags: what changes no number, or is resolved below
-SHOWN = (
-    "helpful_reward cost harm_rate rule_helpful rule_harm_rate over_refusal kl_per_token implicit_accuracy".split()
-)  # in the log
 FIELDS = {"helpful": "helpful_reward", "harmless": "harmless_score"}  # of a row, by the reward model's task
-
-
-def adapter_folder(folder):
-    """The folder itself, or its newest epoch_N where the run of Safe-MM-DPO keeps its adapters there alone."""
-    epochs = [path for path in Path(folder).glob("epoch_*/adapter_config.json") if is_part_of_run(path.parent)]
-    if (Path(folder) / "adapter_config.json").exists() or not epochs:
-        return Path(folder)
-    return max(epochs, key=lambda path: int(path.parent.name.removeprefix("epoch_"))).parent
-
-
-# -- what a policy says, and what models say of it -------------------------------------------------------------------
-
-
-@torch.no_grad()
-def sampled(model, tokenizer, adapter, prompts, args, bar):
-    """Responses (ids) of one policy, args.num_responses to each prompt in turn; adapter None: the base."""
-    wanted, responses = [prompt.ids for prompt in prompts for _ in range(args.num_responses)], []
-    with lora.use_adapter(model, adapter):
-        for some in passes(wanted, args.batch_size):
-            places = range(len(responses), len(responses) + len(some))  # like draws for each policy, where they agree
-            settings = args.max_new_tokens, args.seed, args.temperature, args.top_p, places
-            responses += sample(model, tokenizer, some, *settings)
-            bar.update(len(some))
-    return responses
-
-
-@torch.no_grad()
-def measured(model, adapter, judges, prompts, responses, ends, args):
-    """Numbers of one policy's responses {name: [one for each]}: log-probs under policy and base and the KL of the two,
-    summed over its tokens (nats), and the scores of `judges` {name: RewardModel}.  Raises NonFinite.
-
-    Log-probs are of the tokens as they were sampled, scores of the response with the end that is trained.
-    """
-    groups = [responses[start : start + args.num_responses] for start in range(0, len(responses), args.num_responses)]
-    pairs, places = reward_models.as_pairs([prompt.ids for prompt in prompts], groups)
-    as_trained = [[closed(said, ends, prompt.end) for said in group] for prompt, group in zip(prompts, groups)]
-    judged, _ = reward_models.as_pairs([prompt.ids for prompt in prompts], as_trained)
-    names = ["logp", "base_logp", "kl", *judges]
-    numbers = torch.zeros(len(names), 2, len(pairs), dtype=torch.float64)
-    for indices in passes(range(len(pairs)), args.batch_size):
-        batch = pack([pairs[i] for i in indices], model.device)
-        with lora.use_adapter(model, None):
-            reference = model.response_states(batch)
-            base_logps = logps = logps_of(batch, *reference)
-        kl = [torch.zeros_like(side) for side in base_logps]  # of the base to itself
-        if adapter is not None:
-            with lora.use_adapter(model, adapter):
-                *logps, chosen_kl, rejected_kl = model.packed_logps(batch, reference)
-                kl = [chosen_kl, rejected_kl]
-        found, batch = [logps, base_logps, kl], pack([judged[i] for i in indices], model.device)
-        for judge in judges.values():
-            with lora.use_adapter(judge.model, judge.adapter):
-                found.append(judge.model.packed_scores(batch, judge.head))
-        numbers[:, :, indices] = torch.stack([torch.stack(tuple(sides)) for sides in found]).cpu().double()
-    if not numbers.isfinite().all():
-        raise flags.NonFinite("a model gives numbers that are not finite: try --dtype fp32, or look for broken weights")
-    in_order = [numbers[:, side, pair].tolist() for of_prompt in places for side, pair in of_prompt]
-    return dict(zip(names, map(list, zip(*in_order)), strict=True))
-
-
-def response_rows(name, prompts, responses, numbers, tokenizer, ends):
-    """A row per response: who said what to which prompt, and the numbers of `measured`."""
-    num_responses, rows = len(responses) // len(prompts), []
-    for place, ids in enumerate(responses):
-        prompt = prompts[place // num_responses]
-        row = {"policy": name, "prompt_index": place // num_responses, "response_index": place % num_responses}
-        row |= {"category": prompt.category, "prompt": prompt.text}
-        row |= {"response": response_text(prompt.ids, ids, ends, tokenizer), "tokens": len(ids)}
-        row["finished"] = ids[-1] in ends
-        rows.append(row | {field: values[place] for field, values in numbers.items()})
-    return rows
-
-
-# -- the report ------------------------------------------------------------------------------------------------------
-
-
-def training(folder):
-    """The curves of the run that an adapter is from: one in epoch_N has it in the folder above."""
-    curves = training_curves.of_run(folder.resolve().parent if is_part_of_run(folder.resolve()) else folder)
-    wanted = [prefix + name for name in evaluation_numbers.CURVES for prefix in ("", "eval_")] + ["cost_threshold"]
-    return {name: curves[name] for name in wanted if name in curves}
-
-
-def trained_on(folder, model):
-    """The base model that an adapter's folder names; `model` where it names none."""
-    return json.loads((folder / "adapter_config.json").read_text("utf-8")).get("base_model_name_or_path") or model
-
-
-def judge_sha256(judge):
-    """sha256 of what a reward model adds to its base, or of all of it."""
-    weights = lora.adapter_state(judge.model, judge.adapter) if judge.adapter else judge.model.state_dict()
-    return score_cache.weights_sha256([("head", judge.head), *weights.items()])
-
-
-def check_output(args):
-    """Raise RunFolderError when --output-dir holds a report or an input, or cannot be written.  Changes nothing."""
-    folder = Path(args.output_dir)
-    if sentence := written_files.clash(args, REPORTS):
-        raise run_files.RunFolderError(sentence)
-    found = [name for name in REPORTS if (folder / name).exists()]
-    if found and not args.overwrite:
-        raise run_files.RunFolderError(f"{folder} holds a report ({found[0]}): choose another, or pass --overwrite")
-    listed = written_files.read(folder, MANIFEST)
-    for name in found:
-        if name not in listed or not written_files.is_as_listed(folder / name, listed[name]):
-            raise run_files.RunFolderError(
-                f"{folder / name} is not as this script wrote it ({MANIFEST}): move it away, or choose another folder"
-            )
-    parent = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise run_files.RunFolderError(f"--output-dir {folder} cannot be written: {parent} is no writable folder")
 
 
 def main(args):
@@ -235,126 +106,89 @@ def main(args):
         raise distributed.DeviceError("one process evaluates: start it without torchrun")
     world = distributed.start(args.device)
     say = partial(distributed.print0, world)
-    check_output(args)
-    if "toy" in (args.model, args.prompts):
-        toy = toy_world.build(TOY_FOLDER)
-        args.model = str(toy / "model") if args.model == "toy" else args.model
-        args.prompts = str(toy / "prompts.jsonl") if args.prompts == "toy" else args.prompts
+    evaluate_report.check_output(args)
+    models.resolve_toy(args, TOY_FOLDER)
 
-    # 2 prompts, and all that can be checked before the weights are read
-    folders = {name: adapter_folder(folder) for name, folder in args.adapters}
+    # 2 prompts
+    folders = [(name, adapter_folder(folder)) for name, folder in args.adapters]
     if folders and "model" not in args.given:
-        args.model = base_of(folders.values())
+        args.model = base_of([folder for _, folder in folders])
         say(f"the base is {args.model}, as the adapters say")
     tokenizer = load_tokenizer(args.model, args.trust_remote_code)
-    prompts, cut, report = read_prompts(args.prompts, tokenizer, args)
-    if report:
-        say(*report, sep="\n")
-    labelled = implicit_rewards.read_pairs(args.prompts, tokenizer, args)
-    rule = toy_world.judge if all(toy_world.judge(p.text, "").kind != "unknown" for p in prompts) else None
-    benign = benign_prompts(prompts, args, rule)
-    skeleton = load_skeleton(args.model, tokenizer, args)
-    for place, folder in enumerate(folders.values()):
-        lora.load_adapter(skeleton, folder, f"policy_{place}")
-    rm_folders = {"helpful": args.helpful_rm_path, "harmless": args.harmless_rm_path}
-    rm_folders = {task: folder for task, folder in rm_folders.items() if folder}
-    records = {
-        task: reward_models.read_record(folder, task, tokenizer, args.trust_remote_code)
-        for task, folder in rm_folders.items()
-    }
-    longest = max(len(prompt.ids) for prompt in prompts)
-    what = f"a prompt of {longest} tokens and --max-new-tokens {args.max_new_tokens}"
-    check_positions(skeleton.config, longest + args.max_new_tokens, what, args.model)
+    file = evaluate_prompts.read(args, tokenizer)
+    prompts, categories = file.prompts, evaluate_report.count_categories(file.prompts)
+    for line in file.notes:
+        say(line)
+    labelled = evaluate_pairs.read_pairs(args.prompts, tokenizer, args)
+    is_toy = all(toy_world.judge(prompt.text, "").kind != "unknown" for prompt in prompts)
+    rule = toy_world.judge if is_toy else None
+    benign = evaluate_prompts.are_benign(prompts, args, rule)
 
     # 3 models: one frozen base, and on it by name the adapters and the reward models that share it
-    dtype = distributed.pick_dtype(args.dtype, world)
-    model = load_model(args.model, dtype, world.device, args.trust_remote_code)
+    policies = [Policy("base")]
+    policies += [Policy(name, f"policy_{place}", folder) for place, (name, folder) in enumerate(folders)]
+    adapters = {policy.adapter: policy.folder for policy in policies if policy.adapter}
+    reward_folders = {"helpful": args.helpful_rm_path, "harmless": args.harmless_rm_path}
+    rewards = models.find_rewards(reward_folders, tokenizer, args)
+    longest = max(len(prompt.ids) for prompt in prompts)
+    models.check(args, tokenizer, adapters, rewards, longest)  # before the weights are read
+    dtype = device.pick_dtype(args.dtype, world)
+    model = models.load(args, adapters, dtype, world.device)
+    for sentence in other_bases(folders, args.model):
+        say(sentence)
     base_sha256 = score_cache.base_sha256(model)
-    policies = {"base": None} | {name: f"policy_{place}" for place, name in enumerate(folders)}
-    for name, folder in folders.items():
-        if not all(part.isfinite().all() for part in lora.load_adapter(model, folder, policies[name])):
-            raise flags.NonFinite(f"the adapter in {folder} has weights that are not finite: train it anew")
-        if Path(base := trained_on(folder, args.model)).name != Path(args.model).name:
-            say(f"{name} was trained on {base}, and is measured on {args.model}")
-
-    def load_judge(path):
-        judge = load_model(path, dtype, world.device, args.trust_remote_code, scores=True, max_length=longest)
-        prepare_scores(judge)
-        return judge
-
-    judges = {}
-    for task, record in records.items():
-        named = rm_folders[task], task, record
-        judges[FIELDS[task]] = reward_models.load(*named, model, base_sha256, lora.load_adapter, load_judge)
-        say(judges[FIELDS[task]].line)
+    judges = models.load_rewards(args, rewards, model, base_sha256, dtype, longest + args.max_new_tokens)
+    for judge in judges.values():
+        say(judge.line)
     lora.switch_adapter(model, None)
     say(f"{prepare_model(model)} ({world.device}, {str(dtype).removeprefix('torch.')})")
+    calibrated = "harmless" in judges and bool(judges["harmless"].record.get("calibrated"))
 
-    # 4 sample, score, judge
-    calibrated = bool(records.get("harmless", {}).get("calibrated"))
-    judged = partial(evaluation_numbers.judged, calibrated=calibrated, rule=rule)
-    total, by_policy = len(policies) * len(prompts) * args.num_responses, {}
-    ends = end_tokens(model, tokenizer)
+    # 4 responses: sampled, scored, judged
+    rows, ends = {}, end_tokens(model, tokenizer)  # rows: of each policy, by its name
+    scorers = {FIELDS[task]: judge for task, judge in judges.items()}
+    total = len(policies) * len(prompts) * args.num_responses
     bar = tqdm(total=total, desc="responses", disable=not distributed.shows_bars(world))
-    for name, adapter in policies.items():
-        responses = sampled(model, tokenizer, adapter, prompts, args, bar)
-        numbers = measured(model, adapter, judges, prompts, responses, ends, args)
-        rows = response_rows(name, prompts, responses, numbers, tokenizer, ends)
-        pairs = zip(rows, by_policy.get("base") or [None] * len(rows), strict=True)
-        by_policy[name] = [judged(row, base, benign[row["prompt_index"]]) for row, base in pairs]
+    for policy in policies:
+        responses = sampled(model, tokenizer, policy.adapter, prompts, args, bar)
+        numbers = measured(model, policy.adapter, scorers, prompts, responses, ends, args)
+        policy_rows = response_rows(policy.name, prompts, responses, numbers, tokenizer, ends)
+        evaluate_numbers.judge_rows(policy_rows, rows.get("base"), benign, calibrated, rule)
+        rows[policy.name] = policy_rows
     bar.close()
 
-    # 5 count
-    settings = {name: value for name, value in vars(args).items() if name not in (*run_files.NOT_FLAGS, *NOT_SETTINGS)}
-    report = {
-        "settings": settings | {"dtype": str(dtype).removeprefix("torch."), "device": world.device.type},
-        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+    # 5 report
+    report = evaluate_report.settings_entries(args, dtype, world.device) | {
         "base_sha256": base_sha256,
-        "prompts_sha256": hashlib.sha256(json.dumps([(p.text, p.category) for p in prompts]).encode()).hexdigest(),
+        "prompts_sha256": evaluate_report.prompts_sha256(prompts),
         "reward_models": {
-            task: {"folder": rm_folders[task], "calibrated": bool(record.get("calibrated"))}
-            | {"shares_the_base": judges[FIELDS[task]].model is model, "sha256": judge_sha256(judges[FIELDS[task]])}
-            | {"validation_accuracy": (record.get("validation") or {}).get("accuracy")}
-            for task, record in records.items()
+            task: evaluate_report.judge_entry(reward_folders[task], judge, model) for task, judge in judges.items()
         },
         "prompts": len(prompts),
-        "prompts_cut": cut,
+        "prompts_cut": file.num_cut,
         "pairs": len(labelled),
-        "categories": dict(Counter(prompt.category for prompt in prompts)),
+        "categories": categories,
         "over_refusal": {"by": "rule" if rule else "phrases", "benign_prompts": None if rule else sum(benign)},
-        "quadrants": evaluation_numbers.QUADRANTS,
-        "curves": evaluation_numbers.CURVES,
+        "quadrants": evaluate_numbers.QUADRANTS,
+        "curves": CURVES,
         "policies": [],
     }
-    for name, rows in by_policy.items():
-        policy = {"name": name}
-        if name in folders:
-            policy |= {"folder": str(folders[name]), "trained_on": trained_on(folders[name], args.model)}
-            policy["sha256"] = score_cache.weights_sha256(lora.adapter_state(model, policies[name]).items())
-            policy["training"] = training(folders[name])
-        base_rows = None if name == "base" else by_policy["base"]
-        policy |= evaluation_numbers.statistics(rows, base_rows, report["categories"], calibrated, args.seed)
-        if labelled and name in folders:
-            ratios = implicit_rewards.log_ratios(model, policies[name], labelled, args.batch_size)
-            policy["estimates"]["implicit_accuracy"] = implicit_rewards.accuracy(ratios, args.seed)
-        report["policies"].append(policy)
-        found = [(key, policy["estimates"][key]) for key in SHOWN if key in policy["estimates"]]
-        numbers = " ".join("{}={mean:.4f} [{low:.4f}, {high:.4f}]".format(key, **e) for key, e in found)
-        if numbers:  # of a base that nothing judges there are none
-            say(f"{name}: {numbers}")
-    report |= evaluation_numbers.in_words(report)
-    report["samples"] = evaluation_numbers.pick_samples(by_policy, args.samples, args.seed)
+    for policy in policies:
+        entry = evaluate_report.policy_entry(policy, model, args.model)
+        base_rows = rows["base"] if policy.adapter else None
+        entry |= evaluate_numbers.statistics(rows[policy.name], base_rows, categories, calibrated, args.seed)
+        if labelled and policy.adapter:
+            ratios = evaluate_pairs.log_ratios(model, policy.adapter, labelled, args.batch_size)
+            entry["estimates"]["implicit_accuracy"] = evaluate_pairs.accuracy(ratios, args.seed)
+        report["policies"].append(entry)
+        if line := evaluate_report.log_line(entry):
+            say(line)
+    report |= evaluate_words.in_words(report)
+    report["samples"] = evaluate_numbers.pick_samples(rows, args.samples, args.seed)
 
     # 6 save
-    Path(args.output_dir).mkdir(parents=True, exist_ok=True)
-    with run_files.whole_files(args.output_dir, MANIFEST) as folder:
-        lines = (json.dumps(row, ensure_ascii=False) + "\n" for rows in by_policy.values() for row in rows)
-        (folder / "responses.jsonl").write_text("".join(lines), encoding="utf-8")
-        text = json.dumps(report, indent=1, ensure_ascii=False) + "\n"
-        (folder / "report.json").write_text(text, encoding="utf-8")
-        (folder / "report.html").write_text(report_page.page(json.loads(text)), encoding="utf-8")
-        (folder / "report.txt").write_text(report_text.text(report), encoding="utf-8")
-    say("\n" + report_text.text(report))
+    evaluate_report.save(args.output_dir, report, [row for of_policy in rows.values() for row in of_policy])
+    say("\n" + evaluate_text.text(report))
     say(f"saved to {args.output_dir}")
 
 

@@ -14,18 +14,14 @@ Copy with: formats/ harness/ tools/ distributed.py lora.py lora_targets.py packe
     packed_probe.py packing.py preference_data.py reward_models.py sampling.py toy_world.py
 """
 
-import hashlib
-import itertools
-import json
 import re
-import sys
 import time
-from collections import Counter
 from functools import partial
-from pathlib import Path
-from typing import NamedTuple
 
 from harness import flags
+
+NOT_IN_CHAT = """prompts output num_samples num_responses pairs reward_model reward_fn min_reward batch_size
+    overwrite""".split()
 
 
 def get_args(argv=None):
@@ -35,8 +31,8 @@ def get_args(argv=None):
     count, seed = flags.number(int, least=0), flags.number(int, least=0, below=2**63)
     temperature, share = flags.number(float, least=0), flags.number(float, above=0, most=1)
     add = parser.group("model")
-    what = "folder, hub id or `toy`; of an adapter, its base"
-    add("--model", "--base-model-path", default="Qwen/Qwen3-0.6B", help=what)
+    model = "folder, hub id or `toy`; of an adapter, its base"
+    add("--model", "--base-model-path", default="Qwen/Qwen3-0.6B", help=model)
     add("--adapter", metavar="DIR", help="a LoRA adapter (PEFT files)")
     add("--trust-remote-code", action="store_true", help="run model code that comes with the weights")
     add = parser.group("data")
@@ -63,13 +59,14 @@ def get_args(argv=None):
     add("--output", metavar="FILE.jsonl", help="where the rows go; an unfinished file is gone on with")
     add("--overwrite", action="store_true", help="begin anew where the output is there already")
     args = parser.parse_args(argv)
-    names = "prompts output num_samples num_responses pairs reward_model reward_fn min_reward batch_size overwrite"
-    for name in names.split() if args.chat else ():
-        if name in args.given:
-            parser.error(f"--{name.replace('_', '-')} has no effect with --chat: leave one of them out")
-    for name in () if args.chat else ("prompts", "output"):
-        if not getattr(args, name):
-            parser.error(f"--{name} has to be given (or --chat, to type the prompts)")
+    if args.chat:
+        for name in NOT_IN_CHAT:
+            if name in args.given:
+                parser.error(f"--{name.replace('_', '-')} has no effect with --chat: leave one of them out")
+    else:
+        for name in ("prompts", "output"):
+            if not getattr(args, name):
+                parser.error(f"--{name} has to be given (or --chat, to type the prompts)")
     has_reward = args.reward_model or args.reward_fn
     if args.reward_model and args.reward_fn:
         parser.error("--reward-model and --reward-fn are two rewards: leave one of them out")
@@ -92,93 +89,21 @@ def get_args(argv=None):
 if __name__ == "__main__":
     ARGS = get_args()  # before torch is loaded, which takes seconds: --help and a wrong flag are answered at once
 
-import torch
-
 import distributed
 import lora
 import reward_models
-import toy_world
 from formats import written_files
-from formats.chat_text import as_messages, note, note_lines, prompt_ids, prompt_text, response_end
-from formats.model_files import ModelError, base_of, check_positions, load_model, load_skeleton, load_tokenizer
-from formats.preference_rows import recognise
-from formats.row_files import DataError, Malformed, Unusable, parse_row, read_rows
-from formats.row_prompts import shortened, with_context
-from harness import score_cache
-from packed_model import prepare_model, prepare_scores
-from packing import pack, passes
-from sampling import closed, end_tokens, response_text, sample
-from tools import generated_rows, reward_function
-from tools.batch_file import BatchFile, OutputError, files_sha256
-from tools.chat_session import chat
+from formats.model_files import ModelError, base_of, load_tokenizer
+from formats.row_files import DataError, Malformed, Unusable
+from harness import device, score_cache
+from packed_model import prepare_model
+from packing import passes
+from sampling import end_tokens, response_text, sample
+from tools import generate_output, generate_prompts, generate_reward, generate_rows, models
+from tools.generate_chat import chat
 
 TOY_FOLDER = "outputs/toy_world"
 SECONDS_PER_LINE = 30  # of the log
-MATTER = "pairs num_responses min_reward max_new_tokens temperature top_p batch_size seed".split()
-
-
-class Row(NamedTuple):
-    where: str  # file:line
-    prompt: str | list  # text or messages, as it goes to the output
-    others: dict  # fields that go along
-    ids: list
-    end: int  # the token that ends a response to it
-
-
-def read_prompts(args, tokenizer):
-    """(rows of --prompts, lines to print).  Raises DataError with file:line at the first mistake."""
-    rows, cut, left_out, notes, talk = [], 0, Counter(), {}, None
-    for where, row in itertools.islice(read_rows(args.prompts), args.num_samples or None):
-        try:
-            row = parse_row(row)
-            json.dumps(row, ensure_ascii=False, default=str).encode()  # half a surrogate pair cannot be written
-            try:
-                shape = recognise(row, where)
-            except DataError:  # no preference row
-                shape = None
-            prompt, others = generated_rows.prompt_of(row, shape)
-            wrapped = args.chat_template_strings and isinstance(prompt, str)
-            shown = as_messages(prompt, "", "")[0] if wrapped else prompt  # as in training
-            shown, template_args = with_context(row, shown)
-            shown = shortened(shown, -args.max_prompt_length)
-            talk = (shown, template_args) if isinstance(shown, list) else talk
-            if isinstance(shown, list) and not tokenizer.chat_template:
-                raise DataError(f"{where} needs a chat template and this tokenizer has none: use an instruct model's")
-            whole, ids = (
-                prompt_ids(shown, tokenizer, length, **template_args)
-                for length in (sys.maxsize, args.max_prompt_length)
-            )
-            rows.append(Row(where, prompt, others, ids, response_end(shown, tokenizer)))
-            cut += ids != whole
-            if isinstance(shown, list):
-                note(notes, where, shown, [], [], [prompt_text(shown, tokenizer, **template_args)], tokenizer)
-        except Unusable as reason:
-            left_out[str(reason)] += 1
-        except (Malformed, generated_rows.PromptError, UnicodeEncodeError) as problem:
-            raise DataError(f"{where}: {problem}; mend the row") from None
-    if not rows:
-        raise DataError(f"{args.prompts} has no row with a prompt: name a file that has")
-    longest, text = max(len(row.ids) for row in rows), repr(tokenizer.decode(rows[0].ids))
-    text = text if len(text) <= 150 else f"{text[:60]} ... {text[-80:]}"
-    report = [f"{args.prompts}: {len(rows):,} prompts of {longest} tokens at most"]
-    report += [f"  left out {count:,} rows because {reason}" for reason, count in left_out.items()]
-    report += [f"  cut {cut:,} prompts to --max-prompt-length {args.max_prompt_length}"] if cut else []
-    report += note_lines(notes, "prompts", talk[0], tokenizer, **talk[1]) if talk else []
-    return rows, [*report, f"  row 0  {text}"]
-
-
-@torch.no_grad()
-def model_rewards(reward, prompts, responses, batch_size, device):
-    """Scores of responses (lists of ids, a list of them for each prompt) under a RewardModel, one list for all."""
-    triples, places = reward_models.as_pairs(prompts, responses)
-    scores = torch.zeros(2, len(triples))
-    with lora.use_adapter(reward.model, reward.adapter):
-        for indices in passes(range(len(triples)), batch_size):
-            batch = pack([triples[i] for i in indices], device)
-            scores[:, indices] = torch.stack(reward.model.packed_scores(batch, reward.head)).float().cpu()
-    if not scores.isfinite().all():
-        raise flags.NonFinite("the reward model gives scores that are not finite: try --dtype fp32")
-    return [scores[place].item() for of_prompt in places for place in of_prompt]
 
 
 def main(args):
@@ -186,131 +111,84 @@ def main(args):
     if distributed.ranks_of_environment()[1] > 1:
         raise distributed.DeviceError("generation is one process: start it with python, not with torchrun")
     world = distributed.start(args.device)
-    say, output = partial(distributed.print0, world), BatchFile(args.output or "", args.overwrite)
+    say = partial(distributed.print0, world)
+    output = generate_output.BatchFile(args.output or "", args.overwrite)
     if not args.chat:
         output.check_place(path for _, _, path in written_files.inputs(args))
-    function = args.reward_fn and reward_function.load(args.reward_fn)
-    if "toy" in (args.model, args.prompts):
-        toy = toy_world.build(TOY_FOLDER)
-        args.model = str(toy / "model") if args.model == "toy" else args.model
-        args.prompts = str(toy / "prompts.jsonl") if args.prompts == "toy" else args.prompts
+    function = generate_reward.load(args.reward_fn) if args.reward_fn else None
+    models.resolve_toy(args, TOY_FOLDER)
 
-    # 2 prompts and reward (before the model: a mistake in them should not wait for gigabytes of weights)
+    # 2 prompts: none for a chat
     if args.adapter and "model" not in args.given:
         args.model = base_of([args.adapter])
     tokenizer = load_tokenizer(args.model, args.trust_remote_code)
-    skeleton = load_skeleton(args.model, tokenizer, args)
-    adapter = "policy" if args.adapter else None
-    if adapter:
-        lora.load_adapter(skeleton, args.adapter, adapter)  # a wrong one shows here
-    rows = []
+    prompts = []
     if not args.chat:
-        rows, report = read_prompts(args, tokenizer)
-        say(*report, sep="\n")
-    longest = max((len(row.ids) for row in rows), default=args.max_prompt_length)
-    what = f"a prompt of {longest} tokens and --max-new-tokens {args.max_new_tokens}"
-    longest += args.max_new_tokens
-    check_positions(skeleton.config, longest, what, args.model)
-    identity = {f"--{name.replace('_', '-')}": getattr(args, name) for name in MATTER}
-    identity["prompts"] = hashlib.sha256(json.dumps([row[1:] for row in rows], default=str).encode()).hexdigest()[:16]
-    identity["reward"] = None
-    if function:
-        file, _, name = args.reward_fn.rpartition(":")
-        identity["reward"] = f"{name} {files_sha256([file])}"
-    if args.reward_model:
-        folder = Path(args.reward_model)
-        record = reward_models.read_record(folder, None, tokenizer, args.trust_remote_code)
-        load_reward = partial(reward_models.load, folder, record["task"], record)
-        bare = partial(load_skeleton, tokenizer=tokenizer, args=args, scores=True)
-        try:
-            load_reward(skeleton, record["base_sha256"], lora.load_adapter, bare)
-        except lora.AdapterError:  # it may fit a base of its own
-            load_reward(None, None, lora.load_adapter, bare)
-        identity["reward"] = files_sha256([folder / "reward_model.json", *sorted(folder.glob("*.safetensors"))])
-    if not args.chat:
-        output.check(identity)
+        file = generate_prompts.read(args, tokenizer)
+        prompts = file.prompts
+        say(*generate_prompts.report(file, args, tokenizer), sep="\n")
 
-    # 3 models
-    begun_in = None if args.chat else output.begun()[0].get("--dtype")
-    dtype = distributed.pick_dtype(args.dtype, world, begun_in)
-    load = partial(load_model, dtype=dtype, device=world.device, trust_remote_code=args.trust_remote_code)
-    model = load(args.model)
-    if adapter:
-        lora.load_adapter(model, args.adapter, adapter)
+    # 3 models: the policy, and a reward model; the weights are not read before all is known to fit
+    adapters = {"policy": args.adapter} if args.adapter else {}
+    rewards = models.find_rewards({None: args.reward_model}, tokenizer, args)  # None: of either task
+    longest = max((len(prompt.ids) for prompt in prompts), default=args.max_prompt_length)
+    models.check(args, tokenizer, adapters, rewards, longest)
+    identity = generate_output.identity(args, prompts)
+    begun = None if args.chat else output.check(identity)
+    dtype = device.pick_dtype(args.dtype, world, begun and begun.identity.get("--dtype"))
+    model = models.load(args, adapters, dtype, world.device)
     dtype_name = str(dtype).removeprefix("torch.")
-    say(f"{args.model}{f' with {args.adapter}' if adapter else ''} ({world.device}, {dtype_name})")
+    say(f"{args.model}{f' with {args.adapter}' if args.adapter else ''} ({world.device}, {dtype_name})")
     if args.chat:
         return chat(model, tokenizer, args)
-    weights = score_cache.weights_sha256(model.state_dict().items())[:16]
-    identity |= {"weights": weights, "--dtype": dtype_name, "--device": world.device.type}
+    weights_sha256 = score_cache.weights_sha256(model.state_dict().items())[:16]
+    identity |= {"weights": weights_sha256, "--dtype": dtype_name, "--device": world.device.type}
     reward = None
-    if args.reward_model:
-
-        def load_by_itself(path):
-            scorer = load(path, scores=True, max_length=longest)
-            prepare_scores(scorer)
-            return scorer
-
-        reward = load_reward(model, score_cache.base_sha256(model), lora.load_adapter, load_by_itself)
+    if rewards:
+        base_sha256, max_length = score_cache.base_sha256(model), longest + args.max_new_tokens
+        (reward,) = models.load_rewards(args, rewards, model, base_sha256, dtype, max_length).values()
         say(reward.line)
-        if args.min_reward is not None and not record.get("calibrated"):
+        if args.min_reward is not None and not reward.record.get("calibrated"):
             say("  these scores have no zero (calibrated: false): --min-reward is a limit by their own measure")
         if reward.model is model:
-            lora.switch_adapter(model, adapter)  # loading has switched the reward's on
+            lora.switch_adapter(model, "policy" if args.adapter else None)  # loading has switched the reward's on
             say(prepare_model(model))
 
     # 4 generate
-    progress = dict.fromkeys(generated_rows.COUNTS, 0) | output.begin(identity)
+    progress = dict.fromkeys(generate_rows.COUNTS, 0) | output.begin(identity)
     prompts_at_once = max(1, args.batch_size // args.num_responses)
-    batches, ends, began = passes(rows, prompts_at_once), end_tokens(model, tokenizer), time.time()
-    done, tokens_before, last_line = progress["batches"], progress["tokens"], began
-    if done:
-        say(f"{output.path}: going on behind batch {done} of {len(batches)}")
-    for place in range(done, len(batches)):
-        batch = batches[place]
-        asked = [row for row in batch for _ in range(args.num_responses)]
-        first = place * prompts_at_once * args.num_responses  # of the batch's places among all responses
-        places = range(first, first + len(asked))
-        settings = args.max_new_tokens, args.seed, args.temperature, args.top_p, places
-        responses = sample(model, tokenizer, [row.ids for row in asked], *settings)
-        texts = [response_text(row.ids, response, ends, tokenizer) for row, response in zip(asked, responses)]
-        cut = [response[-1] not in ends for response in responses]
-        of_prompts = passes(range(len(asked)), args.num_responses)  # places of each prompt's responses
-        rewards = []
+    batches, ends = passes(prompts, prompts_at_once), end_tokens(model, tokenizer)
+    if progress["batches"]:
+        say(f"{output.path}: going on behind batch {progress['batches']} of {len(batches)}")
+    began, tokens_before = time.time(), progress["tokens"]
+    last_line = began
+    for batch in batches[progress["batches"] :]:
+        asked = [prompt for prompt in batch for _ in range(args.num_responses)]
+        draws = range(progress["responses"], progress["responses"] + len(asked))  # places among all responses
+        settings = args.max_new_tokens, args.seed, args.temperature, args.top_p, draws
+        responses = sample(model, tokenizer, [prompt.ids for prompt in asked], *settings)
+        texts = [response_text(prompt.ids, ids, ends, tokenizer) for prompt, ids in zip(asked, responses, strict=True)]
+        scores = []
         if function:
-            rewards = [
-                reward_function.call(function, generated_rows.text_of(row.prompt), text, row.where)
-                for row, text in zip(asked, texts)
-            ]
+            scores = generate_reward.scores(function, asked, texts)
         if reward:  # of ids as in training
-            as_trained = [closed(response, ends, row.end) for row, response in zip(asked, responses)]
-            answers = [[as_trained[i] for i in places] for places in of_prompts]
-            rewards = model_rewards(reward, [row.ids for row in batch], answers, prompts_at_once, world.device)
-        lines = []
-        for row, places in zip(batch, of_prompts, strict=True):
-            said, worth = [texts[i] for i in places], [rewards[i] for i in places if rewards]
-            if args.pairs:
-                pair = generated_rows.pair_row(row.prompt, row.others, said, worth)
-                lines += [pair] if pair else []
-                progress["ties"] += pair is None
-            else:
-                lines += generated_rows.response_rows(row.prompt, row.others, said, worth)
-        if args.min_reward is not None:
-            enough = [line for line in lines if line["reward"] >= args.min_reward]
-            progress["below"] += len(lines) - len(enough)
-            lines = enough
-        counts = {"prompts": len(batch), "responses": len(asked), "cut": sum(cut), "rows": len(lines)}
-        generated_rows.count(progress, rewards, tokens=sum(map(len, responses)), **counts)
-        output.write(lines, progress, finished=place == len(batches) - 1)
+            groups = passes(responses, args.num_responses)
+            scores = models.scores(reward, batch, groups, ends, prompts_at_once)
+        made = generate_rows.rows_of(batch, texts, scores, args)
+        counts = {"prompts": len(batch), "responses": len(asked), "tokens": sum(map(len, responses))}
+        counts |= {"cut": sum(ids[-1] not in ends for ids in responses), "rows": len(made.rows)}
+        generate_rows.count(progress, scores, **counts, ties=made.num_ties, below=made.num_below)
+        is_last = batch is batches[-1]
+        output.write(made.rows, progress, finished=is_last)
         now = time.time()
-        if now > last_line + SECONDS_PER_LINE or place == len(batches) - 1:
+        if now > last_line + SECONDS_PER_LINE or is_last:
             rate, last_line = (progress["tokens"] - tokens_before) / (now - began), now
-            say(f"{generated_rows.in_words(progress, args.pairs)}, {rate:,.0f} tokens/s")
+            say(f"{generate_rows.in_words(progress, args.pairs)}, {rate:,.0f} tokens/s")
     say(f"saved to {output.path}")
 
 
-USER_ERRORS = (DataError, Malformed, Unusable, ModelError, lora.AdapterError, distributed.DeviceError, OutputError)
-USER_ERRORS += (reward_models.RewardModelError, reward_function.RewardFunctionError)
+USER_ERRORS = (DataError, Malformed, Unusable, ModelError, lora.AdapterError, distributed.DeviceError)
+USER_ERRORS += (generate_output.OutputError, reward_models.RewardModelError, generate_reward.RewardFunctionError)
 
 if __name__ == "__main__":
     flags.run(main, ARGS, *USER_ERRORS)

@@ -15,8 +15,10 @@ Files are PEFT's (adapter_config.json, adapter_model.safetensors), read strictly
 import json
 import math
 import re
+from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -113,7 +115,8 @@ def linear_shape(module):
     """(in, out) of an nn.Linear, Conv1D or LoRALinear."""
     if isinstance(module, LoRALinear):
         return module.in_features, module.out_features
-    return tuple(module.weight.shape) if isinstance(module, Conv1D) else tuple(module.weight.shape)[::-1]
+    rows, columns = module.weight.shape
+    return (rows, columns) if isinstance(module, Conv1D) else (columns, rows)
 
 
 def lora_layers(model):
@@ -291,10 +294,13 @@ def load_adapter(model, folder, name, trainable=False, with_head=False):
         expected[f"{KEY_PREFIX}{path}.lora_B.weight"] = (n_out, r)
     missing, foreign = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
     if missing or foreign:
-        what = f"lacks {len(missing)} tensors (first: {missing[0]})" if missing else ""
-        what += " and " if missing and foreign else ""
-        what += f"has {len(foreign)} tensors this model has no place for (first: {foreign[0]})" if foreign else ""
-        raise AdapterError(f"{folder} does not fit this model: it {what}; was it trained on another base?")
+        faults = []
+        if missing:
+            faults.append(f"lacks {len(missing)} tensors (first: {missing[0]})")
+        if foreign:
+            faults.append(f"has {len(foreign)} tensors this model has no place for (first: {foreign[0]})")
+        fault = " and ".join(faults)
+        raise AdapterError(f"{folder} does not fit this model: it {fault}; was it trained on another base?")
     for key, shape in expected.items():
         if tuple(state[key].shape) != shape:
             raise AdapterError(
@@ -328,12 +334,18 @@ def _is_pattern(value):
         return False
 
 
-SETTINGS = {  # of adapter_config.json: PEFT's own default, what it has to be, in words and as a test
-    "r": (8, "a whole number from 1", lambda value: type(value) is int and value >= 1),
-    "lora_alpha": (8, "a number above 0", lambda value: _is_number(value) and value > 0),
-    "lora_dropout": (0.0, "a number from 0 to below 1", lambda value: _is_number(value) and 0 <= value < 1),
-    "use_rslora": (False, "true or false", lambda value: value in (None, True, False)),
-    "target_modules": (None, "a list of names or a regular expression", _is_pattern),
+class Setting(NamedTuple):
+    default: int | float | None  # PEFT's own
+    words: str  # what it has to be
+    is_right: Callable  # whether a value is that
+
+
+SETTINGS = {  # of adapter_config.json
+    "r": Setting(8, "a whole number from 1", lambda value: type(value) is int and value >= 1),
+    "lora_alpha": Setting(8, "a number above 0", lambda value: _is_number(value) and value > 0),
+    "lora_dropout": Setting(0.0, "a number from 0 to below 1", lambda value: _is_number(value) and 0 <= value < 1),
+    "use_rslora": Setting(False, "true or false", lambda value: value in (None, True, False)),
+    "target_modules": Setting(None, "a list of names or a regular expression", _is_pattern),
 }
 
 
@@ -353,15 +365,14 @@ def _read_adapter_files(folder, with_head):
     if config.get("peft_type") != "LORA":
         raise AdapterError(f"{folder} holds a {config.get('peft_type')} adapter, only LORA is read here")
     has_head = HEAD_KEY in state
-    if has_head != with_head:
-        what = (
-            "is a reward model's, with a scalar head" if has_head else "is no reward model: it has no head score.weight"
-        )
-        raise AdapterError(f"the adapter in {folder} {what}")
+    if has_head and not with_head:
+        raise AdapterError(f"the adapter in {folder} is a reward model's, with a scalar head")
+    if with_head and not has_head:
+        raise AdapterError(f"the adapter in {folder} is no reward model: it has no head score.weight")
     saved = config.get("modules_to_save")
     if has_head and isinstance(saved, list) and all(name in ("classifier", "score") for name in saved):
         config["modules_to_save"] = None  # PEFT adds both names to what stands there, again at each save
-    plain = {  # what may stand there for the plain LoRA above
+    plain = {  # values of the plain LoRA above
         "bias": (None, "none"),
         "use_dora": (None, False),
         "init_lora_weights": (None, True, False, "gaussian"),  # PiSSA, OLoRA, ... change the base weights too
@@ -375,7 +386,8 @@ def _read_adapter_files(folder, with_head):
     for key, allowed in plain.items():
         if config.get(key) not in allowed:
             raise AdapterError(f"{folder} uses {key}={config[key]!r}, which this loader does not do")
-    for key, (default, what, is_right) in SETTINGS.items():
-        if not is_right(config.setdefault(key, default)):
-            raise AdapterError(f"{folder} says {key}={config[key]!r} in adapter_config.json, and it has to be {what}")
+    for key, setting in SETTINGS.items():
+        if not setting.is_right(config.setdefault(key, setting.default)):
+            wrong = f"{key}={config[key]!r}"
+            raise AdapterError(f"{folder} says {wrong} in adapter_config.json, and it has to be {setting.words}")
     return config, state

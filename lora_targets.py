@@ -80,9 +80,9 @@ def select_targets(model, target_modules=None):
     targets = [path for path in linears if matches(path, target_modules)]
     if not targets:
         wanted = target_modules if isinstance(target_modules, str) else " or ".join(target_modules)
-        known = ", ".join(_names(path for path in linears if _in_block(path)))
+        there_are = ", ".join(_names(path for path in linears if _in_block(path)))
         raise AdapterError(
-            f"no linear layer of this model is called {wanted}: names for --lora-target-modules are {known}"
+            f"no linear layer of this model is called {wanted}: names for --lora-target-modules are {there_are}"
         )
     if "score" in targets:
         raise AdapterError(
@@ -158,8 +158,9 @@ def left_out(model):
     lines, experts, own = [], _expert_weights(model), _with_own_forward(model)
     if experts:
         number = sum(weight.numel() for weight in experts.values())
-        what = f"{number:,} weights of experts ({', '.join(_names(experts))}) get no adapter"
-        lines.append(f"{what}: a parameter holds those of a whole block, and it is no linear layer")
+        weights = f"{number:,} weights of experts ({', '.join(_names(experts))})"
+        reason = "a parameter holds those of a whole block, and it is no linear layer"
+        lines.append(f"{weights} get no adapter: {reason}")
     for kind in sorted({type(module).__name__ for module in own.values()}):
         of_kind = [path for path, module in own.items() if type(module).__name__ == kind]
         lines.append(f"{len(of_kind)} {kind} ({', '.join(_names(of_kind))}) without an adapter: no plain nn.Linear")
@@ -173,7 +174,8 @@ def left_out(model):
 
 
 def _counted(paths):
-    return f"{len(paths)} linear layer{'s' * (len(paths) > 1)} ({', '.join(_names(paths))})"
+    layers = "linear layers" if len(paths) > 1 else "linear layer"
+    return f"{len(paths)} {layers} ({', '.join(_names(paths))})"
 
 
 def _names(paths):

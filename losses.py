@@ -61,20 +61,20 @@ PAIR_METRICS = """rewards/chosen rewards/rejected rewards/accuracies rewards/mar
 
 
 def pair_metrics(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps, beta):
-    """PAIR_METRICS of each pair, a list of (B,): TRL's names, and the change of each log-prob since the reference."""
+    """PAIR_METRICS of each pair {name: (B,)}: TRL's names, and the change of each log-prob since the reference."""
     chosen_change, rejected_change = policy_chosen_logps - ref_chosen_logps, policy_rejected_logps - ref_rejected_logps
     chosen_rewards, rejected_rewards = beta * chosen_change, beta * rejected_change
-    return [
-        chosen_rewards,
-        rejected_rewards,
-        chosen_rewards > rejected_rewards,  # strictly: 0, not 0.5, while policy = reference
-        chosen_rewards - rejected_rewards,
-        policy_chosen_logps,
-        policy_rejected_logps,
-        policy_chosen_logps > policy_rejected_logps,  # without the reference: what the model itself finds likelier
-        chosen_change,
-        rejected_change,
-    ]
+    return {
+        "rewards/chosen": chosen_rewards,
+        "rewards/rejected": rejected_rewards,
+        "rewards/accuracies": chosen_rewards > rejected_rewards,  # strictly: 0, not 0.5, while policy = reference
+        "rewards/margins": chosen_rewards - rejected_rewards,
+        "logps/chosen": policy_chosen_logps,
+        "logps/rejected": policy_rejected_logps,
+        "logps/accuracies": policy_chosen_logps > policy_rejected_logps,  # what the model itself finds likelier
+        "logps/chosen_change": chosen_change,
+        "logps/rejected_change": rejected_change,
+    }
 
 
 DISPLACEMENT = 4.0  # nats that chosen and rejected may both lose before the log says so
@@ -214,10 +214,10 @@ class Multiplier:
             self.at_cap = self.at_cap + 1 if self.log == self.bounds[1] else 0
 
     def state(self):
-        """What a checkpoint keeps, JSON; -inf stands as None."""
-        log = None if self.log == -math.inf else self.log
-        return [log, self.average, self.weight, self.skipped, self.at_cap]
+        """What a checkpoint keeps {name: number}; -inf, which JSON has not, stands as None."""
+        moved = {name: getattr(self, name) for name in ("average", "weight", "skipped", "at_cap")}
+        return moved | {"log": None if self.log == -math.inf else self.log}
 
     def load(self, state):
-        log, self.average, self.weight, self.skipped, self.at_cap = state
-        self.log = -math.inf if log is None else log
+        vars(self).update(state)
+        self.log = -math.inf if state["log"] is None else state["log"]

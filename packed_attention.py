@@ -66,7 +66,7 @@ class PairLayout:
     """Where the pairs of a packed row stand, and the attention masks of their rejected branches."""
 
     def __init__(self, segments, ask_reach=False):
-        self.segments = segments  # per pair (prompt start, chosen start, rejected start, end)
+        self.segments = segments  # of PackedPairs
         self.masks = {}  # the same in every layer, so built once: (queries, keys, reach) -> mask
         self.calls = 0
         self.ask_reach = ask_reach  # the layers are to note their reach, which they are given in the place of a mask
@@ -121,17 +121,33 @@ def packed_attention(module, query, key, value, attention_mask, pair_layout=None
         mask = pair_layout.mask(q.shape[2], k.shape[2], None if whole else reach, q)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scaling)
 
-    # By split, whose backward is one cat; that of a slice is a tensor of zeros as large as the whole, for each slice.
-    bounds = [(split - start, again - split, end - again) for start, split, again, end in pair_layout.segments]
-    branches = [size for prompt, chosen, rejected in bounds for size in (prompt + chosen, rejected)]
-    prompts = [size for prompt, chosen, rejected in bounds for size in (prompt, chosen + rejected)]
-    parts = [x.split(branches, 2)[branch::2] for branch in (0, 1) for x in (query, key, value)]
-    parts += [x.split(prompts, 2)[::2] for x in (key, value)]
+    segments = pair_layout.segments
+    chosen_starts = [segment.chosen_start for segment in segments]
+    rejected_starts = [segment.rejected_start for segment in segments]
+    prompt_and_chosen_q, rejected_q = cut_pairs(query, segments, rejected_starts)
+    prompt_and_chosen_k, rejected_k = cut_pairs(key, segments, rejected_starts)
+    prompt_and_chosen_v, rejected_v = cut_pairs(value, segments, rejected_starts)
+    prompt_k, _ = cut_pairs(key, segments, chosen_starts)
+    prompt_v, _ = cut_pairs(value, segments, chosen_starts)
     outputs = []
-    for q, k, v, rejected_q, rejected_k, rejected_v, prompt_k, prompt_v in zip(*parts, strict=True):
-        outputs.append(attend(q, k, v))  # prompt + chosen
-        outputs.append(attend(rejected_q, torch.cat((prompt_k, rejected_k), 2), torch.cat((prompt_v, rejected_v), 2)))
+    for i in range(len(segments)):
+        outputs.append(attend(prompt_and_chosen_q[i], prompt_and_chosen_k[i], prompt_and_chosen_v[i]))
+        seen_k = torch.cat((prompt_k[i], rejected_k[i]), dim=2)
+        seen_v = torch.cat((prompt_v[i], rejected_v[i]), dim=2)
+        outputs.append(attend(rejected_q[i], seen_k, seen_v))
     return torch.cat(outputs, dim=2).transpose(1, 2).contiguous(), None
+
+
+def cut_pairs(x, segments, borders):
+    """The tokens of each pair in x (1, heads, T, D), cut in two at its border: all first parts, and all second parts.
+
+    By split, whose backward is one cat; that of a slice is a tensor of zeros as large as the whole, for each slice.
+    """
+    sizes = []
+    for segment, border in zip(segments, borders):
+        sizes += [border - segment.prompt_start, segment.end - border]
+    parts = x.split(sizes, dim=2)
+    return parts[::2], parts[1::2]
 
 
 def takes_groups(query):
@@ -157,9 +173,7 @@ def attention_by_hand(query, key, value, mask, scaling=None):
     return torch.bmm(scores.softmax(-1), value[0]).view(shape)
 
 
-for name, mask_of in (
-    ("packed_pairs", sdpa_mask),
-    ("packed_pairs_asked", reach_mask),
-):  # sdpa_mask: without pair_layout
-    AttentionInterface.register(name, packed_attention)
-    AttentionMaskInterface.register(name, mask_of)
+AttentionInterface.register("packed_pairs", packed_attention)
+AttentionMaskInterface.register("packed_pairs", sdpa_mask)  # for passes without pair_layout
+AttentionInterface.register("packed_pairs_asked", packed_attention)
+AttentionMaskInterface.register("packed_pairs_asked", reach_mask)

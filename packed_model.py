@@ -11,7 +11,7 @@ equal those of sequences scored one by one to 1e-12 (tests/test_packed_model.py)
 Legend: B pairs, T tokens of a packed row, N response tokens, V vocabulary, H hidden size.
 """
 
-from functools import partial, reduce
+from functools import partial
 
 import torch
 from torch import nn
@@ -37,13 +37,16 @@ class TokenLogps(torch.autograd.Function):
     @staticmethod
     def forward(ctx, states, weight, targets, softcap, chunk, reference):
         ctx.frozen_head, ctx.softcap = not ctx.needs_input_grad[1], softcap
-        ctx.reference, ctx.chunk = None if ctx.frozen_head else reference, chunk // 2 if reference else chunk
+        ctx.reference = None if ctx.frozen_head else reference
+        ctx.chunk = chunk // 2 if reference else chunk
         wide = torch.promote_types(states.dtype, torch.float32)
         numbers = torch.empty(2 if reference else 1, len(states), dtype=wide, device=states.device)
         directed = ctx.needs_input_grad[0] and ctx.frozen_head
-        directions = [torch.empty_like(states) for _ in numbers] if directed else []
+        directions = [torch.empty_like(states) for _ in numbers] if directed else []  # d numbers / d states
         for rows in _pieces(states, ctx.chunk):
-            numbers[:, rows], gradients = _numbers(states, weight, targets, softcap, reference, rows, directed)
+            of_rows, gradients = _numbers_of(states, weight, targets, softcap, reference, rows, directed)
+            for number, of_row in zip(numbers, of_rows):
+                number[rows] = of_row
             for direction, gradient in zip(directions, gradients):
                 direction[rows] = gradient if weight is None else gradient.to(weight.dtype) @ weight
         ctx.save_for_backward(*(directions if ctx.frozen_head else (states, weight, targets)))
@@ -58,7 +61,7 @@ class TokenLogps(torch.autograd.Function):
         grad_states = torch.empty_like(states)
         grad_weight = torch.zeros_like(weight, dtype=grads.dtype)
         for rows in _pieces(states, ctx.chunk):
-            gradients = _numbers(states, weight, targets, ctx.softcap, ctx.reference, rows, True)[1]
+            _, gradients = _numbers_of(states, weight, targets, ctx.softcap, ctx.reference, rows, True)
             gradient = _weighted(gradients, grads[:, rows]).to(weight.dtype)  # (n, V)
             grad_states[rows] = gradient @ weight
             grad_weight += gradient.t() @ states[rows]
@@ -70,8 +73,9 @@ def _pieces(states, chunk):
 
 
 def _weighted(directions, grads):
-    """The sum of directions (n, ...) times grads (n,), one for each, in the type of the directions."""
-    return reduce(torch.add, [(way * grad[:, None]).to(way.dtype) for way, grad in zip(directions, grads)])
+    """The sum of one or two directions (n, ...), each times its grads (n,), in the type of the directions."""
+    scaled = [(direction * grad[:, None]).to(direction.dtype) for direction, grad in zip(directions, grads)]
+    return scaled[0] + scaled[1] if len(scaled) == 2 else scaled[0]
 
 
 def _capped_logits(states, weight, softcap):
@@ -84,29 +88,58 @@ def _capped_logits(states, weight, softcap):
     return bounded * softcap, 1 - bounded**2
 
 
-def _numbers(states, weight, targets, softcap, reference, rows, with_gradient):
-    """Of the tokens `rows`: log-probs and KLs (1 or 2, n), and their derivatives by the raw logits, each (n, V).
-
-    log softmax's is onehot - p, the KL's p (log p - log q - KL), times the slope of the cap; in place, as memory
-    traffic over V is what the head costs beside its products.
+def _numbers_of(states, weight, targets, softcap, reference, rows, with_gradient):
+    """Of the tokens `rows`: [log-probs] or [log-probs, KLs], (n,) each, and their derivatives by the raw logits, (n, V)
+    each, or [].
     """
     logits, slope = _capped_logits(states[rows], weight, softcap)
     targets = targets[rows, None]
-    at_target = logits.sub_(logits.amax(-1, keepdim=True)).gather(-1, targets)
-    exponentials = logits.exp() if reference else logits.exp_()
-    total = exponentials.sum(-1, keepdim=True)
-    numbers, gradients = (at_target - total.log()).t(), []
     if reference:
-        log_q = _capped_logits(reference[0][rows], *reference[1:])[0]
-        log_q.sub_(log_q.amax(-1, keepdim=True))
-        log_q.sub_(log_q.exp().sum(-1, keepdim=True).log())  # as log p: where both are the same, to the last bit
-        differences, probabilities = logits.sub_(total.log()).sub_(log_q), exponentials / total
-        kl = (probabilities * differences).sum(-1, keepdim=True)
-        numbers, gradients = torch.cat((numbers, kl.t())), [probabilities.mul_(differences.sub_(kl))]
+        reference_states, reference_weight, reference_softcap = reference
+        reference_logits = _capped_logits(reference_states[rows], reference_weight, reference_softcap)[0]
+        numbers, gradients = _log_probs_and_kl(logits, reference_logits, targets, with_gradient)
+    else:
+        numbers, gradients = _log_probs(logits, targets, with_gradient)
+    if slope is not None:
+        gradients = [gradient.mul_(slope) for gradient in gradients]
+    return [number[:, 0] for number in numbers], gradients
+
+
+# In place: memory traffic over V is what the head costs beside its products.
+
+
+def _log_probs(logits, targets, with_gradient):
+    """[log p(target)] (n, 1), and [onehot - p] (n, V), its derivative by the logits (n, V), which are used up."""
+    logits.sub_(logits.amax(-1, keepdim=True))
+    at_target = logits.gather(-1, targets)
+    exponentials = logits.exp_()
+    total = exponentials.sum(-1, keepdim=True)
     if not with_gradient:
-        return numbers, []
-    gradients.insert(0, exponentials.div_(-total).scatter_add_(-1, targets, torch.ones_like(total)))
-    return numbers, gradients if slope is None else [gradient.mul_(slope) for gradient in gradients]
+        return [at_target - total.log()], []
+    return [at_target - total.log()], [_onehot_minus_p(exponentials, total, targets)]
+
+
+def _log_probs_and_kl(logits, reference_logits, targets, with_gradient):
+    """[log p(target), KL(p || q)], (n, 1) each, and [onehot - p, p (log p - log q - KL)], (n, V) each, their
+    derivatives by the logits; q is the reference's.  Both logits are used up.
+    """
+    logits.sub_(logits.amax(-1, keepdim=True))
+    at_target = logits.gather(-1, targets)
+    exponentials = logits.exp()
+    total = exponentials.sum(-1, keepdim=True)
+    log_q = reference_logits.sub_(reference_logits.amax(-1, keepdim=True))
+    log_q.sub_(log_q.exp().sum(-1, keepdim=True).log())  # as log p: where both are the same, to the last bit
+    log_ratios = logits.sub_(total.log()).sub_(log_q)
+    probabilities = exponentials / total
+    kl = (probabilities * log_ratios).sum(-1, keepdim=True)
+    if not with_gradient:
+        return [at_target - total.log(), kl], []
+    kl_gradient = probabilities.mul_(log_ratios.sub_(kl))
+    return [at_target - total.log(), kl], [_onehot_minus_p(exponentials, total, targets), kl_gradient]
+
+
+def _onehot_minus_p(exponentials, total, targets):
+    return exponentials.div_(-total).scatter_add_(-1, targets, torch.ones_like(total))
 
 
 def token_logps(states, weight, targets, softcap=None, chunk=HEAD_CHUNK, reference=None):
@@ -173,21 +206,26 @@ def _head_weight(model):
 def _sequences(batch):
     """Each pair's two sequences as (prompt, response) ids: all chosen ones, then all rejected."""
     ids = batch.input_ids[0]
-    chosen = [(ids[start:split], ids[split:again]) for start, split, again, _ in batch.segments]
-    return chosen + [(ids[start:split], ids[again:end]) for start, split, again, end in batch.segments]
+    prompts = [ids[segment.prompt_start : segment.chosen_start] for segment in batch.segments]
+    chosen = [ids[segment.chosen_start : segment.rejected_start] for segment in batch.segments]
+    rejected = [ids[segment.rejected_start : segment.end] for segment in batch.segments]
+    return list(zip(prompts + prompts, chosen + rejected, strict=True))
 
 
 def plain_states(model, batch):
     """response_states the plain way: one sequence at a time, the model's own logits (N, V).  Oracle and fallback."""
-    ids = ((len(prompt), torch.cat((prompt, response))[None]) for prompt, response in _sequences(batch))
-    logits = [model(input_ids=row, use_cache=False).logits[0, split - 1 : -1] for split, row in ids]
-    return torch.cat(logits)[: len(batch.targets)], None, None  # of no pairs: none
+    predictions = []
+    for prompt, response in _sequences(batch):
+        logits = model(input_ids=torch.cat((prompt, response))[None], use_cache=False).logits[0]
+        predictions.append(logits[len(prompt) - 1 : -1])
+    return torch.cat(predictions)[: len(batch.targets)], None, None  # a batch of no pairs has a made-up one: dropped
 
 
 def _sum_responses(numbers, batch):
     """Per token (N,) or (2, N) -> sums over each response, 2 or 4 tensors (B,)."""
     sums = torch.stack([response.sum(-1) for response in numbers.split(batch.lengths or (0, 0), dim=-1)], dim=-1)
-    sums = sums.reshape(-1, len(batch.segments))[:, : len(batch.lengths) // 2]  # of no pairs: none
+    sums = sums.reshape(-1, len(batch.segments))  # a row for chosen, for rejected, and so for their KLs
+    sums = sums[:, : len(batch.lengths) // 2]  # a batch of no pairs has a made-up one: dropped
     return tuple(side.clone() for side in sums)  # FSDP2 hooks into what leaves a model: not into a view
 
 
@@ -215,7 +253,7 @@ def _ends(model, batch, layout=None):
         return _packed_hidden(model, batch, layout)[batch.ends]
     ids = (torch.cat(pair)[None] for pair in _sequences(batch))
     ends = [backbone(model)(input_ids=row, use_cache=False).last_hidden_state[:, -1] for row in ids]
-    return torch.cat(ends)[: len(batch.ends)]  # of no pairs: none
+    return torch.cat(ends)[: len(batch.ends)]  # a batch of no pairs has a made-up one: dropped
 
 
 # -- the choice of path -------------------------------------------------------------------------------------------
@@ -258,7 +296,7 @@ def prepare_scores(model):
 def _check_head(model):
     """Raise CannotPack unless the model's logits are its last hidden states times one matrix, capped or not."""
     batch = packed_probe.probe_batch(model)
-    ids = batch.input_ids[:, : batch.segments[0][2]]
+    ids = batch.input_ids[:, : batch.segments[0].rejected_start]
     logits = model(input_ids=ids, use_cache=False).logits[0].float()
     hidden = backbone(model)(input_ids=ids, use_cache=False).last_hidden_state[0]
     ours = _capped_logits(hidden, _head_weight(model), final_softcap(model))[0]

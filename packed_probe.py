@@ -2,8 +2,10 @@
 sequence at a time; and whether it can be trained at all: causal, and in train mode the network that it is in eval mode.
 """
 
+import itertools
 from contextlib import contextmanager
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -29,10 +31,11 @@ def probe_batch(model):
     windows = [value for value in windows if type(value) is int and value <= LONGEST_WINDOW]
     positions = getattr(config, "max_position_embeddings", None) or LONGEST_WINDOW
     longer = max(0, min(max(windows, default=0), positions - sum(LENGTHS[0])))
-    vocabulary, sizes = model.get_input_embeddings().num_embeddings, [list(each) for each in LENGTHS]
-    sizes[0][0] += longer
-    ids = iter([(7919 * place + 31) % vocabulary for place in range(sum(map(sum, sizes)))])
-    return pack([[[next(ids) for _ in range(size)] for size in each] for each in sizes], model.device)
+    vocabulary = model.get_input_embeddings().num_embeddings
+    ids = ((7919 * place + 31) % vocabulary for place in itertools.count())
+    (prompt, chosen, rejected), second = LENGTHS
+    lengths = [(prompt + longer, chosen, rejected), second]
+    return pack([[[next(ids) for _ in range(length)] for length in pair] for pair in lengths], model.device)
 
 
 def choose_path(model, numbers, plain_states, packed_states, check=None):
@@ -75,8 +78,8 @@ def tolerance(model):
     return 1e-3 if model.dtype in (torch.float32, torch.float64) else 0.05
 
 
-def distance(found, expected):
-    return ((found - expected).norm() / expected.norm()).item()
+def distance(numbers, expected):
+    return ((numbers - expected).norm() / expected.norm()).item()
 
 
 def refuse_differences(model, numbers, packed_states, batch, expected):
@@ -100,25 +103,25 @@ def refuse_differences(model, numbers, packed_states, batch, expected):
     if not difference <= tolerance(model):
         raise CannotPack(f"the numbers of a test pair differ by {difference:.2g} of their size")
     # Rounding can hide a small leak in the numbers.  In a gradient it cannot: that of what is not seen is exactly 0.
-    (start, split, again, _), (other, its_split, its_again, its_end) = batch.segments
-    chosen = range(start, again - 1)  # with its prompt; of the last token nothing is to be seen
-    rejected = [*range(other, its_split), *range(its_again, its_end - 1)]
+    first, second = batch.segments
+    chosen = [*range(first.prompt_start, first.rejected_start - 1)]  # with its prompt, without what nobody may see
+    rejected = [*range(second.prompt_start, second.chosen_start), *range(second.rejected_start, second.end - 1)]
     with embeddings_kept(model) as kept:
         states = packed_states(batch, PairLayout(batch.segments))
-        for rows, what in ((chosen, "chosen"), (rejected, "rejected")):
-            if not leak(states, kept[0], list(rows)) <= EXACT:
-                raise CannotPack(f"{what} responses depend on tokens outside of their own sequence")
+        for side, rows in (("chosen", chosen), ("rejected", rejected)):
+            if not leak(states, kept[0], rows) <= EXACT:
+                raise CannotPack(f"{side} responses depend on tokens outside of their own sequence")
 
 
 def refuse_later_tokens(model, plain_states, batch):
     """Raise ModelError where what a model says of a token depends on a later one."""
-    ids = batch.input_ids[:, : batch.segments[0][2]]
+    ids = batch.input_ids[:, : batch.segments[0].rejected_start]
     with embeddings_kept(model) as kept:
         try:
-            found = leak(plain_states(ids), kept[0], list(range(ids.shape[1] // 2)))
+            leaked = leak(plain_states(ids), kept[0], list(range(ids.shape[1] // 2)))
         except (RuntimeError, IndexError):  # it has no gradient by its embeddings, and cannot be trained anyway
             return
-    if found > EXACT:
+    if leaked > EXACT:
         raise not_causal(name_of(model))
 
 
@@ -150,9 +153,9 @@ def leak(states, embeddings, rows):
     direction = torch.randn(states.shape[-1], generator=torch.Generator().manual_seed(0)).to(states)
     gradient = torch.autograd.grad((states[rows] * direction).sum(), embeddings, retain_graph=True)[0]
     sizes = gradient[0].float().norm(dim=-1)
-    theirs = torch.zeros(len(sizes), dtype=torch.bool, device=sizes.device)
-    theirs[rows] = True
-    return (sizes[~theirs].max() / sizes[theirs].max()).item()
+    is_own = torch.zeros(len(sizes), dtype=torch.bool, device=sizes.device)
+    is_own[rows] = True
+    return (sizes[~is_own].max() / sizes[is_own].max()).item()
 
 
 # -- train mode ------------------------------------------------------------------------------------------------------
@@ -170,103 +173,117 @@ def disable_dropout(model):
 
 def no_dropout(holder):
     """Set the numbers of a module or config that a forward hands to F.dropout to 0; returns whether one was not."""
-    found = [name for name, value in vars(holder).items() if "drop" in name and isinstance(value, float) and value]
-    for name in found:
+    names = [name for name, value in vars(holder).items() if "drop" in name and isinstance(value, float) and value]
+    for name in names:
         setattr(holder, name, 0.0)
-    return bool(found)
+    return bool(names)
 
 
 def settle_train_mode(model, numbers):
     """See to it that numbers() is the same in train mode as in eval mode; returns what there is to say.
 
-    A module that draws chance, or else computes otherwise in train mode (routers of some mixtures do), is kept in eval
-    mode for good.  Raises ModelError where that does not help.
+    A module that draws random numbers, or else computes otherwise in train mode (routers of some mixtures do), is kept
+    in eval mode for good.  Raises ModelError where that does not help.
     """
-    held, expected = [], _in_mode(model, numbers, training=False)[0]
+    kept, expected = [], _in_mode(model, numbers, training=False)[0]
+    if not expected.isfinite().all():
+        return ""  # NaN equals nothing, itself neither; the first numbers of the data say that the weights are broken
     while True:
-        found, drew = _in_mode(model, numbers, training=True)
-        if not drew and torch.equal(found, expected):
+        trained, drew = _in_mode(model, numbers, training=True)
+        if not drew and torch.equal(trained, expected):
             break
         path, module = at_fault(model, numbers)
-        if module not in (None, model) and not isinstance(module, GradientCheckpointingLayer):
-            for each in [each for each in model.modules() if type(each) is type(module)]:
-                keep_in_eval(each)
-            held.append(type(module).__name__)
+        is_one_part = module not in (None, model) and not isinstance(module, GradientCheckpointingLayer)
+        if is_one_part and type(module).__name__ not in kept:
+            for other in [other for other in model.modules() if type(other) is type(module)]:
+                keep_in_eval(other)
+            kept.append(type(module).__name__)
             continue
         if no_dropout(getattr(module, "config", model.config)):  # read in every forward (Falcon); it is saved so
             continue
         noise = distance(_in_mode(model, numbers, training=False)[0], expected)  # of sums in another order each time
-        if not drew and distance(found, expected) <= max(4 * noise, EXACT):
+        if not drew and distance(trained, expected) <= max(4 * noise, EXACT):
             break
-        where = f"its module {path} ({type(module).__name__})" if module is not None else "it"
+        culprit = f"its module {path} ({type(module).__name__})" if module is not None else "it"
         raise ModelError(
-            f"{name_of(model)} cannot be trained as it is, in train mode {where} "
+            f"{name_of(model)} cannot be trained as it is, in train mode {culprit} "
             f"{'draws chance' if drew else 'computes something else'} (log-probs of a test pair by "
-            f"{distance(found, expected):.2g} off): switch that off in its config.json"
+            f"{distance(trained, expected):.2g} off): switch that off in its config.json"
         )
-    return f"; {', '.join(held)}: in training too as in evaluation" if held else ""
+    return f"; {', '.join(kept)}: in training too as in evaluation" if kept else ""
 
 
 @torch.no_grad()
 def _in_mode(model, numbers, training):
-    """(numbers(), whether they drew chance), in train or in eval mode; LoRA's own dropout is off."""
+    """(numbers(), whether it drew random numbers), in train or in eval mode; LoRA's own dropout is off."""
     model.train(training)
     for module in model.modules():
         if hasattr(module, "lora_A"):
             module.eval()
     try:
         with torch.random.fork_rng([model.device] if model.device.type == "cuda" else []):
-            before = chance(model)
-            return numbers(), chance(model) != before
+            before = rng_states(model)
+            return numbers(), rng_states(model) != before
     finally:
         model.eval()
 
 
-def chance(model):
-    """The state of the generators that a pass of the model can draw from."""
+def rng_states(model):
+    """The states of the generators that a pass of the model can draw from."""
     states = [torch.get_rng_state()]
     if model.device.type == "cuda":
         states.append(torch.cuda.get_rng_state(model.device))
     return [state.numpy().tobytes() for state in states]
 
 
+class Call(NamedTuple):
+    """A call of a module's forward; of its tensors two sums each, to tell them apart."""
+
+    path: str
+    inputs: list
+    outputs: list
+    drew: bool  # whether it drew random numbers
+
+
 def at_fault(model, numbers):
-    """(path, module), the innermost one that in train mode draws chance, or for the same inputs has another output than
-    in eval mode; (None, None) if there is none.
+    """(path, module), the innermost one that in train mode draws random numbers, or for the same inputs has another
+    output than in eval mode; (None, None) if there is none.
     """
-    calls, open_calls = [], []  # calls in the order in which they end
+    calls, open_calls = [], []  # calls in the order in which they end; of open ones the inputs and RNG states
 
     def sums(values):
-        tensors = [x for x in tree_leaves(values) if isinstance(x, torch.Tensor)]
-        return [(x.double().sum().item(), x.double().square().sum().item()) for x in tensors]
+        tensors = [x.double().nan_to_num(0, 0, 0) for x in tree_leaves(values) if isinstance(x, torch.Tensor)]
+        return [(x.sum().item(), x.square().sum().item()) for x in tensors]
 
     def begin(module, args, kwargs):
-        open_calls.append((sums((args, kwargs)), chance(model)))
+        open_calls.append((sums((args, kwargs)), rng_states(model)))
 
     def end(module, args, output, path):
         inputs, before = open_calls.pop()
-        calls.append((path, inputs, sums(output), chance(model) != before))
+        calls.append(Call(path, inputs, sums(output), rng_states(model) != before))
+
+    def calls_in_mode(training):
+        calls.clear()
+        _in_mode(model, numbers, training)
+        return list(calls)
 
     hooks = []
     for path, module in model.named_modules():
         hooks.append(module.register_forward_pre_hook(begin, with_kwargs=True))
         hooks.append(module.register_forward_hook(partial(end, path=path)))
     try:
-        passes = []
-        for training in (False, True):
-            _in_mode(model, numbers, training)
-            passes.append(list(calls))
-            calls.clear()
+        eval_calls, train_calls = calls_in_mode(training=False), calls_in_mode(training=True)
     finally:
         for hook in hooks:
             hook.remove()
-    in_eval = {}
-    for path, inputs, output, _ in passes[0]:
-        in_eval.setdefault(path, []).append((inputs, output))
-    for path, inputs, output, drew in passes[1]:
-        as_expected = in_eval[path].pop(0) if in_eval.get(path) else (None, None)
-        if drew or (inputs == as_expected[0] and output != as_expected[1]):
-            return path, model.get_submodule(path)
+    eval_calls_of = {}
+    for call in eval_calls:
+        eval_calls_of.setdefault(call.path, []).append(call)
+    for call in train_calls:
+        same = eval_calls_of[call.path].pop(0) if eval_calls_of.get(call.path) else None
+        differs = same is not None and call.inputs == same.inputs and call.outputs != same.outputs
+        if call.drew or differs:
+            return call.path, model.get_submodule(call.path)
     return None, None
 
 

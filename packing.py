@@ -8,12 +8,14 @@ Legend: B pairs, T tokens of a packed row, N response tokens of a packed row.
 """
 
 from dataclasses import dataclass
+from itertools import chain
+from typing import NamedTuple
 
 import torch
 
 
 def epoch_plan(indices, epoch, seed, batch_size, accumulation, ranks, lengths=None, budget=0):
-    """The updates of one epoch over pairs `indices`: a list of (pairs in the update, passes of each rank).
+    """The updates of one epoch over pairs `indices`: a list of (number of pairs, passes of each rank).
 
     One shuffle that every rank computes alike.  An update is batch_size * accumulation * ranks pairs, the last
     one what is left; rank r takes every ranks-th pair from r, in passes of batch_size pairs or, with a budget, of
@@ -37,15 +39,19 @@ def rows_of_run(plan_epoch, num_updates, held_out):
 
     plan_epoch(epoch): epoch_plan.  The first epoch has all that later ones have.
     """
-    ranks = [rank for _, ranks in plan_epoch(epoch=0)[:num_updates] for rank in ranks]
-    return sorted({*held_out, *(i for rank in ranks for indices in rank for i in indices)})
+    needed = set(held_out)
+    for _, passes_of_each_rank in plan_epoch(epoch=0)[:num_updates]:
+        for passes_of_one in passes_of_each_rank:
+            needed.update(*passes_of_one)
+    return sorted(needed)
 
 
 def joined(helpful, harmless):
     """The pairs of both files, and the directions of their labels, [helpful, harmless] each: 1 as the pair stands, -1
     the other way, 0 none.  A pair that both files have, in either order, is one row with two labels.
     """
-    pairs, labels, places = list(helpful), [[1, 0] for _ in helpful], {}
+    pairs, labels = list(helpful), [[1, 0] for _ in helpful]
+    places = {}  # (prompt, chosen, rejected) -> place of the pair
     for place, pair in enumerate(helpful):
         places.setdefault(tuple(map(tuple, pair[:3])), place)
     for pair in harmless:
@@ -66,25 +72,27 @@ def passes(indices, batch_size, lengths=None, budget=0):
     """
     if not budget:
         return [list(indices[start : start + batch_size]) for start in range(0, len(indices), batch_size)]
-    rows, room = [], []
+    lists, room = [], []  # room: tokens that each list has left
     for index in sorted(indices, key=lambda index: -lengths[index]):
-        fits = next((row for row, left in enumerate(room) if lengths[index] <= left), None)
-        if fits is None:
-            fits = len(rows)
-            rows.append([])
+        place = next((place for place, left in enumerate(room) if lengths[index] <= left), None)
+        if place is None:
+            place = len(lists)
+            lists.append([])
             room.append(budget)
-        rows[fits].append(index)
-        room[fits] -= lengths[index]
-    return rows
+        lists[place].append(index)
+        room[place] -= lengths[index]
+    return lists
 
 
 def passes_of_ranks(indices, ranks, batch_size, lengths=None, budget=0):
     """The passes of each rank over its share of the pairs, every ranks-th; as many of them on each, if need be empty
     ones: where the weights are sharded, no rank goes through the model without the others.
     """
-    shares = [passes(indices[rank::ranks], batch_size, lengths, budget) for rank in range(ranks)]
-    most = max(map(len, shares))
-    return [share + [[]] * (most - len(share)) for share in shares]
+    of_ranks = [passes(indices[rank::ranks], batch_size, lengths, budget) for rank in range(ranks)]
+    most = max(len(of_rank) for of_rank in of_ranks)
+    for of_rank in of_ranks:
+        of_rank += [[] for _ in range(most - len(of_rank))]
+    return of_ranks
 
 
 def passes_of_rank(indices, rank, ranks, batch_size, lengths=None, budget=0):
@@ -94,7 +102,9 @@ def passes_of_rank(indices, rank, ranks, batch_size, lengths=None, budget=0):
 
 def largest_pass(ranks, batch_size, lengths, budget):
     """The most tokens that a pass can have, whatever the shuffle, on any number of ranks."""
-    return min(max(budget, *lengths, 0), sum(lengths)) if budget else sum(sorted(lengths)[-batch_size:])
+    if not budget:
+        return sum(sorted(lengths)[-batch_size:])
+    return min(max([budget, *lengths]), sum(lengths))  # a pair beyond the budget has a pass of its own
 
 
 def hold_out(pairs, num_samples, seed):
@@ -112,13 +122,29 @@ def hold_out(pairs, num_samples, seed):
     return [index for index in range(len(pairs)) if index not in held], sorted(held)
 
 
+class Segment(NamedTuple):
+    """Where a pair stands in a packed row: first tokens, and one behind the last.
+
+    prompt_start    chosen_start    rejected_start    end
+    v               v               v                 v
+    p0  p1  p2      c0  c1  c2      r0  r1            the next pair
+    0   1   2       3   4   5       3   4             position: rejected ones restart at the end of the prompt
+            c0, r0  c1  c2          r1                what the hidden state there predicts
+    """
+
+    prompt_start: int
+    chosen_start: int
+    rejected_start: int
+    end: int
+
+
 @dataclass(frozen=True)
 class PackedPairs:
     """B pairs in one row of T tokens without padding; N response tokens, all chosen ones first, then all rejected."""
 
     input_ids: torch.Tensor  # (1, T)
-    position_ids: torch.Tensor  # (1, T)  rejected positions restart at the end of the prompt
-    segments: tuple  # per pair (prompt start, chosen start, rejected start, end) in T
+    position_ids: torch.Tensor  # (1, T)
+    segments: tuple  # the Segment of each pair
     predictors: torch.Tensor  # (N,)  where in T the hidden state is that predicts each response token
     ends: torch.Tensor  # (2B,)  where in T the last token of each chosen, then of each rejected response is
     targets: torch.Tensor  # (N,)  the response tokens
@@ -128,28 +154,31 @@ class PackedPairs:
 
 def pack(pairs, device="cpu"):
     """Pairs -> PackedPairs on `device`; of no pairs a row of three tokens from which nothing is asked."""
-    pairs, empty = pairs or [([0], [0], [0])], not pairs
     input_ids, position_ids, segments = [], [], []
-    predictors, targets = ([], []), ([], [])  # of chosen, of rejected
-    for prompt, chosen, rejected, *_ in pairs:
-        start = len(input_ids)
-        split, again = start + len(prompt), start + len(prompt) + len(chosen)
-        input_ids += prompt + chosen + rejected
-        position_ids += [*range(len(prompt) + len(chosen)), *range(len(prompt), len(prompt) + len(rejected))]
-        segments.append((start, split, again, len(input_ids)))
+    of_chosen, of_rejected = [], []  # predictors
+    for prompt, chosen, rejected, *_ in pairs or [([0], [0], [0])]:
+        prompt_start = len(input_ids)
+        chosen_start = prompt_start + len(prompt)
+        rejected_start = chosen_start + len(chosen)
+        end = rejected_start + len(rejected)
+        segments.append(Segment(prompt_start, chosen_start, rejected_start, end))
+        input_ids += [*prompt, *chosen, *rejected]
+        position_ids += range(len(prompt) + len(chosen))
+        position_ids += range(len(prompt), len(prompt) + len(rejected))
         # The last prompt token predicts the first token of both responses.
-        predictors[0].extend(range(split - 1, again - 1))
-        predictors[1].extend([split - 1, *range(again, len(input_ids) - 1)])
-        targets[0].extend(chosen)
-        targets[1].extend(rejected)
+        of_chosen += range(chosen_start - 1, rejected_start - 1)
+        of_rejected += [chosen_start - 1, *range(rejected_start, end - 1)]
+    predictors = of_chosen + of_rejected
+    responses = [pair[1] for pair in pairs] + [pair[2] for pair in pairs]
+    targets = [token for response in responses for token in response]
+    lengths = [len(response) for response in responses]
+    ends = [segment.rejected_start - 1 for segment in segments] + [segment.end - 1 for segment in segments]
+    if not pairs:
+        predictors, ends = [], []
 
-    lengths = [len(response) for side in (1, 2) for response in (pair[side] for pair in pairs)]
-    ends = [segment[side] - 1 for side in (2, 3) for segment in segments]
-    fields = input_ids, position_ids, predictors[0] + predictors[1], ends, targets[0] + targets[1], lengths
-    if empty:
-        fields, lengths = (input_ids, position_ids, [], [], [], []), []
-    numbers = send(torch.tensor([number for field in fields for number in field]), device)  # one copy for all
-    input_ids, position_ids, *others = numbers.split([len(field) for field in fields])
+    columns = input_ids, position_ids, predictors, ends, targets, lengths
+    numbers = send(torch.tensor(list(chain(*columns))), device)  # one copy for all
+    input_ids, position_ids, *others = numbers.split([len(column) for column in columns])
     return PackedPairs(input_ids[None], position_ids[None], tuple(segments), *others, tuple(lengths))
 
 
@@ -158,3 +187,8 @@ def send(tensor, device):
     if torch.device(device).type == "cuda":
         return tensor.pin_memory().to(device, non_blocking=True)
     return tensor.to(device)
+
+
+def of_pairs(facts, indices, device):
+    """Of a NamedTuple of tensors (N,) on the CPU the rows of some pairs, (B,) each, on `device`: one copy for all."""
+    return type(facts)(*send(torch.stack(facts)[:, indices], device))

@@ -1,7 +1,8 @@
 """Preference rows of a known shape -> texts -> token ids.
 
-rows   of a file or a dataset (row_files.py)
-texts  (prompt, chosen, rejected): strings as they stand, or messages through the chat template (preference_rows.py)
+rows   of a file or a dataset (formats/row_files.py)
+texts  (prompt, chosen, rejected): strings as they stand, or messages through the chat template
+       (formats/preference_rows.py)
 pairs  prompt_ids, chosen_ids, rejected_ids: a response ends in exactly one end token and carries the loss
 """
 
@@ -10,11 +11,11 @@ import hashlib
 import itertools
 import json
 from collections import Counter
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from formats.chat_text import (
     PreferenceError,
-    as_messages,
     cut_chat,
     encode_pair,
     full_texts,
@@ -28,6 +29,7 @@ from formats.chat_text import (
 from formats.preference_rows import harm_labels, recognise, row_texts
 from formats.row_files import DataError, Malformed, Unusable, parse_row, read_rows
 from formats.row_prompts import common_prefix, shortened
+from formats.row_shapes import Shape
 
 
 class Pair(NamedTuple):
@@ -39,25 +41,41 @@ class Pair(NamedTuple):
     end: int | None = None  # the token that ends its responses, where it is not the tokenizer's end-of-sequence
 
 
-def check_tools(row, tokenizer):
-    """Raise Malformed where the chat template leaves out the tools of a row (Texts of messages), or a call of one."""
+class TextRow(NamedTuple):
+    """A row before it is tokenised."""
 
-    def text(messages, args):
-        with contextlib.suppress(Malformed):
-            return render(messages, tokenizer, **args)
-        return None  # a template that misses them reads them
+    where: str  # file:line
+    labels: tuple | None  # as in Pair
+    prompt: str | list  # a string or messages, and so the responses
+    chosen: str | list
+    rejected: str | list
+    template_args: dict  # for the chat template
+    texts: list  # that are tokenised: full_texts
 
-    args = row.template_args
-    for response in (row.chosen, row.rejected):
-        turns = row.prompt + response
-        plain = [{key: value for key, value in message.items() if key != "tool_calls"} for message in turns]
-        no_tools = {key: value for key, value in args.items() if key != "tools"}
-        for name, messages, more in (("tool_calls", plain, args), ("tools", turns, no_tools)):
-            if (messages, more) != (turns, args) and text(messages, more) == text(turns, args) is not None:
-                raise Malformed(f"the chat template does not read `{name}`: write them as text, or remove them")
+    @property
+    def is_chat(self):
+        return isinstance(self.prompt, list)
 
 
-ROWS_AT_ONCE = 256  # to the tokenizer, whose working memory is many times the text
+@dataclass
+class Account:
+    """What became of the rows of a source."""
+
+    shape: Shape | None = None  # of the first row
+    num_rows: int = 0
+    left_out: Counter = field(default_factory=Counter)  # reason -> rows that became no pair
+    first_left_out: str = ""  # where, and why
+    unread: Counter = field(default_factory=Counter)  # column of text that nothing reads -> rows
+    num_cut: int = 0  # pairs that were too long
+    num_merged: int = 0  # pairs in which a token spans the seam of prompt and response
+    notes: dict = field(default_factory=dict)  # what a chat template changes -> places of the rows
+
+    def leave_out(self, reason, where, problem):
+        self.left_out[reason] += 1
+        self.first_left_out = self.first_left_out or f"{where}: {problem}"
+
+    def reasons(self):
+        return ", ".join(f"{count} because {reason}" for reason, count in self.left_out.most_common())
 
 
 def load_pairs(
@@ -79,87 +97,154 @@ def load_pairs(
     usable pair is left.  Unusable rows are counted by reason, and the first one left out is named.
     Needs max_prompt_length < max_length, so that a cut leaves something of every response.
     """
-    shape, rows, left_out, unread, first = None, [], Counter(), Counter(), ""
-    for where, row in itertools.islice(read_rows(source), limit or None):
+    account = Account()
+    rows = read_texts(source, tokenizer, max_length, limit, skip_invalid, chat_template_strings, prefer, account)
+    pairs = encode(rows, tokenizer, max_length, max_prompt_length, prefer, account)
+    if not pairs:
+        reasons = account.reasons() or "the file is empty"
+        raise DataError(f"{source} has {account.num_rows} rows and no usable pair ({reasons})")
+    enough = " (as many as are read by default; --num-samples 0: all)" if by_default else " (as many as asked for)"
+    read = f"{account.num_rows:,} rows{enough if account.num_rows == limit else ''}"
+    lines = [f"{source}: {account.shape.name}, {read}, {len(pairs):,} pairs"]
+    return pairs, lines + report(account, rows, pairs[0], tokenizer, max_length, max_prompt_length)
+
+
+# -- rows -> texts ---------------------------------------------------------------------------------------------------
+
+
+def read_texts(source, tokenizer, max_length, limit, skip_invalid, chat_template_strings, prefer, account):
+    """The TextRows of a source; rows that give none are counted in the account.  Raises DataError."""
+    rows = []
+    for where, raw in itertools.islice(read_rows(source), limit or None):
+        account.num_rows += 1
         try:
-            row = parse_row(row)
-            shape = shape or recognise(row, where)
-            label = harm_labels(row)
-            row = row_texts(row, shape, as_messages if chat_template_strings else None)
-            is_chat = isinstance(row.prompt, list)
-            if is_chat and not tokenizer.chat_template:
+            row = parse_row(raw)
+            account.shape = account.shape or recognise(row, where)
+            labels = harm_labels(row)
+            content = row_texts(row, account.shape, as_chat=chat_template_strings)
+            if isinstance(content.prompt, list) and not tokenizer.chat_template:
                 raise DataError(f"{where} needs a chat template and this tokenizer has none: use an instruct model's")
-            said = shortened(row.prompt, -max_length), *(shortened(text, max_length) for text in row[1:3])
-            texts = full_texts(*said, tokenizer, prefer, **row.template_args)
-            if is_chat:
-                check_tools(row, tokenizer)
-            rows.append((where, label, said, row.template_args, texts))
-            unread.update(row.unread)
+            prompt = shortened(content.prompt, -max_length)
+            chosen, rejected = shortened(content.chosen, max_length), shortened(content.rejected, max_length)
+            texts = full_texts(prompt, chosen, rejected, tokenizer, prefer, **content.template_args)
+            if isinstance(prompt, list):
+                check_tools(content, tokenizer)
+            rows.append(TextRow(where, labels, prompt, chosen, rejected, content.template_args, texts))
+            account.unread.update(content.unread)
         except Malformed as problem:
             if not skip_invalid:
                 advice = "mend the row, or leave such rows out with --skip-invalid"
                 raise DataError(f"{where}: {problem}; {advice}") from None
-            left_out["malformed"] += 1
-            first = first or f"{where}: {problem}"
+            account.leave_out("malformed", where, problem)
         except PreferenceError as problem:
             raise DataError(f"{where}: {problem}") from None
         except Unusable as reason:
-            left_out[str(reason)] += 1
-            first = first or f"{where}: {reason}"
-    pairs, cut, merged, notes, num_rows = [], 0, 0, {}, len(rows) + left_out.total()
-    for begin in range(0, len(rows), ROWS_AT_ONCE):
-        some = rows[begin : begin + ROWS_AT_ONCE]
-        all_ids = iter(token_ids([text for row in some for text in row[-1]], tokenizer, is_chat))
-        for where, label, said, args, texts in some:
-            ids, end = [next(all_ids) for _ in texts], response_end(said[0], tokenizer)
-            is_long = len(ids[0]) > max_prompt_length
+            account.leave_out(str(reason), where, reason)
+    return rows
+
+
+def check_tools(row, tokenizer):
+    """Raise Malformed where the chat template leaves out the tools of a row (Texts of messages), or a call of one."""
+
+    def text(messages, args):
+        with contextlib.suppress(Malformed):
+            return render(messages, tokenizer, **args)
+        return None  # a template that misses them reads them
+
+    def check(name, messages, args):
+        """Without what is called `name` the text must be another."""
+        if (messages, args) != (turns, row.template_args):
+            without = text(messages, args)
+            if without is not None and without == text(turns, row.template_args):
+                raise Malformed(f"the chat template does not read `{name}`: write them as text, or remove them")
+
+    for response in (row.chosen, row.rejected):
+        turns = row.prompt + response
+        no_calls = [{key: value for key, value in message.items() if key != "tool_calls"} for message in turns]
+        no_tools = {key: value for key, value in row.template_args.items() if key != "tools"}
+        check("tool_calls", no_calls, row.template_args)
+        check("tools", turns, no_tools)
+
+
+# -- texts -> token ids ----------------------------------------------------------------------------------------------
+
+ROWS_AT_ONCE = 256  # to the tokenizer, whose working memory is many times the text
+
+
+def encode(rows, tokenizer, max_length, max_prompt_length, prefer, account):
+    """The Pairs of TextRows; what was cut, changed or left out is counted in the account."""
+    pairs = []
+    for start in range(0, len(rows), ROWS_AT_ONCE):
+        some = rows[start : start + ROWS_AT_ONCE]
+        all_ids = iter(token_ids([text for row in some for text in row.texts], tokenizer, some[0].is_chat))
+        for row in some:
+            ids = [next(all_ids) for _ in row.texts]
             try:
-                if is_chat and is_long:
-                    short = cut_chat(said[0], tokenizer, max_prompt_length, **args)
-                    ids = token_ids(full_texts(short, *said[1:], tokenizer, prefer, **args), tokenizer, is_chat)
-                *parts, prompted = encode_pair(ids, tokenizer, max_length, max_prompt_length, end, is_chat)
-                if parts[1] == parts[2]:
-                    at_all = "after the cut at --max-length" if parts[1][-1] != end else "as the model reads them"
-                    raise Unusable(f"the two responses are equal {at_all}")
-                pairs.append(Pair(*parts, label, prompted, None if end == tokenizer.eos_token_id else end))
-                seam = any(common_prefix(ids[0], whole) < len(ids[0]) for whole in ids[1:3])
-                merged += seam and all(text.startswith(texts[0]) for text in texts[1:3])
-                is_cut = is_long and (is_chat or len(parts[0]) == max_prompt_length)
-                cut += is_cut or any(response[-1] != end for response in parts[1:])
-                if is_chat:
-                    note(notes, where, *said, texts, tokenizer)
+                pairs.append(encode_row(row, ids, tokenizer, max_length, max_prompt_length, prefer, account))
             except (Malformed, Unusable) as reason:
-                left_out[str(reason)] += 1
-                first = first or f"{where}: {reason}"
-    reasons = ", ".join(f"{count} because {reason}" for reason, count in left_out.most_common())
-    if not pairs:
-        raise DataError(f"{source} has {num_rows} rows and no usable pair ({reasons or 'the file is empty'})")
-    enough = " (as many as are read by default; --num-samples 0: all)" if by_default else " (as many as asked for)"
-    enough = enough if num_rows == limit else ""
-    report = [f"{source}: {shape.name}, {num_rows:,} rows{enough}, {len(pairs):,} pairs"]
-    if left_out:
-        report.append(f"  left out {sum(left_out.values())} rows: {reasons}; the first is {first}")
-    if unread:
-        columns = ", ".join(f"{name} ({count:,} rows)" for name, count in unread.most_common())
-        report.append(f"  columns of text that are not read: {columns}")
-    if cut:
-        report.append(f"  cut {cut:,} pairs to --max-length {max_length} or --max-prompt-length {max_prompt_length}")
-    if merged:
-        report.append(f"  in {merged:,} pairs a token spans the seam of prompt and response, and counts as response")
-    plain = 0 if is_chat else sum(is_past_template(row[2][0], tokenizer) for row in rows)
-    if plain:
-        report.append(
+                account.leave_out(str(reason), row.where, reason)
+    return pairs
+
+
+def encode_row(row, ids, tokenizer, max_length, max_prompt_length, prefer, account):
+    """The Pair of a TextRow; ids: of each of its texts.  Raises Malformed, Unusable."""
+    end = response_end(row.prompt, tokenizer)
+    is_long = len(ids[0]) > max_prompt_length
+    if row.is_chat and is_long:
+        prompt = cut_chat(row.prompt, tokenizer, max_prompt_length, **row.template_args)
+        texts = full_texts(prompt, row.chosen, row.rejected, tokenizer, prefer, **row.template_args)
+        ids = token_ids(texts, tokenizer, row.is_chat)
+    prompt_ids, chosen_ids, rejected_ids, prompted_ids = encode_pair(
+        ids, tokenizer, max_length, max_prompt_length, end, row.is_chat
+    )
+    if chosen_ids == rejected_ids:
+        where = "after the cut at --max-length" if chosen_ids[-1] != end else "as the model reads them"
+        raise Unusable(f"the two responses are equal {where}")
+    if row.is_chat:
+        note(account.notes, row.where, row.prompt, row.chosen, row.rejected, row.texts, tokenizer)
+    prompt_is_cut = is_long and (row.is_chat or len(prompt_ids) == max_prompt_length)
+    if prompt_is_cut or chosen_ids[-1] != end or rejected_ids[-1] != end:
+        account.num_cut += 1
+    prompt_text, *whole_texts = row.texts[:3]
+    if min(common_prefix(ids[0], whole) for whole in ids[1:3]) < len(ids[0]) and all(
+        text.startswith(prompt_text) for text in whole_texts
+    ):
+        account.num_merged += 1
+    own_end = None if end == tokenizer.eos_token_id else end
+    return Pair(prompt_ids, chosen_ids, rejected_ids, row.labels, prompted_ids, own_end)
+
+
+# -- what became of the rows -----------------------------------------------------------------------------------------
+
+
+def report(account, rows, first_pair, tokenizer, max_length, max_prompt_length):
+    """Lines on what was left out, not read, cut or changed, and the first pair."""
+    lines = []
+    if account.left_out:
+        number = account.left_out.total()
+        lines.append(f"  left out {number} rows: {account.reasons()}; the first is {account.first_left_out}")
+    if account.unread:
+        columns = ", ".join(f"{name} ({count:,} rows)" for name, count in account.unread.most_common())
+        lines.append(f"  columns of text that are not read: {columns}")
+    if account.num_cut:
+        limits = f"--max-length {max_length} or --max-prompt-length {max_prompt_length}"
+        lines.append(f"  cut {account.num_cut:,} pairs to {limits}")
+    if account.num_merged:
+        number = account.num_merged
+        lines.append(f"  in {number:,} pairs a token spans the seam of prompt and response, and counts as response")
+    if rows[0].is_chat:
+        first_prompt, template_args = rows[0].prompt, rows[0].template_args
+        lines += note_lines(account.notes, "pairs", first_prompt, tokenizer, **template_args)
+    elif plain := sum(is_past_template(row.prompt, tokenizer) for row in rows):
+        lines.append(
             f"  {plain:,} rows are strings and pass by the tokenizer's chat template: for a model that is to chat, "
             "train with --chat-template-strings"
         )
-    if is_chat:
-        _, _, (prompt, *_), args, _ = rows[0]
-        report += note_lines(notes, "pairs", prompt, tokenizer, **args)
-    for name, ids in zip(Pair._fields, pairs[0][:3]):
+    for name, ids in zip(("prompt", "chosen", "rejected"), first_pair[:3]):
         text = repr(tokenizer.decode(ids))
         text = text if len(text) <= 150 else f"{text[:60]} ... {text[-80:]}"
-        report.append(f"  row 0 {name[:-4]:8} {len(ids):4} tokens  {text}")
-    return pairs, report
+        lines.append(f"  row 0 {name:8} {len(ids):4} tokens  {text}")
+    return lines
 
 
 def fingerprint(pairs):

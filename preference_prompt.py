@@ -102,19 +102,25 @@ def read_soft_prompt(path, width):
     files = [path / name for name in written_files.ADAPTER] if path.is_dir() else [path]
     if damage := written_files.damage(files[0].parent, *(file.name for file in files)):
         raise PromptError(damage)
-    found, position = _read_safetensors(path) if path.is_dir() or path.suffix == ".safetensors" else _read_pt(path)
-    if isinstance(found, dict):
-        name = next((key for key in KEYS if isinstance(found.get(key), torch.Tensor)), None)
+    is_safetensors = path.is_dir() or path.suffix == ".safetensors"
+    tensor, position = _read_safetensors(path) if is_safetensors else _read_pt(path)
+    if isinstance(tensor, dict):
+        content = tensor
+        name = next((key for key in KEYS if isinstance(content.get(key), torch.Tensor)), None)
         if name is None:
-            raise PromptError(f"{path} holds {', '.join(map(str, found)) or 'nothing'}, and none of {', '.join(KEYS)}")
-        found = found[name]
-    if not isinstance(found, torch.Tensor) or found.ndim not in (1, 2) or not found.is_floating_point():
-        what = f"{found.dtype} {tuple(found.shape)}" if isinstance(found, torch.Tensor) else type(found).__name__
-        raise PromptError(f"{path} holds {what}: a soft prompt is n vectors of numbers, (n, {width})")
-    vectors = found.detach().reshape(len(found) if found.ndim == 2 else 1, found.shape[-1]).float()
+            names = ", ".join(map(str, content)) or "nothing"
+            raise PromptError(f"{path} holds {names}, and none of {', '.join(KEYS)}")
+        tensor = content[name]
+    is_tensor = isinstance(tensor, torch.Tensor)
+    if not is_tensor or tensor.ndim not in (1, 2) or not tensor.is_floating_point():
+        kind = f"{tensor.dtype} {tuple(tensor.shape)}" if is_tensor else type(tensor).__name__
+        raise PromptError(f"{path} holds {kind}: a soft prompt is n vectors of numbers, (n, {width})")
+    vectors = tensor.detach().float()
+    if vectors.ndim == 1:
+        vectors = vectors[None]
     if vectors.shape[1] != width or not len(vectors):
-        what = f"{len(vectors)} vectors of width {vectors.shape[1]}"
-        raise PromptError(f"{path} holds {what}, and embeddings here have {width}: learn the soft prompt on this model")
+        size = f"{len(vectors)} vectors of width {vectors.shape[1]}"
+        raise PromptError(f"{path} holds {size}, and embeddings here have {width}: learn the soft prompt on this model")
     if not vectors.isfinite().all():
         raise PromptError(f"{path} holds vectors that are not finite: learn it again with a smaller --learning-rate")
     return vectors, position if position in VECTOR_POSITIONS else None
@@ -143,7 +149,7 @@ def _read_safetensors(path):
 def _read_pt(path):
     """(what a .pt file holds, position or None).  Unpickles tensors and plain containers alone, and runs nothing."""
     try:
-        found = torch.load(path, map_location="cpu", weights_only=True)
+        content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         reason = " ".join(str(error).split())[:200]
         raise PromptError(
@@ -151,7 +157,7 @@ def _read_pt(path):
         ) from None
     except (OSError, RuntimeError, EOFError, ValueError, KeyError, AttributeError) as error:
         raise PromptError(f"{path} cannot be read as a .pt file ({' '.join(str(error).split())[:200]})") from None
-    return found, found.get("preference_position") if isinstance(found, dict) else None
+    return content, content.get("preference_position") if isinstance(content, dict) else None
 
 
 def save_soft_prompt(vectors, folder, base_model, position, text=""):
@@ -162,10 +168,10 @@ def save_soft_prompt(vectors, folder, base_model, position, text=""):
     """
     folder, vectors = Path(folder), vectors.detach().float().cpu().contiguous()
     folder.mkdir(parents=True, exist_ok=True)
-    facts = {"preference_position": position}
-    # One fact and no `format: pt` beside it, which PEFT does not ask for: safetensors writes them in a random order.
-    save_file({"prompt_embeddings": vectors}, folder / "adapter_model.safetensors", metadata=facts)
-    torch.save({"prompt_embeddings": vectors} | facts, folder / "prompt_embeddings.pt")
+    metadata = {"preference_position": position}
+    # One entry and no `format: pt` beside it, which PEFT does not ask for: safetensors writes them in a random order.
+    save_file({"prompt_embeddings": vectors}, folder / "adapter_model.safetensors", metadata=metadata)
+    torch.save({"prompt_embeddings": vectors} | metadata, folder / "prompt_embeddings.pt")
     config = {
         "base_model_name_or_path": base_model,
         "inference_mode": True,

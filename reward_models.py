@@ -12,8 +12,10 @@ from typing import Any, NamedTuple
 
 import torch
 
+import lora
 from formats import written_files
-from formats.model_files import load_tokenizer
+from formats.model_files import load_model, load_skeleton, load_tokenizer
+from packed_model import prepare_scores
 
 
 class RewardModelError(ValueError):
@@ -42,7 +44,7 @@ def read_record(folder, task, tokenizer, trust_remote_code=False):
         raise RewardModelError(damage)
     try:
         record = json.loads((folder / "reward_model.json").read_text(encoding="utf-8"))
-        its_task, _ = record["task"], record["base_sha256"]
+        its_task, _ = record["task"], record["base_sha256"]  # KeyError where one is missing
     except (OSError, ValueError, KeyError, TypeError):
         raise RewardModelError(
             f"{folder} is no reward model (no reward_model.json that can be read): name a folder of train_rm.py"
@@ -71,32 +73,56 @@ def files_sha256(folder):
 
 def _unlike(folder, recorded):
     """The first file that is not as recorded, {name: sha256}, or None."""
-    found = files_sha256(folder)
-    return next((name for name, sha256 in recorded.items() if found.get(name) != sha256), None)
+    now = files_sha256(folder)
+    return next((name for name, sha256 in recorded.items() if now.get(name) != sha256), None)
 
 
-def load(folder, task, record, policy, policy_sha256, load_adapter, load_model):
-    """The RewardModel of a folder: an adapter named `task` on `policy` where the base is the same, else by itself.
+def load(folder, task, record, home, base_sha256, args, dtype, device, max_length=None):
+    """The RewardModel of a folder: an adapter named `task` on `home` if both have the same base, else its own model.
 
-    policy: a causal language model, or None to load by itself in any case; policy_sha256: its score_cache.base_sha256.
-    load_adapter: lora.load_adapter; load_model(path): a model with a head `score`, ready for packed_scores.
+    home: a causal language model, or None where an adapter cannot go on it; base_sha256: home's, by score_cache.
+    Its own model is loaded in `dtype` on `device`, is ready for packed_scores, and has to take texts of max_length
+    tokens (None: args.max_length).
     """
     folder = Path(folder)
-    if not (folder / "adapter_config.json").exists():  # all weights were trained
-        model = load_model(str(folder))
-        adapter, head, why = None, model.score.weight.detach(), "all of its weights were trained"
-    else:
-        shared = policy is not None and record["base_sha256"] == policy_sha256
-        model = policy if shared else load_model(record["base_model"])
-        parameters, head = load_adapter(model, folder, task, with_head=True)
-        if shared:
-            size = sum(parameter.numel() * parameter.element_size() for parameter in parameters)
-            line = f"{task} reward model {folder}: an adapter on the policy's frozen base, {size / 1e6:.1f} MB"
-            return RewardModel(record, model, task, head.to(model.device), line)
+    is_adapter = (folder / "adapter_config.json").exists()  # else all weights were trained
+    if is_adapter and home is not None and record["base_sha256"] == base_sha256:
+        parameters, head = lora.load_adapter(home, folder, task, with_head=True)
+        line = f"an adapter on the policy's frozen base, {_num_bytes(parameters) / 1e6:.1f} MB"
+        return RewardModel(record, home, task, head.to(home.device), f"{task} reward model {folder}: {line}")
+    path = record["base_model"] if is_adapter else str(folder)
+    longest = args.max_length if max_length is None else max_length
+    model = load_model(path, dtype, device, args.trust_remote_code, scores=True, max_length=longest)
+    if is_adapter:
         adapter, why = task, "its base is another"
-    size = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
-    line = f"{task} reward model {folder}: a model of its own, {size / 1e9:.2f} GB ({why})"
-    return RewardModel(record, model, adapter, head.to(model.device), line)
+        _, head = lora.load_adapter(model, folder, adapter, with_head=True)
+    else:
+        adapter, why = None, "all of its weights were trained"
+        head = model.score.weight.detach()
+    prepare_scores(model)
+    line = f"a model of its own, {_num_bytes(model.state_dict().values()) / 1e9:.2f} GB ({why})"
+    return RewardModel(record, model, adapter, head.to(model.device), f"{task} reward model {folder}: {line}")
+
+
+def check_loads(folder, record, skeleton, tokenizer, args):
+    """Raise what `load` would raise, before any weights of a base are read: AdapterError, ModelError.
+
+    skeleton: the home, on the meta device, which may be given the adapter.  Returns the skeleton of a model of its own,
+    None where the home takes it.
+    """
+    if not (Path(folder) / "adapter_config.json").exists():
+        return load_skeleton(str(folder), tokenizer, args, scores=True)
+    try:
+        lora.load_adapter(skeleton, folder, record["task"], with_head=True)
+        return None
+    except lora.AdapterError:  # it may fit a base of its own
+        base = load_skeleton(record["base_model"], tokenizer, args, scores=True)
+        lora.load_adapter(base, folder, record["task"], with_head=True)
+        return base
+
+
+def _num_bytes(tensors):
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def threshold(asked, record, start_cost):

@@ -4,8 +4,8 @@ set -euo pipefail
 cd "$(dirname "$0")"
 bash setup.sh dev
 export HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TRANSFORMERS_OFFLINE=1 TOKENIZERS_PARALLELISM=false
-if [ $# = 0 ]; then # all of them: two files at a time, on one thread each
-  set -- -n 2 --dist loadfile
+if [ $# = 0 ]; then # all of them, in two processes, on one thread each; by file xdist would wait for a dead one for ever
+  set -- -n 2 --dist worksteal
   export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 fi
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-2}" # tiny models are slower on many threads

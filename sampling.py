@@ -1,8 +1,10 @@
 """Responses sampled from a model, by transformers' `generate` with its KV cache, from a seeded stream for each row."""
 
 import random
+from contextlib import contextmanager
 
 import torch
+from torch.distributed.fsdp import FSDPModule
 from transformers import (
     GenerationConfig,
     LogitsProcessor,
@@ -74,20 +76,29 @@ def sample(
     width = max(map(len, prompts))
     draws = []  # without any, `generate` takes the likeliest token
     if temperature > 0:
-        draws += [TemperatureLogitsWarper(float(temperature))] if temperature != 1 else []
-        draws += [TopKLogitsWarper(top_k)] if top_k else []
-        draws += [TopPLogitsWarper(top_p)] if top_p < 1 else []
-        numbers = random_numbers(seed, range(len(prompts)) if places is None else places, max_new_tokens, device)
-        draws += [RowDraws(numbers, width)]
+        if temperature != 1:
+            draws.append(TemperatureLogitsWarper(float(temperature)))
+        if top_k:
+            draws.append(TopKLogitsWarper(top_k))
+        if top_p < 1:
+            draws.append(TopPLogitsWarper(top_p))
+        places = range(len(prompts)) if places is None else places
+        draws.append(RowDraws(random_numbers(seed, places, max_new_tokens, device), width))
     ids = torch.tensor([[ends[0]] * (width - len(prompt)) + prompt for prompt in prompts], device=device)
     mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
     # What a config leaves open, `generate` takes from the model's own: a repetition penalty, say, as Qwen2.5's has.
     own, model.generation_config = model.generation_config, GenerationConfig()
     model.eval()
     try:
-        how = {"generation_config": config, "logits_processor": LogitsProcessorList(draws), "streamer": streamer}
-        # Else a sharded model generates in step with the other ranks, and one that asks for nothing never comes.
-        output = model.generate(input_ids=ids, attention_mask=mask, synced_gpus=False, **how)
+        output = model.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            generation_config=config,
+            logits_processor=LogitsProcessorList(draws),
+            streamer=streamer,
+            # Else a sharded model generates in step with the other ranks, and one that asks for nothing never comes.
+            synced_gpus=False,
+        )
     finally:
         model.generation_config = own
         model.train(was_training)
@@ -96,6 +107,23 @@ def sample(
         end = next((place + 1 for place, token in enumerate(response) if token in ends), len(response))
         responses.append(response[:end])
     return responses
+
+
+@contextmanager
+def gathered(model):
+    """A block in which a sharded model (harness/sharding.py) is whole on every rank, in the type it computes in: to
+    sample, which each rank does as often as it has to.  Weights must not change within.
+    """
+    sharded = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    for module in sharded:
+        module.set_reshard_after_forward(False, recurse=False)
+        module.unshard()
+    try:
+        yield
+    finally:
+        for module in sharded:
+            module.set_reshard_after_forward(True, recurse=False)
+            module.reshard()
 
 
 def response_text(prompt, response, ends, tokenizer):

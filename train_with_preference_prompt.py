@@ -21,14 +21,13 @@ Copy with: formats/ harness/ distributed.py lora.py lora_targets.py losses.py pa
     packed_probe.py packing.py preference_data.py preference_prompt.py toy_world.py
 """
 
-import gc
-import itertools
 import math
-import sys
 from functools import partial
+from typing import NamedTuple
 
 from harness import flags, training_flags
 
+TOY = {"dataset_path": "train/polite_pairs.jsonl", "test_dataset_path": "test/polite_pairs.jsonl"}  # `toy`
 TEXT_POSITIONS, VECTOR_POSITIONS = ("system", "user"), ("prefix", "before-response")
 
 
@@ -72,7 +71,7 @@ def get_args(argv=None):
     if args.preference_position and args.preference_position not in fitting:
         what = "a soft prompt" if args.use_prompt_embedding else "a text"
         parser.error(f"--preference-position {args.preference_position} is not for {what}: {' or '.join(fitting)}")
-    training_flags.take_toy(args, "dataset_path", "test_dataset_path")
+    training_flags.take_toy(args, *TOY)
     return args
 
 
@@ -80,82 +79,95 @@ if __name__ == "__main__":
     ARGS = get_args()  # before torch is loaded, which takes seconds: --help and a wrong flag are answered at once
 
 import torch
-from tqdm import tqdm
 
-import distributed
 import lora
-import toy_world
-from formats import model_files
-from formats.model_files import ModelError, enable_checkpointing, load_model, load_skeleton, load_tokenizer, save_whole
-from harness import checkpoints, memory_estimate, memory_report, optimizers, run_files, score_cache, speed
+from harness.run import USER_ERRORS, Frozen, Run, forget
+from harness.score_cache import weights_sha256
+from harness.training import Training
 from losses import PAIR_METRICS, aligned_loss, displacement, dpo_loss, nll_loss, pair_metrics
-from packed_model import TokenLogps, prepare_model
-from packing import epoch_plan, hold_out, largest_pass, pack, passes_of_rank, rows_of_run, send
-from preference_data import DataError, Pair, fingerprint, load_pairs
+from packed_model import prepare_model
+from packing import of_pairs, pack
+from preference_data import Pair, fingerprint
 from preference_prompt import PromptError, check_room, read_soft_prompt, use_soft_prompt, with_text, with_virtual_tokens
 
-TOY_FOLDER = "outputs/toy_world"
-TOY = {"model": "model", "dataset_path": "train/polite_pairs.jsonl", "test_dataset_path": "test/polite_pairs.jsonl"}
-
-
-OWN = """loss_components/dpo_loss loss_components/aligned_loss preference_metrics/pref_delta_chosen
+OWN_METRICS = """loss_components/dpo_loss loss_components/aligned_loss preference_metrics/pref_delta_chosen
     preference_metrics/pref_delta_rejected preference_metrics/log_pref_advantage
     preference_metrics/pref_advantage_ratio preference_metrics/pref_gap preference_metrics/gap_closed""".split()
-METRICS = ["loss", *OWN, *PAIR_METRICS, "nll_loss"]  # in the order of pair_losses
-GAP, CLOSED = OWN[-2:]
-KL = "loss_components/kl_div"  # a mean over response tokens: behind METRICS come its sum and the number of these
+GAP, GAP_CLOSED, KL = "preference_metrics/pref_gap", "preference_metrics/gap_closed", "loss_components/kl_div"
+METRICS = dict.fromkeys(["loss", *OWN_METRICS, *PAIR_METRICS, "nll_loss"], "pairs") | {KL: "tokens"}  # of responses
 DOCUMENTED = {"loss/train": "loss", "rewards_train/accuracy": "rewards/accuracies"}
-SHOWN = ["loss", *OWN[:2], KL, "rewards/accuracies", "rewards/margins", "logps/chosen", *OWN[4:6], CLOSED]
-SHOWN = {name: name if name in PAIR_METRICS else name.rpartition("/")[2] for name in SHOWN}  # and how it is called
+SHOWN = f"""loss loss_components/dpo_loss loss_components/aligned_loss {KL} rewards/accuracies rewards/margins
+    logps/chosen preference_metrics/log_pref_advantage preference_metrics/pref_advantage_ratio {GAP_CLOSED}""".split()
+
+
+class PairFacts(NamedTuple):
+    """What the reference gives to chosen and rejected, (N,) each; NaN where nobody asks."""
+
+    chosen_logps: torch.Tensor
+    rejected_logps: torch.Tensor
+    prompted_chosen_logps: torch.Tensor  # behind the preference
+    prompted_rejected_logps: torch.Tensor
 
 
 def pair_losses(policy, batch, prompted, facts, args, reference=None):
-    """Losses of a packed batch without the KL (B,); the KL, a sum over each pair's response tokens (B,); and METRICS,
-    KL and response tokens of each pair (len(METRICS) + 2, B), without gradient.
+    """Losses of a packed batch without the KL (B,); the KL, summed over each pair's response tokens (B,); and METRICS
+    and their counts {name: (B,)}.
 
-    facts (B, 4): log-probs of chosen and rejected under the reference, and under it behind the preference, NaN where
-    nobody asks.  prompted: the pairs behind the preference, packed, where the policy is the teacher, else None.
+    prompted: the pairs behind the preference, packed, where the policy is the teacher, else None.  facts: PairFacts.
     reference: its states, where there is a KL.
     """
     policy_chosen_logps, policy_rejected_logps, *kl = policy.packed_logps(batch, reference)
-    ref_chosen_logps, ref_rejected_logps, *teacher = facts.unbind(1)
-    policy_and_ref = policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps
-    margin, ref_margin = policy_chosen_logps - policy_rejected_logps, ref_chosen_logps - ref_rejected_logps
-    gap = teacher[0] - teacher[1] - ref_margin  # what the preference is worth to the reference
+    policy_and_ref = policy_chosen_logps, policy_rejected_logps, facts.chosen_logps, facts.rejected_logps
+    margin, ref_margin = policy_chosen_logps - policy_rejected_logps, facts.chosen_logps - facts.rejected_logps
+    teacher_chosen_logps, teacher_rejected_logps = facts.prompted_chosen_logps, facts.prompted_rejected_logps
+    gap = teacher_chosen_logps - teacher_rejected_logps - ref_margin  # what the preference is worth to the reference
     if prompted:
         was_training = policy.training
         policy.eval()  # the teacher has no dropout
         with torch.no_grad():
-            teacher = policy.packed_logps(prompted)
+            teacher_chosen_logps, teacher_rejected_logps = policy.packed_logps(prompted)
         policy.train(was_training)
     dpo = losses = dpo_loss(*policy_and_ref, args.beta)[0]
-    aligned = aligned_loss(margin, teacher[0] - teacher[1])
+    aligned = aligned_loss(margin, teacher_chosen_logps - teacher_rejected_logps)
     chosen_lengths, rejected_lengths = batch.response_lengths.chunk(2)
     nll = nll_loss(policy_chosen_logps, chosen_lengths)
     if args.nll_coeff:
         losses = losses + args.nll_coeff * nll
     if args.alpha:
         losses = losses + args.alpha * aligned
-    deltas = teacher[0] - policy_chosen_logps, teacher[1] - policy_rejected_logps
-    advantage = deltas[0] - deltas[1]  # its exponential may overflow: the mean of the logarithm is the one to trust
-    metrics = [losses, dpo, aligned, *deltas, advantage, advantage.exp(), gap, margin - ref_margin]
     kl = sum(kl) if kl else torch.zeros_like(losses)
-    metrics += [*pair_metrics(*policy_and_ref, args.beta), nll, kl, chosen_lengths + rejected_lengths]
-    return losses, kl, torch.stack([values.detach().to(losses.dtype) for values in metrics])
+    chosen_delta = teacher_chosen_logps - policy_chosen_logps
+    rejected_delta = teacher_rejected_logps - policy_rejected_logps
+    advantage = chosen_delta - rejected_delta  # the mean of this is the one to trust: its exponential may overflow
+    metrics = {
+        "loss": losses,
+        "loss_components/dpo_loss": dpo,
+        "loss_components/aligned_loss": aligned,
+        "preference_metrics/pref_delta_chosen": chosen_delta,
+        "preference_metrics/pref_delta_rejected": rejected_delta,
+        "preference_metrics/log_pref_advantage": advantage,
+        "preference_metrics/pref_advantage_ratio": advantage.exp(),
+        GAP: gap,
+        GAP_CLOSED: margin - ref_margin,  # `completed` divides its mean by that of the gap
+        "nll_loss": nll,
+        KL: kl,
+        "tokens": chosen_lengths + rejected_lengths,
+    }
+    return losses, kl, metrics | pair_metrics(*policy_and_ref, args.beta)
 
 
-def as_means(sums, num_pairs, args):
-    """{metric: mean} of sums over pairs of METRICS, KL and response tokens; without those of OWN that nobody asked for.
+def completed(means, args):
+    """Means of METRICS, and half their intervals, as the log has them, without those that nobody asked for.
 
     gap_closed becomes a share: of what the preference is worth to the reference, what the policy has without it.
     """
-    *sums, kl, num_tokens = sums
-    means = {name: total / num_pairs for name, total in zip(METRICS, sums, strict=True)}
-    means[CLOSED] = means[CLOSED] / means[GAP] if means[GAP] else math.nan
+    means = means | {GAP_CLOSED: means[GAP_CLOSED] / means[GAP] if means[GAP] else math.nan}
     if args.lambda_kl:
-        means[KL] = kl / num_tokens
         means["loss"] += args.lambda_kl * means[KL]
-    return {name: mean for name, mean in means.items() if name not in OWN or not math.isnan(mean)}
+    unasked = {name for name in OWN_METRICS if math.isnan(means[name])} | ({KL} if not args.lambda_kl else set())
+    no_interval = {"loss", GAP_CLOSED} | unasked  # not the one of what they are now
+    without = unasked | {f"{name}_ci95" for name in no_interval}
+    return {name: mean for name, mean in means.items() if name not in without}
 
 
 @torch.no_grad()
@@ -165,294 +177,119 @@ def reference_states(reference, batch):
         return reference.response_states(batch)
 
 
-def evaluate(policy, reference, pairs, prompted_pairs, facts, held_out, share, args, world):
-    """Means over held-out pairs of all ranks {eval_name: mean} and half their 95 % intervals {eval_name_ci95: ...}."""
+def read_preference(skeleton, tokenizer, args, say):
+    """(vectors (N, D) of the soft prompt, or None where the preference is a text; where in a prompt it goes)."""
+    if not args.use_prompt_embedding:
+        if (length := len(tokenizer(args.preference_text)["input_ids"])) > args.max_prompt_length:
+            too_long = f"--preference-text has {length} tokens, beyond --max-prompt-length {args.max_prompt_length}"
+            raise PromptError(f"{too_long}: say it in fewer words, or allow longer prompts")
+        return None, args.preference_position or "system"
+    width = skeleton.get_input_embeddings().weight.shape[1]
+    vectors, trained_for = read_soft_prompt(args.prompt_embedding_path, width)
+    position = args.preference_position or trained_for or "prefix"
+    if trained_for not in (None, position):
+        say(f"note: this soft prompt was trained for --preference-position {trained_for}, and is used {position}")
+    say(f"soft prompt: {len(vectors)} vectors of width {width}, {position}, from {args.prompt_embedding_path}")
+    return vectors, position
 
-    def measure(indices):
-        batch, rows = pack([pairs[i] for i in indices], world.device), send(facts[indices], world.device)
-        prompted = pack([prompted_pairs[i] for i in indices], world.device) if args.teacher == "policy" else None
-        states = reference_states(reference, batch) if reference else None
-        return pair_losses(policy, batch, prompted, rows, args, states)[2]
 
-    sums, squares = distributed.sums_over_ranks(share(held_out), len(METRICS) + 2, measure, world)
-    means, squares = (sums / len(held_out)).tolist(), (squares / len(held_out)).tolist()
-    half = [1.96 * (max(square - mean**2, 0) / len(held_out)) ** 0.5 for mean, square in zip(means, squares)]
-    result = {f"eval_{name}": mean for name, mean in as_means(sums.tolist(), len(held_out), args).items()}
-    plain = [name for name in METRICS if f"eval_{name}" in result and name not in ("loss", CLOSED)]
-    return result | {f"eval_{name}_ci95": half[METRICS.index(name)] for name in plain}
+def behind_preference(pairs, vectors, position, tokenizer, say):
+    """The pairs with the preference in their prompts: a text is there already, of vectors their places go in."""
+    if vectors is None:
+        prompts = [pair.prompted_ids for pair in pairs]
+    else:
+        prompts = [with_virtual_tokens(pair.prompt_ids, len(vectors), position) for pair in pairs]
+    prompted_pairs = [Pair(ids, pair.chosen_ids, pair.rejected_ids) for ids, pair in zip(prompts, pairs, strict=True)]
+    text = f"  {tokenizer.decode(prompts[0])!r}" if vectors is None else ""
+    say(f"  row 0 prompt   {len(prompts[0]):4} tokens with the preference{text}")
+    return prompted_pairs
 
 
 def main(args):
     # 1 setup
-    world = distributed.start(args.device, args.ddp_timeout)
-    sharded = world.size > 1 and not args.lora_r  # weights, gradients and optimiser, over the ranks
-    optimizers.check(args, world.device.type, sharded)
-    watch = speed.Stopwatch(world.device, "start")
-    say = partial(distributed.print0, world)
-    checkpoint = checkpoints.find(args.output_dir, args.resume, say)
-    run_files.check_output(args, checkpoint)
-    if world.size > 1:
-        say(f"Distributed training initialized: world_size={world.size}")
-    if toys := [name for name in TOY if getattr(args, name) == "toy"]:
-        toy = distributed.main_first(world, lambda: toy_world.build(TOY_FOLDER))
-        vars(args).update((name, str(toy / TOY[name])) for name in toys)
+    run = Run(args, __file__, TOY)
 
     # 2 data (before the models: a mistake in it should not wait for gigabytes of weights)
-    tokenizer = load_tokenizer(args.model, args.trust_remote_code)
-    skeleton = load_skeleton(args.model, tokenizer, args)
-    if args.lora_r:  # a wrong target shows here
-        lora.add_adapter(skeleton, "policy", args.lora_r, args.lora_alpha, 0.0, args.lora_target_modules)
-    other = load_skeleton(args.ref_model_path, tokenizer, args) if args.ref_model_path else None
-    estimate = memory_estimate.Estimate(skeleton, lora.add_adapter, TokenLogps, world.size, other)
-    if args.estimate_memory:
-        say(memory_report.report(estimate, args))
-        return distributed.stop()
-    vectors, position = None, args.preference_position or "system"
-    if args.use_prompt_embedding:
-        width = skeleton.get_input_embeddings().weight.shape[1]
-        vectors, trained_for = read_soft_prompt(args.prompt_embedding_path, width)
-        position = args.preference_position or trained_for or "prefix"
-        if trained_for not in (None, position):
-            say(f"note: this soft prompt was trained for --preference-position {trained_for}, and is used {position}")
-        say(f"soft prompt: {len(vectors)} vectors of width {width}, {position}, from {args.prompt_embedding_path}")
-    elif (length := len(tokenizer(args.preference_text)["input_ids"])) > args.max_prompt_length:
-        what = f"--preference-text has {length} tokens, beyond --max-prompt-length {args.max_prompt_length}"
-        raise PromptError(f"{what}: say it in fewer words, or allow longer prompts")
-    prefer = None if vectors is not None else partial(with_text, text=args.preference_text, position=position)
-    names = "max_length max_prompt_length skip_invalid chat_template_strings".split()
-    read = partial(load_pairs, tokenizer=tokenizer, prefer=prefer, **{name: getattr(args, name) for name in names})
-    watch.phase("tokenise")
-    pairs, report = read(args.dataset_path, limit=args.num_samples)
-    train, held_out = list(range(len(pairs))), []  # places in pairs
-    if args.test_dataset_path and args.eval_samples != 0:
-        eval_pairs, eval_report = read(args.test_dataset_path, limit=args.eval_samples or 0)
-        held_out = list(range(len(pairs), len(pairs) + len(eval_pairs)))
-        pairs, report = pairs + eval_pairs, report + eval_report
-    elif args.eval_samples != 0:
-        wanted = min(100, len(pairs) // 10) if args.eval_samples is None else args.eval_samples
-        train, held_out = hold_out(pairs, wanted, args.seed)
-        if len(held_out) < (args.eval_samples or 0):
-            raise DataError(f"--eval-samples {args.eval_samples} leaves nothing to train on: make it smaller")
-        report.append(f"  held out {len(held_out):,} pairs by whole prompts, {len(train):,} to train on")
-    say(*report, sep="\n")
-    if vectors is not None:
-        insert = partial(with_virtual_tokens, num_vectors=len(vectors), position=position)
-        pairs = [pair._replace(prompted_ids=insert(pair.prompt_ids)) for pair in pairs]
-    prompted_pairs = [Pair(pair.prompted_ids, pair.chosen_ids, pair.rejected_ids) for pair in pairs]
+    tokenizer = run.load_tokenizer()
+    skeleton = run.skeleton(tokenizer)
+    run.add_adapter(skeleton, "policy")  # a wrong target shows here
+    if run.estimate_memory(skeleton, tokenizer):
+        return
+    vectors, position = read_preference(skeleton, tokenizer, args, run.say)
+    prefer = partial(with_text, text=args.preference_text, position=position) if vectors is None else None
+    pairs, train, held_out = run.read_pairs(args.dataset_path, args.test_dataset_path, tokenizer, prefer)
+    prompted_pairs = behind_preference(pairs, vectors, position, tokenizer, run.say)
     check_room(skeleton.config, prompted_pairs, args.model)
-    text = "" if vectors is not None else f"  {tokenizer.decode(prompted_pairs[0].prompt_ids)!r}"
-    say(f"  row 0 prompt   {len(prompted_pairs[0].prompt_ids):4} tokens with the preference{text}")
-    lengths = [sum(map(len, pair[:3])) for pair in pairs]
-    within = {"ranks": world.size, "batch_size": args.batch_size, "lengths": lengths}
-    within["budget"] = args.tokens_per_microbatch
-    if 0 < args.tokens_per_microbatch < max(lengths):
-        say(f"Pairs of more than {args.tokens_per_microbatch} tokens take a pass each; the longest has {max(lengths)}")
-    share = partial(passes_of_rank, rank=world.rank, **within)
-    accumulation = args.gradient_accumulation_steps
-    plan_epoch = partial(epoch_plan, train, seed=args.seed, accumulation=accumulation, **within)
-    updates_per_epoch = len(plan_epoch(epoch=0))
-    num_updates = min(args.epochs * updates_per_epoch, args.max_steps or sys.maxsize)
-    needed = rows_of_run(plan_epoch, num_updates, held_out)  # of these a frozen model is asked
-    preference = fingerprint(prompted_pairs)
-    if vectors is not None:
-        preference += score_cache.weights_sha256([("soft prompt", vectors)])
-    if world.size > 1:
-        facts = {"data": fingerprint(pairs), "checkpoint": checkpoint and checkpoint.name, "preference": preference}
-        distributed.check_same_on_all_ranks(run_files.flags_of_a_run(args) | facts, world)
+    vectors_sha256 = "" if vectors is None else weights_sha256([("soft prompt", vectors)])
+    preference = fingerprint(prompted_pairs) + vectors_sha256
+    data = run.plan(pairs, train, held_out, preference=preference)
 
-    # 3 models
-    watch.phase("load")
-    dtype = distributed.pick_dtype(args.dtype, world, checkpoints.begun_in(checkpoint))
-    weights_dtype = dtype if args.lora_r else torch.float32  # weights that are trained are fp32, computed with in dtype
-    load = partial(load_model, device="cpu" if sharded else world.device, trust_remote_code=args.trust_remote_code)
-    policy = reference = load(args.model, weights_dtype)
-    distributed.seed_everything(args.seed)
-    parameters = list(policy.parameters())
-    if args.lora_r:
-        adapter = args.lora_r, args.lora_alpha, args.lora_dropout, args.lora_target_modules
-        parameters = lora.add_adapter(policy, "policy", *adapter)
-    say(f"{prepare_model(policy)} ({world.device}, {str(dtype).removeprefix('torch.')})")
-    checkpointing = estimate.checkpointing(args, distributed.room(world), largest_pass(**within), policy.packs_pairs)
-    if checkpointing:
-        enable_checkpointing(policy)
-        say("gradient checkpointing: on")
-    if args.ref_model_path or (args.lambda_kl and not args.lora_r):  # else the policy before its first update
-        reference = load(args.ref_model_path or args.model, weights_dtype)
+    # 3 models: the reference is the policy before its first update, or a model of its own
+    policy = reference = run.load(args.model)
+    parameters = run.add_adapter(policy, "policy")
+    run.prepare(policy)
+    if args.ref_model_path or (args.lambda_kl and run.full):
+        reference = run.load(args.ref_model_path or args.model)
         prepare_model(reference)
-    identity = run_files.identity(__file__, args, world, dtype, fingerprint([pairs[i] for i in train]), policy)
-    identity["preference"] = preference
-    if world.is_main:
-        identity["reference"] = identity["base model"]
-        if reference is not policy:
-            identity["reference"] = score_cache.frozen_sha256(reference)
-        if checkpoint:
-            checkpoints.check_identity(checkpoint, identity)
-    if sharded:
-        parameters = distributed.shard(policy, reference, world, dtype, say, args.optimizer_offload)
-    for model in dict.fromkeys((reference, policy)) if vectors is not None else ():  # `model` keeps the last
-        use_soft_prompt(model, vectors.to(world.device))
-    autocast = torch.autocast(world.device.type, dtype, enabled=weights_dtype != dtype)
-    watch.phase("cache")
-    termination = checkpoints.Termination()
-
-    def frozen_logps(rows, role, sha256, needed):
-        """What the reference gives to chosen and rejected of each row, once and for all: (N, 2), those `needed`."""
-        mine = within | {"lengths": [sum(map(len, row[:3])) for row in rows]}
-        with lora.use_adapter(reference, None), autocast:
-            return score_cache.frozen_scores(
-                args.cache_dir or f"{args.output_dir}/cache",
-                role,
-                sha256,
-                fingerprint(rows),
-                f"{dtype}{' sharded' * sharded}",
-                lambda indices: reference.packed_logps(pack([rows[i] for i in indices], world.device)),
-                len(rows),
-                needed,
-                partial(passes_of_rank, rank=world.rank, **mine),
-                world,
-                termination,
-                say,
-            )
-
-    facts = torch.full((len(pairs), 4), math.nan)
-    facts[:, :2] = frozen_logps(pairs, "reference", identity.get("reference"), needed)
-    asked = needed if args.alpha and args.teacher == "ref" else held_out
+    frozen = Frozen(reference)
+    parameters = run.begin(policy, parameters, {"reference": frozen}, preference=preference)
+    if vectors is not None:
+        for model in {policy, reference}:
+            use_soft_prompt(model, vectors.to(run.world.device))
+    ref_logps = run.cached("reference", frozen)  # (N, 2): of chosen and rejected of each pair
+    prompted_logps = torch.full_like(ref_logps, math.nan)
+    asked = data.needed if args.alpha and args.teacher == "ref" else held_out
     if asked:
-        sha256 = world.is_main and identity["reference"] + identity["preference"][64:]
-        facts[asked, 2:] = frozen_logps(prompted_pairs, "prompted", sha256, asked)[asked]
-    watch.phase("other")
-    reference = reference if args.lambda_kl else None  # else it has said all it has to say
-    gc.collect()  # a sharded model has methods that hold it
-    say(*memory_report.start_lines("policy model", parameters, policy, args, world), sep="\n")
+        prompted_logps = run.cached("prompted", frozen, prompted_pairs, asked, depends_on=vectors_sha256)
+    facts = PairFacts(*ref_logps.unbind(1), *prompted_logps.unbind(1))
+    frozen = model = None
+    reference = reference if args.lambda_kl else None  # else nobody asks it again
+    forget()
 
-    # 4 optimiser
-    optimizer = optimizers.make_optimizer(parameters, args)
-    scheduler = optimizers.make_scheduler(optimizer, args, num_updates, say)
-    scaler = torch.amp.GradScaler(world.device.type, enabled=dtype == torch.float16)
-    distributed.assert_same_on_all_ranks(parameters, world)
-    distributed.seed_everything(args.seed + world.rank)  # from here on chance (dropout) differs between ranks
+    # 4 train
+    training = Training(run, policy, parameters, METRICS, "policy model")
 
-    # 5 train
-    window = torch.zeros(len(METRICS) + 2, device=world.device)  # sums of METRICS since the last log line
-    pair_flops = speed.useful_flops(policy, pairs)
-    grad_norms = []  # since the last log line, on the device: to look at each at once would wait for it
-    at = {"step": 0, "tokens": 0, "pairs": 0, "warned": False, "history": None}  # pairs: since the last log line
-    if checkpoint:
-        tensors, at = checkpoints.restore(checkpoint, parameters, optimizer, scheduler, scaler, world)
-        window += checkpoints.own_sums(tensors["window"], world)
-        say(f"resumed from {checkpoint}")
-    log = run_files.MetricsLog(args, world.is_main, checkpoint, at["history"])
-    bar = tqdm(total=num_updates, initial=at["step"], desc="updates", disable=not distributed.shows_bars(world))
+    def forward(indices, ask_policy):
+        """Losses (B,), KL (B,) and metrics of the pairs at these places; ask_policy: it is its own teacher."""
+        batch, known = data.batch(indices), of_pairs(facts, indices, run.world.device)
+        prompted = pack([prompted_pairs[i] for i in indices], run.world.device) if ask_policy else None
+        with run.autocast:
+            states = reference_states(reference, batch) if args.lambda_kl else None
+            return pair_losses(policy, batch, prompted, known, args, states)
 
-    def evaluate_and_log():
-        policy.eval()
-        with autocast:
-            metrics = evaluate(policy, reference, pairs, prompted_pairs, facts, held_out, share, args, world)
-        policy.train()
-        flags.check_held_out(metrics["eval_loss"], at["step"])
-        log.write(at["step"], at["step"] / updates_per_epoch, metrics)
-        shown = [name for name in SHOWN if f"eval_{name}" in metrics]
-        half = [f"±{metrics[key]:.4f}" if (key := f"eval_{name}_ci95") in metrics else "" for name in shown]
-        numbers = (f"{SHOWN[name]}={metrics['eval_' + name]:.4f}{ci95}" for name, ci95 in zip(shown, half))
-        say(f"Held out, step {at['step']}: {' '.join(numbers)}")
+    def evaluate():
+        with training.evaluation() as evaluation:
+            for indices in evaluation.passes:
+                evaluation.add(forward(indices, ask_policy=args.teacher == "policy")[2])
+        training.log_held_out(completed(evaluation.means(), args), SHOWN)
 
-    def save_checkpoint():
-        flags.check_weights(parameters, at["step"])
-        tensors = {"chance": distributed.gather(checkpoints.chance(world.device), world)}
-        tensors["window"] = distributed.gather(window, world)
-        at.update(identity=identity, history=log.history)
-        add_adapter = partial(lora.save_adapter, policy, "policy", base_model=args.model) if args.lora_r else None
-        checkpoints.save(args, world, parameters, optimizer, scheduler, scaler, tensors, at, say, add_adapter)
-
-    if held_out and not checkpoint:
-        evaluate_and_log()
-    policy.train()
-    updates = itertools.chain.from_iterable(plan_epoch(epoch=epoch) for epoch in itertools.count())
-    for num_pairs, micro_batches in itertools.islice(updates, at["step"], num_updates):
-        in_update = [i for share in micro_batches for indices in share for i in indices]
-        num_tokens = sum(len(ids) for i in in_update for ids in pairs[i][1:3])  # of responses
-        for indices in micro_batches[world.rank]:
-            watch.phase("forward")
-            batch, rows = pack([pairs[i] for i in indices], world.device), send(facts[indices], world.device)
-            asks = args.alpha and args.teacher == "policy"
-            prompted = pack([prompted_pairs[i] for i in indices], world.device) if asks else None
-            with autocast:
-                states = reference_states(reference, batch) if args.lambda_kl else None
-                losses, kl, metrics = pair_losses(policy, batch, prompted, rows, args, states)
+    if held_out and not run.checkpoint:
+        evaluate()
+    for update in training.updates():
+        num_tokens = sum(len(pairs[i].chosen_ids) + len(pairs[i].rejected_ids) for i in update.indices)
+        for indices in update.passes:
+            losses, kl, metrics = forward(indices, ask_policy=args.alpha > 0 and args.teacher == "policy")
             # Divided by the pairs of the whole update: any split into passes and ranks is the same gradient.
-            loss = losses.sum() / num_pairs
+            loss = losses.sum() / update.num_pairs
             if args.lambda_kl:
                 loss = loss + args.lambda_kl * kl.sum() / num_tokens
-            watch.phase("backward")
-            scaler.scale(loss).backward()
-            window += metrics.sum(1)
-        watch.phase("communicate")
-        distributed.all_reduce_gradients(parameters, world)
-        watch.phase("step")
-        grad_norms.append(distributed.take_step(parameters, optimizer, scheduler, scaler, args.max_grad_norm))
-        watch.phase("other")
-        at["step"] += 1
-        at["pairs"] += num_pairs
-        at["tokens"] += sum(lengths[i] for i in in_update)
-        watch.work(num_pairs, sum(pair_flops[i] for i in in_update))
-        bar.update()
-        if at["step"] == 1 and world.device.type == "cuda":
-            say(memory_report.first_update(estimate, args, checkpointing, micro_batches, lengths))
-
-        step, epoch = at["step"], (at["step"] - 1) // updates_per_epoch + 1
-        if step % args.logging_steps == 0 or step == num_updates:
-            sums, norms = distributed.all_reduce_sum(window, world).tolist(), torch.stack(grad_norms).tolist()
-            flags.check_norms(norms, step, scaler)
-            metrics = as_means(sums, at["pairs"], args)
+            training.backward(loss, metrics)
+        training.all_reduce_gradients()
+        training.step()
+        if update.logs:
+            metrics = completed(training.means(), args)
             metrics |= {documented: metrics[name] for documented, name in DOCUMENTED.items()}
-            metrics |= {"grad_norm": norms[-1], "learning_rate": scheduler.get_last_lr()[0]}
-            metrics |= {"beta": args.beta, "num_tokens": at["tokens"]}
-            log.write(step, step / updates_per_epoch, metrics)
-            numbers = " ".join(f"{label}={metrics[name]:.4f}" for name, label in SHOWN.items() if name in metrics)
-            numbers = f"{numbers} grad_norm={norms[-1]:.4f}"
-            say(f"Epoch {epoch} step {step} {numbers} learning_rate={metrics['learning_rate']:.2e} {watch.rate()}")
-            if displacement(metrics) and not at["warned"]:
-                at["warned"] = True
-                say(displacement(metrics))
-            window.zero_()
-            grad_norms.clear()
-            at["pairs"] = 0
-        if held_out and (step == num_updates or (args.eval_steps and step % args.eval_steps == 0)):
-            evaluate_and_log()
-        asked_to_end = distributed.on_any_rank(termination.asked, world)
-        if asked_to_end or (args.save_steps and step % args.save_steps == 0):
-            save_checkpoint()
-        if asked_to_end:
-            termination.end_training(asked_to_end, args, step, say)
-    bar.close()
-    say("Seconds: " + ", ".join(f"{phase} {seconds:.1f}" for phase, seconds in watch.read().items()))
-    say(*memory_report.memory_lines(world), sep="\n")
+            training.log(metrics, [*SHOWN, "grad_norm"], beta=args.beta)
+            training.warn(displacement(metrics), about="fall")
+        if update.evaluates:
+            evaluate()
+        training.save_if_due()
 
-    # 6 save
-    flags.check_weights(parameters, at["step"])
-    distributed.assert_same_on_all_ranks(parameters, world)
-    log.close()
-    state = None if args.lora_r else distributed.whole_state(policy, dtype, world)
-    if world.is_main:
-        with run_files.whole_files(args.output_dir) as folder:
-            if args.lora_r:
-                lora.save_adapter(policy, "policy", folder, args.model)
-            else:
-                save_whole(policy, folder, state)
-            model_files.save_tokenizer(tokenizer, folder)
-            method = "preference-guided DPO"
-            card = run_files.model_card(args, __file__, method, log.history, identity["data"], lora.left_out(policy))
-            run_files.save_run_record(folder, log, args, __file__, card)
-            if args.save_merged:
-                lora.merge_adapter(policy, "policy")
-                policy.save_pretrained(folder / "merged")
-                model_files.save_tokenizer(tokenizer, folder / "merged")
-        say(f"saved to {args.output_dir}")
-    distributed.stop()
+    # 5 save
+    run.save_policy(training, policy, tokenizer, "preference-guided DPO")
 
 
-USER_ERRORS = (DataError, ModelError, lora.AdapterError, distributed.DeviceError, run_files.RunFolderError)
-USER_ERRORS += (checkpoints.CheckpointError, memory_estimate.EstimateError, optimizers.OptimizerError, PromptError)
+USER_ERRORS += (PromptError,)
 
 if __name__ == "__main__":
     flags.run(main, ARGS, *USER_ERRORS)

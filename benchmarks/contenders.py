@@ -31,7 +31,7 @@ import distributed
 import lora
 from formats.model_files import ModelError, load_skeleton, load_tokenizer
 from formats.row_files import read_rows
-from harness import flags, speed
+from harness import device, flags, speed
 from packing import epoch_plan
 from preference_data import DataError, fingerprint, load_pairs
 
@@ -104,7 +104,7 @@ def first_pairs(args, wanted):
 def probe(benchmark, args, plan, _):
     """The machine: what `--dtype auto` is, FLOP/s of the best of several matrix products.  Writes the fp32 start."""
     world = distributed.start()
-    dtype, peaks, on_gpu = distributed.pick_dtype("auto", world), {}, world.device.type == "cuda"
+    dtype, peaks, on_gpu = device.pick_dtype("auto", world), {}, world.device.type == "cuda"
     scale = 8 if on_gpu else 1  # 9 GFLOP keep a CPU busy
     for kind in DTYPES if on_gpu else ("bf16", "fp32"):
         a, b = (torch.randn(1024 * scale, n * scale, device=world.device, dtype=DTYPES[kind]) for n in (1024, 4096))

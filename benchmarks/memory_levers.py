@@ -24,6 +24,7 @@ from formats.model_files import ModelError
 from formats.preference_rows import recognise, row_texts
 from formats.row_files import DataError, Malformed, Unusable, parse_row, read_rows
 from harness import flags, optimizers
+from harness.run import TOY_FOLDER
 
 BASE = "--batch-size 4 --gradient-accumulation-steps 1 --max-length 512 --lora-r 16 --gradient-checkpointing off"
 LEVERS = [  # what stands behind the base's flags, and takes their place
@@ -103,7 +104,7 @@ def main(args):
     memory = {}
     with tempfile.TemporaryDirectory() as work:
         if "toy" in (args.model, args.dataset):
-            toy = toy_world.build(dpo_hf_run.TOY_FOLDER)
+            toy = toy_world.build(TOY_FOLDER)
             args.model = str(toy / "model") if args.model == "toy" else args.model
             args.dataset = str(toy / "train/helpful_pairs.jsonl") if args.dataset == "toy" else args.dataset
         rows = longest_rows(args.dataset, args.updates * UPDATE)

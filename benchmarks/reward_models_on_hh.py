@@ -35,7 +35,7 @@ import lora
 from formats.model_files import ModelError, load_model, load_tokenizer
 from formats.row_files import DataError, Malformed, Unusable, parse_row, read_rows
 from formats.row_shapes import chosen_and_rejected
-from harness import flags
+from harness import device, flags
 from packed_model import prepare_scores
 from packing import hold_out, pack, passes
 from preference_data import load_pairs
@@ -134,7 +134,7 @@ def bradley_terry(features, penalty):
 
 def train_bigrams(pairs, texts, seed):
     """(weights (BUCKETS,), penalty): the penalty with the least loss on a tenth of the pairs, by whole prompts."""
-    parts = hold_out(pairs, -(-len(pairs) // 10), seed)
+    parts = hold_out(pairs, math.ceil(len(pairs) / 10), seed)
     fit, choose = (bigram_features([texts[i] for i in part]) for part in parts)
     penalty = min(PENALTIES, key=lambda p: -F.logsigmoid(linear_margins(choose, bradley_terry(fit, p))).mean())
     return bradley_terry(bigram_features(texts), penalty), penalty
@@ -174,7 +174,7 @@ def main(args):
         print(report[0])
     texts = lambda pairs: [[tokenizer.decode(ids, skip_special_tokens=True) for ids in pair[1:3]] for pair in pairs]
     world = distributed.start()
-    model = load_model(args.model, distributed.pick_dtype("auto", world), world.device, scores=True)
+    model = load_model(args.model, device.pick_dtype("auto", world), world.device, scores=True)
     heads = {task: lora.load_adapter(model, getattr(args, f"{task}_rm"), task, with_head=True)[1] for task in TASKS}
     print(f"{prepare_scores(model)} ({world.device}, {str(model.dtype).removeprefix('torch.')})")
 

@@ -27,7 +27,7 @@ import torch
 import distributed
 import lora
 from formats.model_files import ModelError, load_model, load_tokenizer
-from harness import flags
+from harness import device, flags
 from packed_model import prepare_model
 from packing import pack, passes
 from preference_data import DataError, load_pairs
@@ -109,7 +109,7 @@ def main(args):
     seconds = {name: train(args, name.replace(" ", "_"), words) for name, words in runs.items()}
 
     world, tokenizer = distributed.start(), load_tokenizer(args.model)
-    dtype = distributed.pick_dtype("auto", world)
+    dtype = device.pick_dtype("auto", world)
     model = load_model(args.model, dtype, world.device)
     prepare_model(model)
     limits = dict(max_length=args.max_length, max_prompt_length=args.max_prompt_length, limit=args.test_pairs)

@@ -1,1 +1,17 @@
-"""How rows, chats, models, tensors and folders stand in files."""
+"""How rows, chats, models, tensors and folders stand in files.
+
+rows
+    row_files            rows of a JSONL, JSON, CSV, parquet file or of a dataset, each with its place
+    row_shapes           the shapes of preference rows: which fields hold prompt, chosen and rejected
+    row_prompts          all that a row asks: messages, and the columns around a prompt
+    preference_rows      a row of a known shape -> (prompt, chosen, rejected)
+
+text
+    chat_text            strings and messages -> the text that a model reads -> token ids, and where a response ends
+
+models and what is written
+    hub_files            what a hub id stands for: a folder on this machine
+    model_files          models and tokenizers of a folder or hub
+    tensor_files         safetensors files, written so that others can read them
+    written_files        manifest.json: which files are ours, and whether they are whole
+"""

@@ -10,6 +10,7 @@ import re
 from bisect import bisect_left
 from datetime import datetime
 from functools import lru_cache
+from typing import NamedTuple
 
 from jinja2 import TemplateError
 
@@ -64,45 +65,48 @@ DAY = datetime(2024, 7, 26)  # of every text: Llama 3's templates fall back on i
 DATE_CODES = "%Y %y %m %-m %d %-d %e %j %B %b %A %a %H %I %M %S %p".split()
 
 
-def render(messages, tokenizer, day=DAY, **how):
+def render(messages, tokenizer, day=DAY, **template_args):
     """Messages through the chat template.  Raises Malformed.
 
     day: what a template that asks for the date is told, so that a run can be repeated; None: the time it is.
-    how: add_generation_prompt, continue_final_message, tools, or what else the template knows.
+    template_args: add_generation_prompt, continue_final_message, tools, or what else the template knows.
     """
-    template = tokenizer.get_chat_template(None, how.get("tools"))
+    template = tokenizer.get_chat_template(None, template_args.get("tools"))
     if day and "strftime_now" in template:  # transformers hands no function to a template; the newline goes
         written = "".join(f" | replace('{code}', '{day.strftime(code)}')" for code in DATE_CODES)
         template = "{% macro strftime_now(format) %}{{ format" + written + " }}{% endmacro %}\n" + template
     try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, chat_template=template, **how)
+        return tokenizer.apply_chat_template(messages, tokenize=False, chat_template=template, **template_args)
     except (TemplateError, TypeError, ValueError) as error:  # TypeError: content that is null
         reason = str(error).strip().partition("\n")[0]
         raise Malformed(f"the chat template refuses its messages ({reason})") from None
 
 
-def prompt_text(prompt, tokenizer, **how):
+def prompt_text(prompt, tokenizer, **template_args):
     """What stands before a response: a string as it is; messages up to the header of the assistant's answer, or up to
     the words of the assistant's that end them."""
     if isinstance(prompt, str):
         return prompt
     continues = prompt[-1]["role"] == "assistant"
-    return render(prompt, tokenizer, add_generation_prompt=not continues, continue_final_message=continues, **how)
+    template_args |= {"add_generation_prompt": not continues, "continue_final_message": continues}
+    return render(prompt, tokenizer, **template_args)
 
 
-def full_texts(prompt, chosen, rejected, tokenizer, prefer=None, **how):
+def full_texts(prompt, chosen, rejected, tokenizer, prefer=None, **template_args):
     """The texts to tokenise: prompt, prompt + chosen, prompt + rejected, and prefer(prompt).
 
     Raises Malformed, and PreferenceError where the template takes the prompt and not the preference in it.
     """
-    texts = [prompt_text(prompt, tokenizer, **how)]
+    texts = [prompt_text(prompt, tokenizer, **template_args)]
     for response in (chosen, rejected):
-        is_text = isinstance(prompt, str)
-        texts.append(prompt + response if is_text else render(conversation(prompt, response), tokenizer, **how))
+        if isinstance(prompt, str):
+            texts.append(prompt + response)
+        else:
+            texts.append(render(conversation(prompt, response), tokenizer, **template_args))
     if prefer:
         preferred = prefer(prompt)
         try:
-            texts.append(prompt_text(preferred, tokenizer, **how))
+            texts.append(prompt_text(preferred, tokenizer, **template_args))
             reason = "the chat template drops it" if texts[3] == texts[0] and preferred != prompt else ""
         except Malformed as error:
             reason = str(error)
@@ -124,16 +128,17 @@ def token_ids(texts, tokenizer, is_chat):
     return [row[1:] if row[:2] == [bos, bos] else row for row in ids]
 
 
-def prompt_ids(prompt, tokenizer, max_prompt_length, **how):
+def prompt_ids(prompt, tokenizer, max_prompt_length, **template_args):
     """Token ids of a prompt, a string or messages, cut to max_prompt_length.  Raises Malformed.
 
     The same ids as a pair's prompt in training, but for a token that spans the seam of prompt and response.
     """
     is_chat = not isinstance(prompt, str)
-    (ids,) = token_ids([prompt_text(prompt, tokenizer, **how)], tokenizer, is_chat)
+    (ids,) = token_ids([prompt_text(prompt, tokenizer, **template_args)], tokenizer, is_chat)
     if is_chat:
         if len(ids) > max_prompt_length:
-            ids = prompt_ids(cut_chat(prompt, tokenizer, max_prompt_length, **how), tokenizer, max_prompt_length, **how)
+            prompt = cut_chat(prompt, tokenizer, max_prompt_length, **template_args)
+            (ids,) = token_ids([prompt_text(prompt, tokenizer, **template_args)], tokenizer, is_chat)
         return ids
     return _cut(_never_empty(_open(ids, tokenizer), tokenizer), max_prompt_length, tokenizer)
 
@@ -156,7 +161,7 @@ def _cut(ids, length, tokenizer):
     return ids[:keep] + ids[keep + max(0, len(ids) - length) :]
 
 
-def cut_chat(prompt, tokenizer, max_prompt_length, **how):
+def cut_chat(prompt, tokenizer, max_prompt_length, **template_args):
     """Messages whose text has at most max_prompt_length tokens.  Raises Unusable where no word has room.
 
     The oldest turns go first, up to a user's, and never the system's.  Where the last turn is still too long, the
@@ -164,31 +169,32 @@ def cut_chat(prompt, tokenizer, max_prompt_length, **how):
     """
 
     def excess(messages):
-        text = prompt_text(messages, tokenizer, **how)
+        text = prompt_text(messages, tokenizer, **template_args)
         return len(token_ids([text], tokenizer, is_chat=True)[0]) - max_prompt_length
 
-    first = next((n for n, message in enumerate(prompt) if message["role"] != "system"), 0)
-    system, turns = prompt[:first], prompt[first:]
+    num_system = next((n for n, message in enumerate(prompt) if message["role"] != "system"), 0)
+    system, turns = prompt[:num_system], prompt[num_system:]
     starts = [0] + [n for n, message in enumerate(turns) if n and message["role"] == "user"]
-    start = bisect_left(starts, True, key=lambda n: excess(system + turns[n:]) <= 0)
-    messages = system + turns[starts[min(start, len(starts) - 1)] :]
-    if start < len(starts):
-        return messages
-    words = [message["content"] if isinstance(message["content"], str) else "" for message in messages]
-    ids = [tokenizer(said, add_special_tokens=False, verbose=False)["input_ids"] for said in words]
+    fitting = bisect_left(starts, True, key=lambda start: excess(system + turns[start:]) <= 0)
+    if fitting < len(starts):
+        return system + turns[starts[fitting] :]
+    messages = system + turns[starts[-1] :]
+    texts = [message["content"] if isinstance(message["content"], str) else "" for message in messages]
+    ids = [tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] for text in texts]
     lengths, too_many = [len(row) for row in ids], excess(messages)
-    room = sum(lengths)
+    room = sum(lengths)  # tokens for the words of all messages
     while too_many > 0:
         room -= too_many
+        # The most tokens for each message with which all have room.
         most = bisect_left(
             range(1, max(lengths, default=0) + 1), True, key=lambda n: sum(min(n, m) for m in lengths) > room
         )
         if most < 1:
             raise Unusable("the chat template's own words leave no room within --max-prompt-length")
         cut = []
-        for message, said, row in zip(messages, words, ids, strict=True):
-            kept = len(said) if len(row) <= most else len(tokenizer.decode(row[-most:]).lstrip("\ufffd"))
-            cut.append(message | {"content": said[-kept:]} if kept < len(said) else message)
+        for message, text, row in zip(messages, texts, ids, strict=True):
+            kept = len(text) if len(row) <= most else len(tokenizer.decode(row[-most:]).lstrip("\ufffd"))
+            cut.append(message | {"content": text[-kept:]} if kept < len(text) else message)
         too_many = excess(cut)
     return cut
 
@@ -262,96 +268,122 @@ def _ended(ids, end, tokenizer, is_chat):
 
 
 def encode_pair(ids, tokenizer, max_length, max_prompt_length, end, is_chat=False):
-    """Token ids of prompt, prompt + chosen, prompt + rejected and perhaps prompted prompt -> those of prompt, chosen,
-    rejected and prompted prompt (None).
+    """[prompt, prompt + chosen, prompt + rejected, and perhaps the prompted prompt] as token ids -> the ids of
+    (prompt, chosen, rejected, prompted prompt or None).
 
-    The boundary is the longest common prefix of the first three: where a token spans the seam of prompt and response,
-    it belongs to the responses.  Too long a string loses its beginning (but for a BOS), the prompted one the same;
-    then the responses lose their end.  A chat is `cut_chat` before.
+    Where a token spans the seam of prompt and response, it belongs to the responses: the boundary is the longest common
+    prefix of the first three.  Too long a string loses its beginning, the prompted one the same; then the responses
+    lose their end.  A chat is `cut_chat` before.  With max_prompt_length 3, where 1 is the BOS and 9 the end:
+
+        prompt               1 2 3 4        ->   1 3 4          2 goes, the BOS stays
+        prompt + chosen      1 2 3 4 5 6    ->   5 6 9
+        prompt + rejected    1 2 3 4 7      ->   7 9
+        prompted prompt      1 2 3 4 8 8    ->   1 3 4 8 8      as many go
     """
-    whole_ids, full_chosen_ids, full_rejected_ids, *prompted_ids = ids
-    boundary = min(common_prefix(whole_ids, ids) for ids in (full_chosen_ids, full_rejected_ids))
-    before = _never_empty(whole_ids[:boundary], tokenizer)
-    prompt_ids = _cut(before, max_prompt_length, tokenizer)
-    responses = []
-    for ids in (full_chosen_ids[boundary:], full_rejected_ids[boundary:]):
-        responses.append(_ended(ids, end, tokenizer, is_chat)[: max_length - len(prompt_ids)])
-    if not prompted_ids:
-        return prompt_ids, *responses, None
-    (prompted,) = prompted_ids
-    if prompted == whole_ids:
-        prompted = prompt_ids
+    whole_prompt, with_chosen, with_rejected, *prompted = ids
+    boundary = min(common_prefix(whole_prompt, with_chosen), common_prefix(whole_prompt, with_rejected))
+    uncut = _never_empty(whole_prompt[:boundary], tokenizer)
+    prompt = _cut(uncut, max_prompt_length, tokenizer)
+    room = max_length - len(prompt)
+    chosen = _ended(with_chosen[boundary:], end, tokenizer, is_chat)[:room]
+    rejected = _ended(with_rejected[boundary:], end, tokenizer, is_chat)[:room]
+    if not prompted:
+        return prompt, chosen, rejected, None
+    (prompted,) = prompted
+    if prompted == whole_prompt:
+        prompted = prompt
     elif is_chat:
-        prompted = prompted[: len(prompted) - len(whole_ids) + boundary]
+        spanning = len(whole_prompt) - boundary  # tokens at its end that belong to the responses
+        prompted = prompted[: len(prompted) - spanning]
     else:  # the preference stands at its end
-        prompted = _open(prompted, tokenizer)
-        prompted = _cut(prompted, len(prompted) - len(before) + len(prompt_ids), tokenizer)
-    return prompt_ids, *responses, prompted
+        prompted, removed = _open(prompted, tokenizer), len(uncut) - len(prompt)
+        prompted = _cut(prompted, len(prompted) - removed, tokenizer)
+    return prompt, chosen, rejected, prompted
 
 
 # -- what a template does to a row ------------------------------------------------------------------------------------
 
 
 def note(notes, where, prompt, chosen, rejected, texts, tokenizer):
-    """Add to notes {what: [where]} what the text of a row of messages has otherwise than they say.
+    """Add to notes {change: [where]} what the text of a row of messages has otherwise than they say.
 
     texts: those of `full_texts`; of a prompt alone, with no responses, the first.
     """
-    for what, detail in _changes(prompt, chosen, rejected, texts, tokenizer):
-        notes.setdefault(what, []).append(where + detail)
+    for change, detail in _changes(prompt, chosen, rejected, texts, tokenizer):
+        notes.setdefault(change, []).append(where + detail)
 
 
-def note_lines(notes, rows, messages, tokenizer, **how):
+def note_lines(notes, rows, messages, tokenizer, **template_args):
     """Lines for the report: the notes with a count of `rows` ("pairs"), and the date that a template writes."""
-    lines = [f"  in {len(places):,} {rows} {what}; the first is {places[0]}" for what, places in notes.items()]
-    text, other = (render(messages, tokenizer, day=day, **how) for day in (DAY, datetime(1987, 11, 9, 13)))
-    return lines + [f"  the chat template writes a date: {DAY:%d %b %Y} in every run"] * (text != other)
+    lines = [f"  in {len(places):,} {rows} {change}; the first is {places[0]}" for change, places in notes.items()]
+    another_day = datetime(1987, 11, 9, 13)
+    if render(messages, tokenizer, **template_args) != render(messages, tokenizer, another_day, **template_args):
+        lines.append(f"  the chat template writes a date: {DAY:%d %b %Y} in every run")
+    return lines
 
 
 def _changes(prompt, chosen, rejected, texts, tokenizer):
-    """[(what, detail)]."""
-    found, (whole, *full) = [], texts[:3]
-    same = len(whole)
-    if not all(text.startswith(whole) for text in full):
-        same = len(os.path.commonprefix([whole, *full]))
-        found.append(("the prompt in training is not that of generation", f", and lacks {whole[same:]!r}"))
-    words = str(prompt[-1]["content"]).strip()
-    begin = min(same, whole.rfind(words) + len(words)) if words in whole else same
+    """[(change, detail)], both in words."""
+    changes = []
+    of_prompt, *whole_texts = texts[:3]
+    shared = len(os.path.commonprefix([of_prompt, *whole_texts]))
+    if shared < len(of_prompt):
+        lacks = f", and lacks {of_prompt[shared:]!r}"
+        changes.append(("the prompt in training is not that of generation", lacks))
+    last_words = str(prompt[-1]["content"]).strip()
+    behind_words = min(shared, of_prompt.rfind(last_words) + len(last_words)) if last_words in of_prompt else shared
 
-    def behind(message, text):
+    def response_text(message, text):
         """What stands behind the prompt, with a beginning of the answer that generation is given (<think>)."""
-        all_there = "".join(message["content"].split()) in "".join(text[begin:].split())
-        return message, text[begin:] if all_there else text[same:]
+        is_there = _letters(message["content"]) in _letters(text[behind_words:])
+        return text[behind_words:] if is_there else text[shared:]
 
-    said = [behind(message, text) for response, text in zip((chosen, rejected), full) for message in response]
-    for side, parts in (("responses", said), ("prompt", [(message, whole[:same]) for message in prompt])):
-        sizes = [_dropped(message, text) for message, text in parts]
-        if gone := sum(lost for lost, _ in sizes):
-            detail = f", {gone:,} of {sum(size for _, size in sizes):,} characters"
-            found.append((f"the chat template drops text of the {side}", detail))
+    in_prompt = [_dropped(message, of_prompt[:shared]) for message in prompt]
+    in_responses = []
+    for response, text in zip((chosen, rejected), whole_texts):
+        in_responses += [_dropped(message, response_text(message, text)) for message in response]
+    for side, sizes in (("responses", in_responses), ("prompt", in_prompt)):
+        dropped, of_all = sum(size.dropped for size in sizes), sum(size.all for size in sizes)
+        if dropped:
+            detail = f", {dropped:,} of {of_all:,} characters"
+            changes.append((f"the chat template drops text of the {side}", detail))
     others = sorted({message["role"] for message in chosen + rejected} - {"assistant"})
     if others:
-        found.append((f"the responses hold turns of the {' and the '.join(others)}, which carry loss", ""))
+        changes.append((f"the responses hold turns of the {' and the '.join(others)}, which carry loss", ""))
     if any(isinstance(m["content"], str) and is_rendered(m["content"], tokenizer) for m in prompt):
-        found.append(("the prompt's words hold the end of a turn, as the chat template writes it", ""))
-    return found
+        changes.append(("the prompt's words hold the end of a turn, as the chat template writes it", ""))
+    return changes
+
+
+class Size(NamedTuple):
+    """Characters of a message."""
+
+    dropped: int  # those that its text lacks
+    all: int
 
 
 def _dropped(message, text):
-    """(characters of a message's words that are not in the text, all); white space counts in front of code alone."""
-    lost, size = 0, 0
+    """The Size of a message's words in a text; white space counts in front of code alone."""
+    dropped, size = 0, 0
     for key in ("content", "reasoning_content", "reasoning", "thinking"):
         said = message.get(key)
         if not isinstance(said, str) or message["role"] == "tool":  # a template may write a tool's words as JSON
             continue
-        words, there = "".join(said.split()), text
-        if said.strip() not in text and words not in (there := "".join(text.split())):
-            lengths = range(1, len(words) + 1)
-            head = bisect_left(lengths, True, key=lambda n: words[:n] not in there)
-            tail = bisect_left(lengths, True, key=lambda n: words[-n:] not in there)
-            lost += len(words) - max(head, tail)
-        elif (code := re.match(r"(?:\t| {2})\s*\S.*", said)) and code[0].rstrip() not in text:
-            lost += len(said) - len(said.lstrip())
-            size += len(said) - len(said.lstrip())
-        size += len(words)
-    return lost, size
+        letters = _letters(said)
+        size += len(letters)
+        if said.strip() in text or letters in _letters(text):
+            code = re.match(r"(?:\t| {2})\s*\S.*", said)
+            if code and code[0].rstrip() not in text:
+                indentation = len(said) - len(said.lstrip())
+                dropped += indentation
+                size += indentation
+        else:
+            there, lengths = _letters(text), range(1, len(letters) + 1)
+            head = bisect_left(lengths, True, key=lambda n: letters[:n] not in there)
+            tail = bisect_left(lengths, True, key=lambda n: letters[-n:] not in there)
+            dropped += len(letters) - max(head, tail)
+    return Size(dropped, size)
+
+
+def _letters(text):
+    return "".join(text.split())

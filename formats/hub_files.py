@@ -84,20 +84,20 @@ def silence():
 
 def _no_answer(head, url):
     """Why `url` gives no answer to head(url, timeout=...), in words; None: it gives one."""
-    found = []
+    outcome = []  # of the thread: one sentence, or None
 
     def ask():
         try:
             status = head(url, timeout=SECONDS).status_code
-            found.append(f"status {status}, a gateway's" if status in (502, 503, 504) else None)
+            outcome.append(f"status {status}, a gateway's" if status in (502, 503, 504) else None)
         except Exception as error:  # of httpx or requests
             text = " ".join(str(error).split())
-            found.append(text if 0 < len(text) < 80 else type(error).__name__)
+            outcome.append(text if 0 < len(text) < 80 else type(error).__name__)
 
     thread = threading.Thread(target=ask, daemon=True)  # no timeout of theirs covers the look-up of the name
     thread.start()
     thread.join(SECONDS + 1)
-    return found[0] if found else f"nothing within {SECONDS} s"
+    return outcome[0] if outcome else f"nothing within {SECONDS} s"
 
 
 @functools.cache
@@ -114,7 +114,9 @@ def _from_modelscope(name, kind, weights, part):
     endpoint = get_default_config().endpoint
     silent = _silence_of_modelscope(endpoint, requests.head)
     wanted = {"allow_patterns": ["README.md", "*.json", f"{part}/*"]} if part else {}
-    unread = NEVER_READ + ([] if weights else WEIGHTS) if kind == "model" else []
+    unread = []
+    if kind == "model":
+        unread = NEVER_READ if weights else NEVER_READ + WEIGHTS
     bars = contextlib.nullcontext() if sys.stderr.isatty() else contextlib.redirect_stderr(io.StringIO())
     try:
         with bars:

@@ -72,26 +72,28 @@ def load_model(path, dtype, device, trust_remote_code=False, scores=False, max_l
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()  # its report of the weights is many lines, and below it is one
     try:
-        model, found = _loaded("model", path, partial(_from, kind, path, weights=True, **options))
+        model, loading_info = _loaded("model", path, partial(_from, kind, path, weights=True, **options))
     finally:
         transformers_logging.set_verbosity(verbosity)
-    if found["mismatched_keys"]:
-        name, there, wanted = min(found["mismatched_keys"])
+    if loading_info["mismatched_keys"]:
+        name, in_file, wanted = min(loading_info["mismatched_keys"])
         raise ModelError(
-            f"{name} of {path} is {tuple(there)}, and its config.json asks for {tuple(wanted)}: they are of two models"
+            f"{name} of {path} is {tuple(in_file)}, and its config.json asks for {tuple(wanted)}: they are of two "
+            "models"
         )
-    missing = set(found["missing_keys"]) - ({"score.weight"} if scores else set())
+    missing = set(loading_info["missing_keys"]) - ({"score.weight"} if scores else set())
     if missing:  # transformers would go on with random numbers
         raise ModelError(f"the weights of {path} lack {min(missing)}: is it a whole causal language model?")
-    if found["unexpected_keys"] and not scores:  # of a base the language-model head
-        extra = f"{len(found['unexpected_keys'])} weights (first: {min(found['unexpected_keys'])})"
+    unexpected = loading_info["unexpected_keys"]
+    if unexpected and not scores:  # a reward model has no place for the language-model head of its base
+        extra = f"{len(unexpected)} weights (first: {min(unexpected)})"
         print(f"{path} has {extra} that its config.json has no place for: they are left out", file=sys.stderr)
     if scores:
         head = getattr(model, "score", None)
         if type(head) is not nn.Linear or head.bias is not None:
             raise ModelError(f"{path} has no place for a scalar head `score`: is it a causal language model?")
         head.float()
-        if found["missing_keys"]:
+        if loading_info["missing_keys"]:
             nn.init.zeros_(head.weight)
     return model.to(device)
 
@@ -111,10 +113,11 @@ def load_skeleton(path, tokenizer, args, scores=False):
     causal = [module.is_causal for module in model.modules() if hasattr(module, "is_causal")]
     if causal and not any(causal):
         raise not_causal(path)
-    known, ids = len(model.get_input_embeddings().weight), tokenizer.get_vocab().values()
-    if max(ids) >= known:  # not len(tokenizer): ids may have gaps
+    embedded = len(model.get_input_embeddings().weight)
+    num_ids = max(tokenizer.get_vocab().values()) + 1  # not len(tokenizer): ids may have gaps
+    if num_ids > embedded:
         raise ModelError(
-            f"the model {path} knows {known} tokens and the tokenizer {max(ids) + 1}: they do not go together"
+            f"the model {path} knows {embedded} tokens and the tokenizer {num_ids}: they do not go together"
         )
     return model
 
@@ -126,11 +129,11 @@ def not_causal(name):
     )
 
 
-def check_positions(config, tokens, what, path):
-    """Raise ModelError where a model has fewer positions than `tokens` in a row; what: that asks for them, in words."""
+def check_positions(config, tokens, reason, path):
+    """Raise ModelError where a model has fewer positions than `tokens`; reason: what asks for so many, in words."""
     room = getattr(config.get_text_config(), "max_position_embeddings", None) or 0
     if tokens > room > 0:
-        raise ModelError(f"{what} is more than the {room} positions of the model {path}: make it smaller")
+        raise ModelError(f"{reason} is more than the {room} positions of the model {path}: make it smaller")
 
 
 def _config(path, trust_remote_code):
@@ -140,8 +143,9 @@ def _config(path, trust_remote_code):
     if getattr(config, "is_encoder_decoder", False):
         raise not_causal(path)
     for part in (config, _loaded("model", path, config.get_text_config)):
-        if how := getattr(part, "quantization_config", None):
-            method = how.get("quant_method") if isinstance(how, dict) else getattr(how, "quant_method", None)
+        if settings := getattr(part, "quantization_config", None):
+            is_dict = isinstance(settings, dict)
+            method = settings.get("quant_method") if is_dict else getattr(settings, "quant_method", None)
             raise ModelError(
                 f"the weights of {path} are quantised ({method or 'quantization_config'} in its config.json), which is "
                 "not done here: name the model that they were made from"
@@ -154,7 +158,7 @@ def _from(kind, path, weights=False, **options):
     return kind.from_pretrained(hub_files.local(str(path), weights=weights), **options)
 
 
-def _loaded(what, path, load):
+def _loaded(kind, path, load):
     """load(), a from_pretrained of transformers, with all that a foreign folder can make it raise as a ModelError.
 
     That is anything: tokenizers raises plain Exception, pickle and the checks of configs have errors of their own.
@@ -166,14 +170,14 @@ def _loaded(what, path, load):
     except Exception as error:
         if "trust_remote_code" in str(error):
             raise ModelError(
-                f"the {what} {path} comes with code of its own: read it, and pass --trust-remote-code to run it"
+                f"the {kind} {path} comes with code of its own: read it, and pass --trust-remote-code to run it"
             ) from None
         if reason := hub_files.unanswered(path):
-            raise ModelError(f"no {what} at {path}: {reason}") from None
+            raise ModelError(f"no {kind} at {path}: {reason}") from None
         advice = "check the name; without a hub name a folder, a mirror in HF_ENDPOINT, or --hub modelscope"
         if _exists(path):
             advice = "a model folder holds config.json, model.safetensors and the tokenizer's files"
-        raise ModelError(f"no {what} at {path} ({_first_sentence(error)}): {advice}") from None
+        raise ModelError(f"no {kind} at {path} ({_first_sentence(error)}): {advice}") from None
 
 
 def _exists(path):
@@ -208,8 +212,9 @@ def enable_checkpointing(model):
 
 
 def _first_sentence(error):
-    line, *more = (str(error).strip() or type(error).__name__).split("\n")
-    line += f" {more[0].strip()}" if more and line.endswith(":") else ""
+    line, *next_lines = (str(error).strip() or type(error).__name__).split("\n")
+    if next_lines and line.endswith(":"):
+        line += f" {next_lines[0].strip()}"
     return re.split(r"\. (?=[A-Z])", line)[0].rstrip(".:")[:200]
 
 
@@ -221,8 +226,8 @@ def pad_unlike_ends(path, tokenizer, config):
     ends = {tokenizer.eos_token_id, turn_end(tokenizer)}
     for given in (config.eos_token_id, config.get_text_config().eos_token_id, _generation_ends(path)):
         ends |= set(given) if isinstance(given, list) else {given}
-    known = [tokenizer.pad_token_id, tokenizer.unk_token_id, tokenizer.bos_token_id, *tokenizer.all_special_ids]
-    return next(token for token in (*known, *range(len(tokenizer))) if token is not None and token not in ends)
+    special = [tokenizer.pad_token_id, tokenizer.unk_token_id, tokenizer.bos_token_id, *tokenizer.all_special_ids]
+    return next(token for token in (*special, *range(len(tokenizer))) if token is not None and token not in ends)
 
 
 def _generation_ends(path):

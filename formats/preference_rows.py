@@ -8,6 +8,7 @@ import re
 import textwrap
 from typing import NamedTuple
 
+from formats.chat_text import as_messages
 from formats.row_files import DataError, Malformed, Unusable
 from formats.row_prompts import CONTEXT, as_turns, check_columns, said, with_context
 from formats.row_shapes import ANSWERS, ASKS, SCORES, SHAPES, TEXTS
@@ -28,10 +29,12 @@ def example_of(shape):
     """A row of the shape, in short."""
     if shape.example:
         return shape.example
-    answers = ("chosen", "rejected")
-    kinds = {str: lambda field: '"…"', int: lambda field: "0", bool: lambda field: "true", dict: lambda field: ANSWERS}
-    kinds[list] = lambda field: f"[{ANSWERS if field in answers else ASKS}]"
-    return "{" + ", ".join(f'"{field}": {kinds[kind](field)}' for field, kind in shape.fields.items()) + "}"
+    values = {str: '"…"', int: "0", bool: "true", dict: ANSWERS, list: f"[{ASKS}]"}
+    fields = []
+    for field, kind in shape.fields.items():
+        is_answers = kind is list and field in ("chosen", "rejected")
+        fields.append(f'"{field}": ' + (f"[{ANSWERS}]" if is_answers else values[kind]))
+    return "{" + ", ".join(fields) + "}"
 
 
 def nearest_shapes(row, others=()):
@@ -41,12 +44,13 @@ def nearest_shapes(row, others=()):
     words = {word for name in row for word in _words(name)}
 
     def distance(shape):
-        same = len({*shape.fields, *shape.reads} & row.keys())
-        near = len({word for name in shape.fields for word in _words(name)} & words)
-        return -same, -near, len(shape.fields.keys() - row.keys()) if same else 0
+        shared = len({*shape.fields, *shape.reads} & row.keys())
+        shared_words = len({word for name in shape.fields for word in _words(name)} & words)
+        lacking = len(shape.fields.keys() - row.keys()) if shared else 0
+        return -shared, -shared_words, lacking
 
-    known = [shape for shape in [*SHAPES, *others] if not shape.lists or row.keys() >= shape.fields.keys()]
-    return sorted(known, key=distance)[:2]
+    candidates = [shape for shape in [*SHAPES, *others] if not shape.lists or row.keys() >= shape.fields.keys()]
+    return sorted(candidates, key=distance)[:2]
 
 
 def _words(name):
@@ -70,15 +74,16 @@ def recognise(row, where, others=()):
     kinds = {str: "", list: " (a list)", dict: " (an object)", type(None): " (null)", bool: " (true or false)"}
     kinds |= {int: " (a number)", float: " (a number)"}
     fields = [textwrap.shorten(name, 40) + kinds.get(type(row[name]), " (no text)") for name in list(row)[:20]]
-    found = f"{where} has the fields {', '.join(fields) or '(none)'}{', …' * (len(row) > 20)}"
+    rest = ", …" if len(row) > 20 else ""
+    has_fields = f"{where} has the fields {', '.join(fields) or '(none)'}{rest}"
     if of_one_response(row):
         raise DataError(
-            f"{found}, which is one response that is good or bad (KTO), and a pair is two responses to one prompt: "
-            f"write a good and a bad one as {example_of(SHAPES[0])}"
+            f"{has_fields}, which is one response that is good or bad (KTO), and a pair is two responses to one "
+            f"prompt: write a good and a bad one as {example_of(SHAPES[0])}"
         )
     nearest = " or ".join(map(example_of, nearest_shapes(row, others)))
     raise DataError(
-        f"{found}, which is no known shape; the nearest are {nearest}: rename or rewrite them (docs/data.md)"
+        f"{has_fields}, which is no known shape; the nearest are {nearest}: rename or rewrite them (docs/data.md)"
     )
 
 
@@ -101,14 +106,14 @@ def own_texts(row, shape):
     return shape.texts(row | turns)
 
 
-def row_texts(row, shape, wrap=None):
+def row_texts(row, shape, as_chat=False):
     """Texts of one row.  Raises Malformed or Unusable.
 
-    wrap: (prompt, chosen, rejected) as strings -> as messages, for rows of strings that go through the chat template.
+    as_chat: strings become messages, to go through the chat template.
     """
     prompt, chosen, rejected = own_texts(row, shape)
-    if wrap and isinstance(prompt, str):
-        prompt, chosen, rejected = wrap(prompt, chosen, rejected)
+    if as_chat and isinstance(prompt, str):
+        prompt, chosen, rejected = as_messages(prompt, chosen, rejected)
     if isinstance(prompt, list) and not any(m["content"].strip() for m in prompt if m["role"] != "system"):
         raise Unusable("the prompt is empty")
     prompt, args = with_context(row, prompt)

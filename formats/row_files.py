@@ -144,8 +144,8 @@ def _table_rows(path, file):
             header = [name.strip() or "index" for name in cells]  # pandas gives its index no name
             twice = [name for name in header if header.count(name) > 1]
             if twice or _is_broken(header):
-                what = f"has the column {twice[0]} twice" if twice else NO_UTF8
-                raise DataError(f"{where} {what}: mend the header")
+                fault = f"has the column {twice[0]} twice" if twice else NO_UTF8
+                raise DataError(f"{where} {fault}: mend the header")
 
 
 NO_UTF8 = "is no UTF-8 (a spreadsheet saves it as CSV UTF-8)"
@@ -242,14 +242,14 @@ def _dataset_rows(name):
     """The train split, streamed, of a dataset on a hub or of a folder with the files of one."""
     folder = Path(name).absolute()  # "json" alone would be a format to `datasets`, and no folder
     if folder.is_dir():
-        what, advice = f"{name} is a folder", "name a .jsonl file (docs/data.md shows how to make one)"
+        problem, advice = f"{name} is a folder", "name a .jsonl file (docs/data.md shows how to make one)"
     else:
-        what, advice = f"there is no file {name}", "name a .jsonl file or a folder, or a mirror in HF_ENDPOINT"
+        problem, advice = f"there is no file {name}", "name a .jsonl file or a folder, or a mirror in HF_ENDPOINT"
     try:
         from datasets import load_dataset, logging
     except ImportError:
         raise DataError(
-            f"{what}, and what reads a dataset is missing: name a .jsonl file, or install the extra hub "
+            f"{problem}, and what reads a dataset is missing: name a .jsonl file, or install the extra hub "
             "(bash setup.sh hub, or pip install -U datasets)"
         ) from None
     logging.set_verbosity(logging.CRITICAL)  # it logs what it raises, and a mistake is told once
@@ -262,6 +262,8 @@ def _dataset_rows(name):
         raise DataError(str(error)) from None
     except Exception as error:  # a network and a dozen formats have no class in common
         if reason := hub_files.unanswered(name):
-            raise DataError(f"{what}: {reason}") from None
+            raise DataError(f"{problem}: {reason}") from None
         reason = textwrap.shorten(f"{type(error).__name__}: {error}", 200, placeholder=" ...")
-        raise DataError(f"{what}, and `datasets` reads no train split under that name ({reason}): {advice}") from None
+        raise DataError(
+            f"{problem}, and `datasets` reads no train split under that name ({reason}): {advice}"
+        ) from None

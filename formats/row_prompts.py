@@ -29,8 +29,8 @@ def as_turns(messages, field):
             raise Malformed(f"`{field}` is not a list of messages with role and content, or with from and value")
         role = message["role"]
         if role not in ROLES:
-            known = OTHER_ROLES.get(str(role).lower(), str(role).lower())
-            advice = f"write {known}" if known in ROLES else f"it is one of {', '.join(ROLES)}"
+            meant = OTHER_ROLES.get(str(role).lower(), str(role).lower())
+            advice = f"write {meant}" if meant in ROLES else f"it is one of {', '.join(ROLES)}"
             raise Malformed(f"a message of `{field}` has the role {role!r}: {advice}")
         turns.append(kept | {"content": _text_of(message, field)})
     return turns
@@ -45,9 +45,9 @@ def _text_of(message, field):
             raise Malformed(f"a message of `{field}` has a part that is no text ({kind})")
         return "".join(part["text"] for part in content)
     if not isinstance(content, str):
-        what = "null" if content is None else "empty" if content == [] else f"of type {type(content).__name__}"
+        kind = "null" if content is None else "empty" if content == [] else f"of type {type(content).__name__}"
         advice = "; write its tool call as text" if message.get("tool_calls") or message.get("function_call") else ""
-        raise Malformed(f"the content of a message of `{field}` is {what}, and no text{advice}")
+        raise Malformed(f"the content of a message of `{field}` is {kind}, and no text{advice}")
     return content
 
 
@@ -85,9 +85,10 @@ def parted(prompt, chosen, rejected):
     prompt: messages, or the text of a turn, or None.  Raises Malformed where there is no prompt, and Unusable where the
     three begin differently: else the words of a user would be trained as a response.
     """
-    asked = (
-        prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}] if (prompt or "").strip() else []
-    )
+    if isinstance(prompt, list):
+        asked = prompt
+    else:
+        asked = [{"role": "user", "content": prompt}] if (prompt or "").strip() else []
     shared = common_prefix(said(chosen), said(rejected))
     if any(response[shared]["role"] != "assistant" for response in (chosen, rejected) if response[shared:]):
         raise Unusable("the prompts of chosen and rejected differ")
@@ -183,14 +184,14 @@ def _template_args(row):
         if not isinstance(value, kind | None):
             raise Malformed(f"`{name}` is not a {kind.__name__}")
         args[name] = value
-    tools, more = args["tools"], args["chat_template_kwargs"] or {}
+    tools, own_args = args["tools"], args["chat_template_kwargs"] or {}
     if not all(isinstance(tool, dict) for tool in tools or ()):
         raise Malformed("`tools` is not a list of objects")
-    if more.keys() & OURS:
+    if own_args.keys() & OURS:
         raise Malformed(
-            f"`chat_template_kwargs` sets {', '.join(sorted(more.keys() & OURS))}: that is not for a row to say"
+            f"`chat_template_kwargs` sets {', '.join(sorted(own_args.keys() & OURS))}: that is not for a row to say"
         )
-    return {key: value for key, value in {**more, "tools": tools}.items() if value is not None}
+    return {key: value for key, value in {**own_args, "tools": tools}.items() if value is not None}
 
 
 def _optional(row, name, kind):
@@ -230,13 +231,14 @@ def check_columns(row, read, shape_name, prompt, responses):
                 f"`{name}` is not read where a file's first row is {shape_name}: "
                 "call what is asked `prompt`, or remove the column"
             )
-        unread += [name] if lost else []
+        if lost:
+            unread.append(name)
     return tuple(unread)
 
 
 def _leaves(value):
     """The texts in a value, but for what a message is beside its text; a picture is one too."""
-    found, left = [], [value]
+    texts, left = [], [value]
     while left:
         value = left.pop()
         if isinstance(value, dict):
@@ -244,20 +246,24 @@ def _leaves(value):
         elif isinstance(value, list | tuple):
             left += value
         elif isinstance(value, str):
-            found += [value] if value.strip() else []
+            if value.strip():
+                texts.append(value)
         elif not isinstance(value, int | float | None):
-            found.append(repr(value))
-    return found
+            texts.append(repr(value))
+    return texts
 
 
 def is_within(text, whole):
     """Whether `whole`, a string or messages, says the text, in whatever lines, and not as a part of other words."""
     whole = whole if isinstance(whole, str) else "\n".join(message["content"] for message in whole)
-    whole, text, cut_word = " ".join(whole.split()), " ".join(text.split()), re.compile("[a-zA-Z0-9]{2}")
-    at = whole.find(text)
-    while at >= 0:
-        end = at + len(text)
-        if not cut_word.fullmatch(whole[at - 1 : at + 1]) and not cut_word.fullmatch(whole[end - 1 : end + 1]):
+    whole, text = " ".join(whole.split()), " ".join(text.split())
+
+    def cuts_a_word(place):
+        return re.fullmatch("[a-zA-Z0-9]{2}", whole[place - 1 : place + 1]) is not None
+
+    start = whole.find(text)
+    while start >= 0:
+        if not cuts_a_word(start) and not cuts_a_word(start + len(text)):
             return True
-        at = whole.find(text, at + 1)
+        start = whole.find(text, start + 1)
     return False

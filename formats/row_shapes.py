@@ -137,25 +137,34 @@ def best_and_worst(row, field):
 
     Raises Malformed, and Unusable where no two ratings differ; a response without a rating is not asked.
     """
-    responses, ratings = row[field], next((name for name in RATINGS if isinstance(row.get(name), list)), None)
-    if ratings:
-        if len(responses) != len(row[ratings]):
-            raise Malformed(f"`{ratings}` has {len(row[ratings])} entries and `{field}` has {len(responses)}")
-        rated = list(zip(responses, row[ratings], strict=True))
+    responses = row[field]
+    column = next((name for name in RATINGS if isinstance(row.get(name), list)), None)
+    if column:
+        texts, ratings = responses, row[column]
+        if len(texts) != len(ratings):
+            raise Malformed(f"`{column}` has {len(ratings)} entries and `{field}` has {len(texts)}")
     else:
         if not all(isinstance(response, dict) for response in responses):
             raise Malformed(f"`{field}` is not a list of objects with a response and a rating")
-        names = [next((key for key in known if any(key in r for r in responses)), None) for known in (TEXTS, SCORES)]
-        if None in names:
-            raise Malformed(f"`{field}` has no {' or '.join((TEXTS, SCORES)[names.index(None)])}")
-        rated = [tuple(map(response.get, names)) for response in responses]
-    if not all(isinstance(text, str) for text, _ in rated):
+        texts = _of_each(responses, TEXTS, field)
+        ratings = _of_each(responses, SCORES, field)
+    if not all(isinstance(text, str) for text in texts):
         raise Malformed(f"a response of `{field}` is not a str")
-    rated = [(text, value) for text, rating in rated if (value := _number(rating, field)) is not None]
-    values = [value for _, value in rated]
-    if len(set(values)) < 2:
+    rated = [(_number(rating, field), text) for text, rating in zip(texts, ratings, strict=True)]
+    rated = [(rating, text) for rating, text in rated if rating is not None]
+    if len({rating for rating, _ in rated}) < 2:
         raise Unusable("no two responses have different ratings")
-    return rated[values.index(max(values))][0], rated[values.index(min(values))][0]
+    best = max(rated, key=lambda entry: entry[0])
+    worst = min(rated, key=lambda entry: entry[0])
+    return best[1], worst[1]
+
+
+def _of_each(responses, names, field):
+    """Of each response (a dict) what stands under the first of the names that one of them has.  Raises Malformed."""
+    name = next((name for name in names if any(name in response for response in responses)), None)
+    if name is None:
+        raise Malformed(f"`{field}` has no {' or '.join(names)}")
+    return [response.get(name) for response in responses]
 
 
 def _number(rating, field):

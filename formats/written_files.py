@@ -16,6 +16,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path, PurePosixPath
+from typing import NamedTuple
 
 NAME = "manifest.json"
 ADAPTER = "adapter_config.json", "adapter_model.safetensors"
@@ -63,7 +64,7 @@ def read(folder, name=NAME):
     try:
         files = json.loads((Path(folder) / name).read_text(encoding="utf-8"))
         if files.keys() == {"key", "files"}:  # as toy worlds had it before
-            files = {file: {"sha256": known} for file, known in files["files"].items()}
+            files = {file: {"sha256": sha} for file, sha in files["files"].items()}
         ours = all(isinstance(e.get("size", 0), int) and isinstance(e["sha256"], str) for e in files.values())
         inside = not any(PurePosixPath(file).is_absolute() or ".." in PurePosixPath(file).parts for file in files)
         return files if ours and inside else {}
@@ -118,9 +119,9 @@ def damage(folder, *patterns):
     wrong = unlike(folder, [n for n in read(folder) if any(fnmatch.fnmatchcase(n, pattern) for pattern in patterns)])
     if not wrong:
         return None
-    what = "is not what was written there" if (folder / wrong[0]).exists() else "is missing"
+    fault = "is not what was written there" if (folder / wrong[0]).exists() else "is missing"
     return (
-        f"{folder / wrong[0]} {what}: train it again, or --resume auto if the run was killed; if you changed it "
+        f"{folder / wrong[0]} {fault}: train it again, or --resume auto if the run was killed; if you changed it "
         f"yourself, remove {folder / NAME}"
     )
 
@@ -208,17 +209,25 @@ def replace(folder, made):
 # -- what is read and what is written --------------------------------------------------------------------------------
 
 
+class Input(NamedTuple):
+    flag: str  # as the user types it, with its value
+    is_resume: bool
+    path: Path
+
+
 def inputs(args, toy="outputs/toy_world"):
-    """[(flag, what was given, path)] of all that the flags of `args` say to read, and that is on this machine."""
+    """The Inputs of `args`: all that the flags say to read, and that is on this machine."""
     found = []
-    for flag in (flag for flag in READ if getattr(args, flag, None)):
-        given = getattr(args, flag)
+    for name in READ:
+        given = getattr(args, name, None) or []
         for value in given if isinstance(given, list) else [given]:
             value = value[1] if isinstance(value, tuple) else value  # NAME=DIR
-            if flag == "resume" and value in ("none", "auto"):
-                continue
-            path = value.rpartition(":")[0] if flag == "reward_fn" else toy if value == "toy" else value
-            found += [(flag, value, Path(path))] if os.path.exists(path) else []
+            path = toy if value == "toy" else value
+            if name == "reward_fn":  # FILE:FUNCTION
+                path = value.rpartition(":")[0]
+            asks_for_none = name == "resume" and value in ("none", "auto")
+            if os.path.exists(path) and not asks_for_none:
+                found.append(Input(f"--{name.replace('_', '-')} {value}", name == "resume", Path(path)))
     return found
 
 
@@ -234,15 +243,17 @@ def clash(args, replaced):
     """
     for output in ("output_dir", "cache_dir", "logging_dir"):
         place = getattr(args, output, None)
-        for flag, value, path in inputs(args) if place else ():
-            spelled = f"--{output.replace('_', '-')} {place}", f"--{flag.replace('_', '-')} {value}"
-            if is_same(place, path):
-                return f"{spelled[0]} is {spelled[1]}, which is read: choose another place to write to"
-            path = path.resolve()
+        output_flag = f"--{output.replace('_', '-')} {place}"
+        for source in inputs(args) if place else ():
+            if is_same(place, source.path):
+                return f"{output_flag} is {source.flag}, which is read: choose another place to write to"
+            path = source.path.resolve()
             around = next((folder for folder in path.parents if is_same(folder, place)), None)
-            if around is None or output != "output_dir" or flag == "resume":
+            if around is None or output != "output_dir" or source.is_resume:
                 continue
             name = path.relative_to(around)
-            if any(fnmatch.fnmatch(name.parts[0], pattern) for pattern in replaced) or name.as_posix() in read(place):
-                return f"{spelled[1]} is read, and would be replaced in {spelled[0]}: choose another place to write to"
+            is_ours = any(fnmatch.fnmatch(name.parts[0], pattern) for pattern in replaced)
+            if is_ours or name.as_posix() in read(place):
+                advice = "choose another place to write to"
+                return f"{source.flag} is read, and would be replaced in {output_flag}: {advice}"
     return None

@@ -1,1 +1,17 @@
-"""What every run needs and nobody has to read to learn a method."""
+"""What every run needs, and nobody has to read to learn a method.  A training script talks to the first two.
+
+run               a run around its method: what it reads and loads, what it is, what it leaves behind
+training          its updates: optimiser, gradients of all ranks, log lines, evaluations, checkpoints
+
+checkpoints       whole or not there; exact resume; Ctrl-C and SIGTERM
+score_cache       what a frozen model says of fixed data, computed once
+run_files         the output folder: metrics.jsonl, the record, the model card
+training_curves   a page of the curves, and charts, which draws it; trackers: TensorBoard, wandb, swanlab
+device            number type, free memory
+sharding          FSDP2, where all weights are trained on several ranks
+optimizers        AdamW; with 8-bit moments; with its moments in the CPU's memory
+memory_estimate   what a run will take, before anything is loaded; pass_memory counts a pass, memory_report says it
+speed             where the time goes, useful TFLOP/s
+flags             both spellings, --config, errors of one sentence; flag_names: other trainers' names
+training_flags    the flags that all trainers have
+"""

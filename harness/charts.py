@@ -106,7 +106,8 @@ def figure(caption, height, drawn, words, below=""):
 
 def series(place):
     """Class and dashes of a curve by its place: the first is grey (the base's), the others take turns."""
-    return f"s{1 + (place - 1) % SERIES if place else 0}", DASHES[place % len(DASHES)]
+    colour = 1 + (place - 1) % SERIES if place else 0
+    return f"s{colour}", DASHES[place % len(DASHES)]
 
 
 class Curve(NamedTuple):
@@ -122,7 +123,8 @@ def curve_chart(caption, unit, curves, shades=(), named=False):
     least, most = (0, 1) if unit.startswith("share") else (-math.inf, math.inf)  # an interval ends there
     values, levels = [], dict.fromkeys(number(curve.level) for curve in curves if curve.level is not None)
     for curve in curves:
-        values += [] if curve.level is None else [curve.level]
+        if curve.level is not None:
+            values.append(curve.level)
         for _, value, *half in curve.points:
             values += [max(least, value - sum(half)), min(most, value + sum(half))]
     across, up = ticks(0, max(curve.points[-1][0] for curve in curves)), ticks(min(values), max(values))
@@ -134,22 +136,24 @@ def curve_chart(caption, unit, curves, shades=(), named=False):
     drawn += [line(START, y(value), RIGHT, y(value), "axis" if not value else "rule") for value in up]
     drawn += [label(START - 5, y(value) + 4, tick(value), "end", "soft") for value in up]
     drawn += [label(x(step), 186, tick(step), "middle", "soft") for step in across]
-    unit += f"; dotted: threshold {', '.join(levels)}" if levels else ""
+    if levels:
+        unit += f"; dotted: threshold {', '.join(levels)}"
     drawn += [label(LEFT, 12, unit, kind="soft"), label(RIGHT, 203, "updates", "end", "soft")]
     words = []
     for place, name, held_out, points, level in curves:
         kind, dashes = series(place)
-        way = " ".join(f"{x(step):.1f},{y(value):.1f}" for step, value, *_ in points)
+        corners = " ".join(f"{x(step):.1f},{y(value):.1f}" for step, value, *_ in points)
         style = f'fill="none" stroke="currentColor" stroke-width="{1 if held_out else 2}" stroke-dasharray="{dashes}"'
-        drawn.append(f'<polyline points="{way}" {style} class="{kind}" />')
-        for step, value, *half in points if held_out or len(points) == 1 else ():
+        drawn.append(f'<polyline points="{corners}" {style} class="{kind}" />')
+        shows_points = held_out or len(points) == 1
+        for step, value, *half in points if shows_points else ():
             if half:  # the whisker of its interval
-                ends = y(max(least, value - half[0])), y(min(most, value + half[0]))
-                drawn.append(f'<path d="M{x(step):.1f} {ends[0]:.1f}V{ends[1]:.1f}" stroke="currentColor" ')
+                low, high = y(max(least, value - half[0])), y(min(most, value + half[0]))
+                drawn.append(f'<path d="M{x(step):.1f} {low:.1f}V{high:.1f}" stroke="currentColor" ')
                 drawn.append(f'stroke-width="1.5" class="{kind}" />')
             drawn.append(f'<circle cx="{x(step):.1f}" cy="{y(value):.1f}" r="4" fill="currentColor" class="{kind}" />')
         first, last = (f"{number(value)} at update {step}" for step, value, *_ in (points[0], points[-1]))
-        words.append(f"{name}{' held out' * held_out} from {first} to {last}")
+        words.append(f"{name}{' held out' if held_out else ''} from {first} to {last}")
         if level is not None:
             drawn.append(line(START, y(level), RIGHT, y(level), f"level {kind}"))
             words.append(f"threshold {number(level)}")

@@ -4,7 +4,7 @@ A checkpoint is written to a temporary folder beside its place, a manifest with 
 and renamed once; older ones go after that.  What is not renamed does not count, and what does not match its manifest
 is passed over with its reason.  Only safetensors and JSON: nothing that is read can run.
 
-    training.safetensors   trained weights and the optimiser's moments, the state of chance of every rank, sums to log
+    training.safetensors   trained weights and the optimiser's moments, the RNG state of every rank, sums to log
     state.json             where the run stands, the schedule, the scaler, and what the run is (`identity`)
     manifest.json          size and sha256 of the others
 """
@@ -191,16 +191,16 @@ def _as(parameter, tensor):
 
 
 def restore(folder, parameters, optimizer, scheduler, scaler, world):
-    """load_state, and the schedule, the scaler and this rank's state of chance; returns (further tensors, state).
+    """load_state, and the schedule, the scaler and this rank's RNG state; returns (further tensors, state).
 
-    Another number of ranks than saved it, or another kind of device, draws chance anew and says so.
+    Another number of ranks than saved it, or another kind of device, draws dropout anew and says so.
     """
     tensors, state = load_state(folder, parameters, optimizer)
     scheduler.load_state_dict(state["scheduler"])
     scaler.load_state_dict(state["scaler"])
-    ranks, size = tensors["chance"].shape
-    if ranks == world.size and size == len(chance(world.device)):
-        set_chance(tensors["chance"][world.rank], world.device)
+    ranks, size = tensors["rng_state"].shape
+    if ranks == world.size and size == len(rng_state(world.device)):
+        set_rng_state(tensors["rng_state"][world.rank], world.device)
     else:
         torch.manual_seed(torch.initial_seed() + state["step"])  # the initial seed has the rank in it
         distributed.print0(
@@ -216,7 +216,7 @@ def own_sums(rows, world):
     return rows.sum(0).to(world.device) * world.is_main
 
 
-def chance(world_device):
+def rng_state(world_device):
     """The state of torch's generators of this process, (bytes,) uint8: of the CPU, then of the device."""
     states = [torch.get_rng_state()]
     if world_device.type == "cuda":
@@ -224,7 +224,7 @@ def chance(world_device):
     return torch.cat(states)
 
 
-def set_chance(state, world_device):
+def set_rng_state(state, world_device):
     size = len(torch.get_rng_state())
     torch.set_rng_state(state[:size].clone())  # it reads from the start of the storage, whatever the offset
     if world_device.type == "cuda":

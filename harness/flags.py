@@ -43,15 +43,17 @@ class Parser(argparse.ArgumentParser):
         )
         self.where = ""
         self.add_argument("--config", metavar="FILE.yaml", help="a file with flags; the command line wins")
-        what = "where models and datasets that are no folders come from"
-        self.add_argument("--hub", choices=hub_files.HUBS, default=hub_files.HUBS[0], help=what)
+        text = "where models and datasets that are no folders come from"
+        self.add_argument("--hub", choices=hub_files.HUBS, default=hub_files.HUBS[0], help=text)
         # Launchers append it; the environment they also set is what counts.
         self.add_argument("--local-rank", type=number(int, least=-1), help=argparse.SUPPRESS)
 
     def group(self, title):
         """add_argument of the part of --help with that title."""
-        found = [group for group in self._action_groups if group.title == title]
-        return (found or [self.add_argument_group(title)])[0].add_argument
+        for group in self._action_groups:
+            if group.title == title:
+                return group.add_argument
+        return self.add_argument_group(title).add_argument
 
     def parse_args(self, argv=None):
         """Namespace of the flags; `args.typed` names those on the command line, `args.given` those in the file too."""
@@ -94,20 +96,23 @@ class Parser(argparse.ArgumentParser):
         ours, words = [], list(words)
         while words:
             word = words.pop(0)
-            name, equals, value = self._name(word), *word.partition("=")[1:]
+            name = self._name(word)
+            _, equals, given = word.partition("=")
             values, action = self._values(name), self._option_string_actions.get(name)
-            follows = bool(words) and not equals and not words[0].startswith("--")
-            said = value if equals else words[0] if follows else "true"
-            said = said if said in values else str(SWITCHES.get(said.lower(), said)).lower()
-            if said in values:
-                ours += values[said].split()
-                del words[:follows]
-            elif not values or action and action.nargs != 0:
-                ours.append(name + equals + value)
+            value_follows = bool(words) and not equals and not words[0].startswith("--")
+            value = given if equals else words[0] if value_follows else "true"
+            if value not in values:
+                value = str(SWITCHES.get(value.lower(), value)).lower()
+            if value in values:
+                ours += values[value].split()
+                if value_follows:
+                    words.pop(0)
+            elif not values or (action and action.nargs != 0):
+                ours.append(name + equals + given)
             elif "true" in values and not equals:  # the word behind is no value
                 ours += values["true"].split()
             else:
-                self.error(f"{name} is {' or '.join(values)}, not {said!r}{self._hint(name)}")
+                self.error(f"{name} is {' or '.join(values)}, not {value!r}{self._hint(name)}")
         return ours
 
     def _parse(self, words, args):
@@ -122,13 +127,17 @@ class Parser(argparse.ArgumentParser):
 
     def _hint(self, name):
         """`: use --ours N` for a name of another trainer, of what this script has; else nothing."""
-        fitting = [what for what in INSTEAD.get(name, ()) if not what.startswith("--") or self._has(what.split()[0])]
-        return f": {'use ' * fitting[0].startswith('--')}{fitting[0]}" if fitting else ""
+        for advice in INSTEAD.get(name, ()):
+            if not advice.startswith("--"):
+                return f": {advice}"
+            if self._has(advice.split()[0]):
+                return f": use {advice}"
+        return ""
 
     def _nearest(self, word):
         shown = [action for action in self._actions if action.help != argparse.SUPPRESS]
-        known = [option for action in shown for option in action.option_strings]
-        nearest = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+        names = [name for action in shown for name in action.option_strings]
+        nearest = difflib.get_close_matches(word, names, n=1, cutoff=0.5)
         return self._hint(word) or (f"; did you mean {nearest[0]}?" if nearest else "; --help lists them")
 
     def _read_config(self, file):
@@ -171,8 +180,8 @@ class AsWritten(yaml.SafeLoader):
     """YAML whose values are the words that stand there, or null: `010` is no 8, `1:30` no 90, `yes` no true."""
 
     yaml_implicit_resolvers = {
-        first: [(tag, shape) for tag, shape in known if tag.rpartition(":")[2] in ("null", "merge")]
-        for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
+        first: [(tag, shape) for tag, shape in resolvers if tag.rpartition(":")[2] in ("null", "merge")]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
 
 
@@ -196,9 +205,13 @@ class _Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpF
     def _get_help_string(self, action):
         shown = action.default not in (None, False, argparse.SUPPRESS)
         text = re.sub(r" \(default: .*\)$", "", action.help) if shown else action.help  # a script set another
-        others = [] if "-h" in action.option_strings else action.option_strings[1:]
-        behind = ["default: %(default)s"] * shown + [f"also {', '.join(others)}"] * bool(others)
-        return f"{text} ({'; '.join(behind)})" if behind else text
+        aliases = [] if "-h" in action.option_strings else action.option_strings[1:]
+        remarks = []
+        if shown:
+            remarks.append("default: %(default)s")
+        if aliases:
+            remarks.append(f"also {', '.join(aliases)}")
+        return f"{text} ({'; '.join(remarks)})" if remarks else text
 
     def _split_lines(self, text, width):
         return textwrap.wrap(" ".join(text.split()), width, break_on_hyphens=False)  # a flag's name stays whole
@@ -234,8 +247,8 @@ def number(kind, above=None, least=None, below=None, most=None):
             if re.fullmatch(rf"{NUMBER}\s*(-|–|~|\.\.|,|to|至|到)\s*{NUMBER}", text.strip()):  # a document's advice
                 raise argparse.ArgumentTypeError(f"pick one number of {shown}") from None
             if kind is not int or not re.fullmatch(r"\s*[-+]?[\d_]+\s*", text):
-                what = "a whole number" if kind is int else "a number"
-                raise argparse.ArgumentTypeError(f"expected {what}, got {shown!r}") from None
+                expected = "a whole number" if kind is int else "a number"
+                raise argparse.ArgumentTypeError(f"expected {expected}, got {shown!r}") from None
             value = -math.inf if "-" in text else math.inf  # Python reads no more than 4,300 digits
         if kind is float and not math.isfinite(value):
             raise argparse.ArgumentTypeError(f"has to be finite, got {shown}")
@@ -323,8 +336,8 @@ def _uncaught(kind, error, trace):
 
 def _way_on(args):
     """What a sentence about an early end adds where the output folder has checkpoints."""
-    found = glob.glob(f"{glob.escape(str(getattr(args, 'output_dir', None)))}/checkpoint-*")
-    return "; --resume auto goes on from the last checkpoint" if found else ""
+    checkpoints = glob.glob(f"{glob.escape(str(getattr(args, 'output_dir', None)))}/checkpoint-*")
+    return "; --resume auto goes on from the last checkpoint" if checkpoints else ""
 
 
 def _end(sentence, code):

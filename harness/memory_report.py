@@ -1,10 +1,11 @@
 """What memory_estimate.Estimate says, in words: the table of --estimate-memory, the cards that have the room, the flags
 that would make it enough, what a GPU then measured, and what a run says of its size and memory.
 
-    print(report(Estimate(skeleton, lora.add_adapter, TokenLogps, ranks=8), args))
+    print(report(Estimate(skeleton, ranks=8), args))
 """
 
 import itertools
+import math
 import sys
 from argparse import Namespace
 
@@ -20,7 +21,7 @@ DEVICES = 24, 40, 64, 80, 141  # GB that cards have
 def report(estimate, args):
     """The table of an Estimate and, for cards of DEVICES, whether they have the room or which flags make it enough."""
     rows, mode = estimate.rows(args), args.gradient_checkpointing
-    sums = {"total": [sum(column) for column in zip(*rows.values(), strict=True)]}
+    rows["total"] = [sum(column) for column in zip(*rows.values(), strict=True)]
     dtype = str(estimate.dtype(args)).removeprefix("torch.")
     auto = " (--dtype auto on a GPU)" if args.dtype == "auto" else ""
     lines = [
@@ -28,26 +29,31 @@ def report(estimate, args):
         f"{estimate.tokens(args):,} tokens, gradient checkpointing {'off' if mode == 'auto' else mode}",
         f"{'':20}" + "".join(f"{moment:>10}" for moment in MOMENTS),
     ]
-    for name, numbers in (rows | sums).items():
+    for name, numbers in rows.items():
         lines.append(f"{name:20}" + "".join(f"{number / GB:10.2f}" for number in numbers))
-    as_it_is, turned_on, advice = [], [], ""  # sizes of cards
+    fits_as_it_is, fits_with_checkpointing, advice = [], [], ""  # sizes of cards
     for size in DEVICES:
-        auto_on = mode == "auto" and estimate.checkpointing(args, size * GB)
-        of_card = _with(args, [{"gradient_checkpointing": "on"}] * auto_on)
-        if estimate.total(of_card) <= size * GB:
-            (turned_on if auto_on else as_it_is).append(str(size))
+        args_there, fits = args, fits_as_it_is
+        if mode == "auto" and estimate.checkpointing(args, size * GB):
+            args_there, fits = _with(args, {"gradient_checkpointing": "on"}), fits_with_checkpointing
+        if estimate.total(args_there) <= size * GB:
+            fits.append(str(size))
         else:
-            flags = lever(estimate, of_card, size * GB)
+            flags = lever(estimate, args_there, size * GB)
             advice += f"; for {size} GB: {flags or 'no flag or pair of flags is enough'}"
-    fits = [f"{', '.join(as_it_is)} GB"] * bool(as_it_is)
-    fits += [f"{', '.join(turned_on)} GB, where auto turns checkpointing on"] * bool(turned_on)
-    line = f"{max(sums['total']) / GB:.2f} GB at most: fits {' and '.join(fits) or 'no card of these sizes'}{advice}"
-    return "\n".join([*lines, line])
+    cards = []
+    if fits_as_it_is:
+        cards.append(f"{', '.join(fits_as_it_is)} GB")
+    if fits_with_checkpointing:
+        cards.append(f"{', '.join(fits_with_checkpointing)} GB, where auto turns checkpointing on")
+    most = f"{max(rows['total']) / GB:.2f} GB at most"
+    return "\n".join([*lines, f"{most}: fits {' and '.join(cards) or 'no card of these sizes'}{advice}"])
 
 
 def first_update(estimate, args, checkpointing, micro_batches, lengths):
     """The log line that compares the estimate with what a GPU needed until the first update was done."""
-    tokens = max(sum(lengths[i] for i in indices) for share in micro_batches for indices in share)
+    passes = [indices for passes_of_rank in micro_batches for indices in passes_of_rank]
+    tokens = max(sum(lengths[i] for i in indices) for indices in passes)
     measured = torch.cuda.max_memory_allocated()
     try:
         return compared(estimate.first_update(args, checkpointing, tokens), measured)
@@ -63,45 +69,58 @@ def compared(predicted, measured):
 
 def lever(estimate, args, limit):
     """The flags of the cheapest lever, or pair of them, with which the run takes at most `limit` bytes, or None."""
-    kinds = [kind for kind in levers(args, sharded=estimate.shares(getattr(args, "lora_r", None)) > 1) if kind]
-    for some in (*((kind,) for kind in kinds), *itertools.combinations(kinds, 2)):
-        if estimate.total(_with(args, [kind[-1] for kind in some])) <= limit:  # the strongest step of each
-            steps = (steps for steps in itertools.product(*some) if estimate.total(_with(args, steps)) <= limit)
-            return " ".join(_words(next(steps)))
+    sharded = estimate.shards(getattr(args, "lora_r", None)) > 1
+    alone = list(levers(args, sharded))
+    for pulled in [(steps,) for steps in alone] + list(itertools.combinations(alone, 2)):
+        strongest = [steps[-1] for steps in pulled]
+        if estimate.total(_with(args, *strongest)) <= limit:
+            mildest_first = itertools.product(*pulled)
+            return _words(next(steps for steps in mildest_first if estimate.total(_with(args, *steps)) <= limit))
     return None
 
 
 def levers(args, sharded):
     """What can be done for memory, the cheapest first: for each lever its steps {flag: value}, the mildest first."""
-    pairs, budget, longest = (
-        args.batch_size * args.gradient_accumulation_steps,
-        args.tokens_per_microbatch,
-        args.max_length,
-    )
-    sizes = [size for size in _halves(args.batch_size, 1) if not budget]
-    yield [{"batch_size": size, "gradient_accumulation_steps": -(-pairs // size)} for size in sizes] or [
-        {"tokens_per_microbatch": size} for size in _halves(budget, 2 * longest)
-    ]
-    yield [{"gradient_checkpointing": "on"}] * (args.gradient_checkpointing != "on")
+    pairs = args.batch_size * args.gradient_accumulation_steps
+    if args.tokens_per_microbatch:
+        sizes = _halves(args.tokens_per_microbatch, 2 * args.max_length)
+        smaller_passes = [{"tokens_per_microbatch": size} for size in sizes]
+    else:
+        smaller_passes = [
+            {"batch_size": size, "gradient_accumulation_steps": math.ceil(pairs / size)}
+            for size in _halves(args.batch_size, 1)
+        ]
+    if smaller_passes:
+        yield smaller_passes
+    if args.gradient_checkpointing != "on":
+        yield [{"gradient_checkpointing": "on"}]
     if getattr(args, "optimizer", "adamw") == "adamw" and not getattr(args, "optimizer_offload", False):
         # One or the other; bitsandbytes does not step on shards.
-        yield [{"optimizer": "adamw8bit"}] * (not sharded) + [{"optimizer_offload": True}]
-    yield [{"lora_r": 16}] * (getattr(args, "lora_r", None) == 0)
-    prompt = args.max_prompt_length
-    yield [{"max_length": size, "max_prompt_length": min(prompt, size // 2)} for size in _halves(longest, 64)]
+        yield [{"optimizer_offload": True}] if sharded else [{"optimizer": "adamw8bit"}, {"optimizer_offload": True}]
+    if getattr(args, "lora_r", None) == 0:
+        yield [{"lora_r": 16}]
+    prompt, sizes = args.max_prompt_length, _halves(args.max_length, 64)
+    if sizes:
+        yield [{"max_length": size, "max_prompt_length": min(prompt, size // 2)} for size in sizes]
 
 
 def _halves(number, least):
+    """Half of a number, a quarter, ..., down to `least`."""
     return [number >> times for times in range(1, number.bit_length()) if number >> times >= least]
 
 
-def _with(args, steps):
-    return Namespace(**vars(args) | {name: value for step in steps for name, value in step.items()})
+def _with(args, *steps):
+    args = Namespace(**vars(args))
+    for step in steps:
+        vars(args).update(step)
+    return args
 
 
 def _words(steps):
-    flags = {f"--{name.replace('_', '-')}": value for step in steps for name, value in step.items()}
-    return [name if value is True else f"{name} {value}" for name, value in flags.items()]
+    """Steps as they are typed; where two set one flag, the later."""
+    flags = {name: value for step in steps for name, value in step.items()}
+    words = [f"--{name.replace('_', '-')}" + ("" if value is True else f" {value}") for name, value in flags.items()]
+    return " ".join(words)
 
 
 # -- log lines of a run ----------------------------------------------------------------------------------------------
@@ -124,15 +143,20 @@ def memory_lines(world):
     return [f"CPU memory, highest so far: {peak / 1e9:.2f} GB"]
 
 
-def start_lines(what, parameters, model, args, world):
-    """What a run says before its first update: how much it trains, memory, and pairs per update."""
+def start_lines(role, parameters, model, args, world):
+    """What a run says before its first update: how much it trains, memory, and pairs per update.
+
+    role: of the model, in words, or "".  A run without --lora-r trains a soft prompt, beside the model's parameters.
+    """
     trainable, total = sum(p.numel() for p in parameters), sum(p.numel() for p in model.parameters())
-    how, lora_r = f"Full fine-tuning{what and ' of ' + what}", getattr(args, "lora_r", None)  # None: a soft prompt
+    lora_r = getattr(args, "lora_r", None)
     if lora_r is None:
-        how, total = f"{what}, the rest frozen", total + trainable
+        method, total = f"{role}, the rest frozen", total + trainable
     elif lora_r:
-        how = f"LoRA enabled{what and ' for ' + what}"
-    lines = [f"{how}: {trainable:,} trainable / {total:,} total parameters ({100 * trainable / total:.2f}%)"]
+        method = f"LoRA enabled for {role}" if role else "LoRA enabled"
+    else:
+        method = f"Full fine-tuning of {role}" if role else "Full fine-tuning"
+    lines = [f"{method}: {trainable:,} trainable / {total:,} total parameters ({100 * trainable / total:.2f}%)"]
     lines += lora_targets.left_out(model) or []
     if lora_r and "learning_rate" not in args.given:
         lines.append(

@@ -12,6 +12,7 @@ GradScaler and checkpoints treat all three alike.
 """
 
 import logging
+import math
 
 import torch
 from transformers.optimization import get_scheduler
@@ -62,8 +63,11 @@ def moments_bytes(sizes, optimizer):
 
     adamw8bit (bitsandbytes): a byte for each number and 4 for the largest of each 256; fp32 in tensors below 4,096.
     """
-    narrow = [size for size in sizes if optimizer == "adamw8bit" and size >= 4096]
-    return 2 * (WIDE * (sum(sizes) - sum(narrow)) + sum(size + WIDE * -(-size // 256) for size in narrow))
+    of_one_moment = 0
+    for size in sizes:
+        is_narrow = optimizer == "adamw8bit" and size >= 4096
+        of_one_moment += size + WIDE * math.ceil(size / 256) if is_narrow else WIDE * size
+    return 2 * of_one_moment
 
 
 def make_optimizer(parameters, args):

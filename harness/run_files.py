@@ -23,7 +23,7 @@ from transformers.trainer_callback import TrainerState
 
 from formats import written_files
 from formats.tensor_files import open_to_others
-from harness import score_cache, trackers, training_curves
+from harness import trackers, training_curves
 
 # What marks a folder as a run's: a run replaces it.  So do epoch_1 and checkpoint-5.
 RUN_FILES = """metrics.jsonl args.json trainer_state.json adapter_config.json config.json README.md merged manifest.json
@@ -31,45 +31,35 @@ RUN_FILES = """metrics.jsonl args.json trainer_state.json adapter_config.json co
     prompt_embeddings.pt tokenizer.json tokenizer_config.json chat_template.jinja special_tokens_map.json
     added_tokens.json vocab.json vocab.txt merges.txt tokenizer.model curves.html lambda.jsonl""".split()
 # What may differ between the machines of a run: the data and the models count by their content instead.
-OF_A_MACHINE = """model tokenizer_name dataset train_helpful_path train_harmless_path val_helpful_path
+MAY_DIFFER_BETWEEN_MACHINES = """model tokenizer_name dataset train_helpful_path train_harmless_path val_helpful_path
     val_harmless_path helpful_rm_path harmless_rm_path dataset_path test_dataset_path
     prompt_embedding_path eval_dataset ref_model_path adapter device gradient_checkpointing
     trust_remote_code hub output_dir logging_dir cache_dir report_to resume ddp_timeout
     optimizer_offload""".split()
 # What may differ between a run and its continuation too; of the sizes of a pass the product counts, pairs per update.
-HARMLESS = """num_samples eval_samples max_length max_prompt_length chat_template_strings skip_invalid dtype
+MAY_DIFFER_ON_RESUME = """num_samples eval_samples max_length max_prompt_length chat_template_strings skip_invalid dtype
     overwrite save_steps save_total_limit save_merged logging_steps eval_steps
     batch_size gradient_accumulation_steps tokens_per_microbatch""".split()
-NOT_FLAGS = (
-    "config given typed full_rate local_rank estimate_memory".split()
-)  # of a parsed command line, not to be repeated
+# Of a parsed command line, not to be repeated.
+NOT_FLAGS = "config given typed full_rate local_rank estimate_memory".split()
 
 
 class RunFolderError(ValueError):
     """An output folder that cannot be used: one sentence for the user."""
 
 
-def identity(script, args, world, dtype, data, model, adapter_state=None):
-    """What a run is, {name: value}: a checkpoint of a run that was another in any of it is refused.
-
-    data: fingerprint of the pairs to train on; model: the base of what is trained, as it was loaded; adapter_state: of
-    the adapter that training starts from, {name: tensor}.  The sha256 of the base is known to rank 0 alone.
-    """
-    base = world.is_main and score_cache.frozen_sha256(model, adapter_state)
-    what = {"script": Path(script).name, "dtype": str(dtype)} | flags_that_matter(args, world.size)
-    return what | {"data": data, "base model": base}
-
-
 def flags_that_matter(args, ranks):
     """The flags that change what is computed, {name: value}; how an update is split into passes and ranks does not."""
     pairs = args.batch_size * args.gradient_accumulation_steps * ranks
     what = "pairs per update (batch size x accumulation x ranks)"
-    return {what: pairs} | {name: value for name, value in flags_of_a_run(args).items() if name not in HARMLESS}
+    return {what: pairs} | {
+        name: value for name, value in flags_of_a_run(args).items() if name not in MAY_DIFFER_ON_RESUME
+    }
 
 
 def flags_of_a_run(args):
     """The flags that all machines of a run have to have in common, {name: value}."""
-    return {name: value for name, value in vars(args).items() if name not in (*OF_A_MACHINE, *NOT_FLAGS)}
+    return {name: value for name, value in vars(args).items() if name not in (*MAY_DIFFER_BETWEEN_MACHINES, *NOT_FLAGS)}
 
 
 def flags_to_show(args):

@@ -97,26 +97,6 @@ def save_scores(path, scores):
     return scores
 
 
-def frozen_scores(folder, role, sha256, pairs_sha256, dtype, score, num_pairs, needed, share, world, termination, say):
-    """pair_scores by the frozen model with this role ("reference", "helpful", ...), kept in a file of the folder.
-
-    They depend on its weights, the tokens and the number type, and on nothing else; those `needed` have to be finite.
-    dtype: any words for the number type: shards round to bf16 elsewhere than autocast does.  termination (of
-    checkpoints): a run that is asked to end ends here, and what was scored until then is kept.
-    """
-    what = f"{role} {'log-probs' if role in ('reference', 'prompted') else 'scores'} of {len(needed):,} pairs"
-    path = cache_path(folder, role, weights=sha256, pairs=pairs_sha256, dtype=str(dtype))
-    how = lambda sentence: say(f"{what}: {sentence}")
-    scores = pair_scores(path, num_pairs, needed, share, score, world, termination, how)
-    known = scores[needed].isfinite().all(1)
-    if asked := distributed.on_any_rank(termination.asked, world):
-        sentence = f"ended with {int(known.sum()):,} of the {what}, kept in {path}: the same command goes on from there"
-        termination.end(asked, sentence, say)
-    if not known.all():
-        raise FloatingPointError(f"{what} are not all finite: nothing is saved; look for broken weights or data")
-    return scores
-
-
 @torch.no_grad()
 def pair_scores(path, num_pairs, needed, share, score, world, termination, say):
     """Two numbers for each pair by a frozen model, (num_pairs, 2) on the CPU: from the file `path`, or kept there now.

@@ -11,10 +11,17 @@ recomputed activations, the reference and LoRA's own matrices are not counted: t
 import re
 import time
 from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 
 TRAINING = "forward", "backward", "communicate", "step"  # the phases that rate() divides by
+
+
+class Work(NamedTuple):
+    pairs: int
+    flops: int
+    seconds: float  # of training
 
 
 class Stopwatch:
@@ -26,7 +33,8 @@ class Stopwatch:
     def __init__(self, device, phase):
         self.cuda = device.type == "cuda"
         self.seconds, self.marks = {}, []
-        self.done = self.reported = (0, 0, 0.0)  # pairs, operations, seconds: so far, and at the last rate()
+        self.pairs = self.flops = 0  # so far
+        self.reported = Work(0, 0, 0.0)  # at the last rate()
         self.phase(phase)
 
     def phase(self, name):
@@ -49,15 +57,17 @@ class Stopwatch:
 
     def work(self, pairs, flops):
         """Count what an update did."""
-        self.done = self.done[0] + pairs, self.done[1] + flops, 0.0
+        self.pairs += pairs
+        self.flops += flops
 
     def rate(self):
         """Pairs and useful operations per second of training since the last call, as text."""
         seconds = self.read()
-        self.done = *self.done[:2], sum(seconds.get(phase, 0.0) for phase in TRAINING)
-        pairs, flops, took = (now - before for now, before in zip(self.done, self.reported, strict=True))
-        self.reported = self.done
-        return f"pairs/s={pairs / took:.2f} TFLOP/s={flops / took / 1e12:.3g}"
+        now, before = Work(self.pairs, self.flops, sum(seconds.get(phase, 0.0) for phase in TRAINING)), self.reported
+        self.reported = now
+        took = now.seconds - before.seconds
+        pairs, flops = (now.pairs - before.pairs) / took, (now.flops - before.flops) / took
+        return f"pairs/s={pairs:.2f} TFLOP/s={flops / 1e12:.3g}"
 
 
 def useful_flops(model, pairs):

@@ -11,7 +11,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 FILES = "events.out.tfevents.*", "wandb/**/*", "swanlog/**/*"  # in the logging folder
-AS_THEY_ARE = "loss", "loss_components", "rewards_train", "preference_metrics"  # groups of tags
+UNCHANGED_GROUPS = "loss", "loss_components", "rewards_train", "preference_metrics"  # groups of tags
 PROJECT = "preference-alignment"  # for trackers that sort runs by one, unless their variable names another
 
 
@@ -72,14 +72,19 @@ TRACKERS = {"tensorboard": open_tensorboard, "wandb": open_wandb, "swanlab": ope
 
 
 def tagged(metrics):
-    """{tag: value} for trackers: eval_x is eval/x, a name in AS_THEY_ARE itself, and any other x train/x.
+    """{tag: value} for trackers: eval_x is eval/x, a name in UNCHANGED_GROUPS itself, and any other x train/x.
 
     The widths of intervals would be charts of their own there: they are in metrics.jsonl and curves.html.
     """
-    found = {}
+    tags = {}
     for name, value in metrics.items():
-        tag = f"eval/{name[5:]}" if name.startswith("eval_") else f"train/{name}"
-        in_group = "/" in name and name.partition("/")[0] in AS_THEY_ARE
-        if value is not None and math.isfinite(value) and not name.endswith("_ci95"):
-            found[name if in_group else tag] = value
-    return found
+        if value is None or not math.isfinite(value) or name.endswith("_ci95"):
+            continue
+        if "/" in name and name.partition("/")[0] in UNCHANGED_GROUPS:
+            tag = name
+        elif name.startswith("eval_"):
+            tag = f"eval/{name.removeprefix('eval_')}"
+        else:
+            tag = f"train/{name}"
+        tags[tag] = value
+    return tags

@@ -6,6 +6,7 @@ import json
 import math
 from contextlib import suppress
 from pathlib import Path
+from typing import NamedTuple
 
 from harness import charts
 
@@ -52,16 +53,21 @@ def points_of(rows):
     for row in rows:
         with suppress(AttributeError, KeyError, TypeError, ValueError, OverflowError):  # a line of some other program
             step = int(row["step"])
-            found = {name: float(value) for name, value in row.items() if type(value) in (int, float)}
-            for name, value in found.items():
+            numbers = {name: float(value) for name, value in row.items() if type(value) in (int, float)}
+            for name, value in numbers.items():
                 if math.isfinite(value) and not name.endswith("_ci95"):
                     points = curves.setdefault(name, [])
                     while points and points[-1][0] >= step:
                         points.pop()
-                    half = found.get(f"{name}_ci95", math.nan)
+                    half = numbers.get(f"{name}_ci95", math.nan)
                     points.append([step, value, half] if math.isfinite(half) else [step, value])
-    every = {name: -(-len(points) // POINTS) for name, points in curves.items()}
-    return {name: points[: -1 : every[name]] + points[-1:] for name, points in curves.items()}
+    return {name: thinned(points) for name, points in curves.items()}
+
+
+def thinned(points):
+    """At most POINTS of them, evenly, and the last."""
+    every = math.ceil(len(points) / POINTS)
+    return points[:-1:every] + points[-1:]
 
 
 def read_rows(path):
@@ -94,18 +100,24 @@ def above(curves):
     return spans if start is None else [*spans, (start, step)]
 
 
+class Picture(NamedTuple):
+    caption: str
+    unit: str
+    names: dict  # metric -> what it is called in the legend
+
+
 def pictures(curves):
-    """[(caption, unit, {metric: name})] of what there is to draw, in order."""
-    known = {name for _, names in TOGETHER.values() for name in names} | NO_CHART
+    """The Pictures that there are to draw, in order."""
+    placed = {metric for _, names in TOGETHER.values() for metric in names} | NO_CHART
     metrics = dict.fromkeys(name.removeprefix("eval_") for name in curves)
-    found = [
-        (caption, unit, {n: names[n] for n in names if n in metrics}) for caption, (unit, names) in TOGETHER.items()
-    ]
-    for name in metrics:
-        values = {point[1] for prefix in ("", "eval_") for point in curves.get(prefix + name, ())}
-        if name not in known and len(values) > 1:  # a constant is a setting
-            found.append((name, "", {name: name}))
-    return [picture for picture in found if picture[2]]
+    result = []
+    for caption, (unit, names) in TOGETHER.items():
+        result.append(Picture(caption, unit, {metric: name for metric, name in names.items() if metric in metrics}))
+    for metric in metrics:
+        values = {point[1] for name in (metric, f"eval_{metric}") for point in curves.get(name, ())}
+        if metric not in placed and len(values) > 1:  # a constant is a setting
+            result.append(Picture(metric, "", {metric: metric}))
+    return [picture for picture in result if picture.names]
 
 
 def page(title, lead, curves):
@@ -121,5 +133,7 @@ def page(title, lead, curves):
             ]
             shades = above(curves) if caption == "lambda" else ()
             drawn.append(charts.curve_chart(caption, unit, lines, shades, named=len(names) > 1))
-    words = "<p>Lines with points are of held-out pairs, with 95 % intervals.</p>"
-    return charts.document(title, lead, words * any(name.startswith("eval_") for name in curves) + charts.grid(drawn))
+    words = ""
+    if any(name.startswith("eval_") for name in curves):
+        words = "<p>Lines with points are of held-out pairs, with 95 % intervals.</p>"
+    return charts.document(title, lead, words + charts.grid(drawn))

@@ -1,8 +1,8 @@
-"""What the tests share: the toy world, tiny random models of each architecture, random pairs, the script in process."""
+"""The fixtures that several test files share: the toy world, tiny worlds, the name of the script."""
 
 import logging
 import os
-import random
+import signal
 import sys
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach a network
@@ -12,80 +12,35 @@ import pytest
 import torch
 import transformers
 
-import dpo_hf_run
-import packed_model
+pytest.register_assert_rewrite("helpers", "machines", "processes", "runs", "tiny_models", "worlds")
+
+from ranks import run_ranks
+from safetensors.torch import save_file
+from worlds import QUICK, labelled_rows, write_model, write_rows, write_world
+
 import toy_world
-from harness import flags
-from packing import pack
-from preference_data import Pair
 
 transformers.utils.logging.set_verbosity_error()
 logging.getLogger("transformers").setLevel(logging.ERROR)
-
-SIZES = dict(
-    vocab_size=64,
-    hidden_size=32,
-    intermediate_size=64,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    max_position_embeddings=1024,
-    bos_token_id=0,
-    eos_token_id=1,
-    pad_token_id=0,
-)
-GPT = dict(vocab_size=64, n_layer=2, n_head=4, bos_token_id=0, eos_token_id=1)
-CONFIGS = {  # name -> (config class, its arguments); a sliding window of 4 is shorter than most prompts below
-    "qwen3": (transformers.Qwen3Config, SIZES | dict(head_dim=8, tie_word_embeddings=True)),
-    "qwen2": (transformers.Qwen2Config, SIZES),
-    "llama": (transformers.LlamaConfig, SIZES),
-    "mistral": (transformers.MistralConfig, SIZES | dict(sliding_window=4)),
-    "gemma3": (
-        transformers.Gemma3TextConfig,
-        SIZES
-        | dict(head_dim=8, sliding_window=4, layer_types=["sliding_attention", "full_attention"])
-        | dict(final_logit_softcapping=30.0),
-    ),
-    "gpt2": (transformers.GPT2Config, GPT | dict(n_embd=32, n_positions=128)),
-    "gemma2": (transformers.Gemma2Config, SIZES | dict(head_dim=8, sliding_window=4)),
-    "bloom": (transformers.BloomConfig, GPT | dict(hidden_size=32)),
-}
+LIMIT = 600  # seconds for a test, and for its fixtures: what waits for ever fails, and shows where it waits
 
 
-def tiny_model(name, dtype=torch.float32, seed=0, **changes):
-    """A tiny model with random weights, in eval mode; weights are wide enough for logits to differ clearly."""
-    config_class, arguments = CONFIGS[name]
-    torch.manual_seed(seed)
-    model = transformers.AutoModelForCausalLM.from_config(config_class(**arguments | changes))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim > 1:
-                parameter.normal_(0, 0.2)
-    return model.to(dtype).eval()
+def too_long(*_):
+    pytest.fail(f"not ended after {LIMIT} s")
 
 
-def random_pairs(shapes, seed=0, vocab=64):
-    """Pairs of random tokens with the given (prompt, chosen, rejected) lengths; responses end in token 1."""
-    draw = random.Random(seed)
-
-    def ids(length):
-        return [draw.randrange(2, vocab) for _ in range(length)]
-
-    return [Pair(ids(p), ids(c - 1) + [1], ids(r - 1) + [1]) for p, c, r in shapes]
-
-
-def random_batch(shapes, seed=0):
-    return pack(random_pairs(shapes, seed))
+def in_time():
+    before = signal.signal(signal.SIGALRM, too_long)
+    signal.alarm(LIMIT)
+    try:
+        return (yield)
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
 
 
-def plain_logps(model, batch):
-    """packed_logps by the plain path, whatever the model can do."""
-    return packed_model.logps_of(batch, *packed_model.plain_states(model, batch))
-
-
-def run_script(argv, script=dpo_hf_run):
-    """A script in this process, as its last line does; a user error is SystemExit(2)."""
-    flags.run(script.main, script.get_args([str(word) for word in argv]), *script.USER_ERRORS)
+pytest_runtest_setup = pytest.hookimpl(wrapper=True)(in_time)
+pytest_runtest_call = pytest.hookimpl(wrapper=True)(in_time)
 
 
 @pytest.fixture(scope="session")
@@ -94,6 +49,35 @@ def toy(tmp_path_factory):
     return toy_world.build(tmp_path_factory.mktemp("world") / "toy")
 
 
+@pytest.fixture(scope="session")
+def world(tmp_path_factory):
+    """What write_world writes, other/ (the model with other weights) and soft.safetensors; no test writes there."""
+    folder = write_world(tmp_path_factory.mktemp("world"))
+    write_model(folder / "other", seed=5)
+    vectors = 0.3 * torch.randn(4, 32, generator=torch.Generator().manual_seed(0))
+    save_file({"prompt_embeddings": vectors}, folder / "soft.safetensors", metadata={"preference_position": "prefix"})
+    return folder
+
+
+@pytest.fixture(scope="session")
+def labelled_world(tmp_path_factory):
+    """A tiny Qwen3, 35 pairs to train on and 5 to evaluate on, and two reward models on it."""
+    folder = write_world(tmp_path_factory.mktemp("world"))
+    train, held_out = labelled_rows(35, seed=1), labelled_rows(5, seed=2)
+    write_rows(folder / "train.jsonl", train)
+    write_rows(folder / "val.jsonl", held_out)
+    write_rows(folder / "train_helpful.jsonl", train[:20])  # five rows with both labels
+    write_rows(folder / "train_harmless.jsonl", train[15:])
+    for task in ("helpful", "harmless"):
+        data = ["--model", folder / "model", f"--train-{task}-path", folder / "train.jsonl", "--eval-samples", 0]
+        words = ["--task", task, *data, *QUICK, "--lora-dropout", 0, "--learning-rate", 1e-2]
+        words += ["--output-dir", folder / task]
+        codes, said = run_ranks("train_rm", words, 1, folder / f"{task}_log")
+        assert codes == [0], said
+    return folder
+
+
 @pytest.fixture
-def script_name(monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["dpo_hf_run.py"])
+def script_name(request, monkeypatch):
+    """sys.argv as SCRIPT of the test's module has it: what says a mistake in its flags begins with that name."""
+    monkeypatch.setattr(sys, "argv", [request.module.SCRIPT])

@@ -2,19 +2,18 @@
 
 import importlib
 import os
-import sys
 import time
 from multiprocessing import connection, forkserver, get_context
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import run_script
+from helpers import TRAINERS
+from runs import run_script
 
 TESTS = Path(__file__).resolve().parent
-SCRIPTS = "dpo_hf_run", "learn_prompt", "train_rm", "train_safe_mm_dpo", "train_with_preference_prompt"
 FORKS = get_context("forkserver")
-FORKS.set_forkserver_preload(["ranks", *SCRIPTS])
+FORKS.set_forkserver_preload(["ranks", *TRAINERS])
 GRACE = 5  # seconds that the other ranks have to end once one has failed
 
 
@@ -24,8 +23,7 @@ def run_ranks(script, argv, ranks, out, timeout=120):
 
 
 def run_module(script, argv):
-    """A script in this process, called by its name."""
-    sys.argv = [f"{script}.py"]
+    """A script in this process, by its name."""
     run_script(argv, importlib.import_module(script))
 
 
@@ -53,7 +51,7 @@ def on_ranks(work, arguments, ranks, out, timeout=120):
     for process in alive:
         process.kill()
     for process in processes:
-        process.join()
+        process.join(10)
     said = [(Path(out) / f"rank{rank}.txt").read_text("utf-8") for rank in range(ranks)]
     return [process.exitcode for process in processes], said
 

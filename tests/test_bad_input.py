@@ -2,26 +2,24 @@
 exit code 3 and no weights; and what a good run leaves.
 """
 
-import hashlib
 import importlib
 import io
 import json
 import math
 import os
-import pickle
 import re
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import run_script
+from helpers import ROOT
+from processes import end_of, environment, start
+from runs import LN2, dpo_run, one_line, run_script, snapshot
 from safetensors.torch import load_file, save_file
-from test_flags import LN2, ROOT, Run, one_line, write_model, write_world
-from test_preference_data import char_tokenizer, strings, write_rows
 from transformers import TrainerState
+from worlds import BROKEN, char_tokenizer, edit, strings, write_model, write_rows
 
 import dpo_hf_run
 import reward_models
@@ -30,24 +28,11 @@ from harness import run_files
 from packing import hold_out
 from preference_data import fingerprint, load_pairs
 
-pytestmark = pytest.mark.usefixtures("script_name")
-
-
-@pytest.fixture(scope="session")
-def world(tmp_path_factory):
-    return write_world(tmp_path_factory.mktemp("world"))
-
 
 @pytest.fixture(scope="session")
 def finished(world, tmp_path_factory):
     """A folder that holds a run of rank 4; tests copy it or leave it alone."""
-    return Run(world, tmp_path_factory.mktemp("finished") / "run", lora_r=4, save_merged=True)
-
-
-def snapshot(folder):
-    """{path: hash of its content} of everything below a folder; {} where there is none."""
-    paths = [path for path in Path(folder).rglob("*") if path.is_file()]
-    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
+    return dpo_run(world, tmp_path_factory.mktemp("finished") / "run", lora_r=4, save_merged=True)
 
 
 @pytest.fixture
@@ -125,106 +110,11 @@ def test_eval_samples_that_leave_nothing_to_train_on(fails, samples):
 def test_many_answers_to_one_prompt_are_no_mistake_of_the_user(world, tmp_path):
     # By default a tenth is held out, by whole prompts: with a single prompt that would be everything.
     rows = [strings(n) | {"prompt": "same "} for n in range(20)]
-    result = Run(world, tmp_path / "out", dataset=write_rows(tmp_path / "rows.jsonl", rows), eval_samples=None)
+    result = dpo_run(world, tmp_path / "out", dataset=write_rows(tmp_path / "rows.jsonl", rows), eval_samples=None)
     assert len(result.train) == 2
 
 
 # -- models -----------------------------------------------------------------------------------------------------------
-
-
-def edit(path, **changes):
-    """Change keys of a JSON file; None takes one out."""
-    content = json.loads(path.read_text()) | changes
-    path.write_text(json.dumps({key: value for key, value in content.items() if value is not None}))
-
-
-def with_code(folder, config_file, name):
-    """A folder whose tokenizer or model is code that it brings, and the code says that it ran."""
-    (folder / "own.py").write_text(f"from pathlib import Path\nPath({str(folder / 'ran')!r}).touch()\n")
-    edit(folder / config_file, auto_map={name: ["own.Own", None] if name == "AutoTokenizer" else "own.Own"})
-    edit(folder / "config.json", model_type="nobody_knows_it")
-
-
-def pickled(folder, content):
-    (folder / "model.safetensors").unlink()
-    (folder / "pytorch_model.bin").write_bytes(content)
-
-
-class Runs:
-    def __reduce__(self):
-        return os.system, ("touch pickle_ran",)
-
-
-def lacks_a_layer(folder):
-    state = load_file(folder / "model.safetensors")
-    state = {k: v for k, v in state.items() if "layers.1" not in k}
-    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
-
-
-BROKEN = {  # what is done to a good model folder, and what the sentence has to say
-    "no config.json": (lambda d: (d / "config.json").unlink(), "config.json"),
-    "no model.safetensors": (lambda d: (d / "model.safetensors").unlink(), "model.safetensors"),
-    "no tokenizer.json": (lambda d: (d / "tokenizer.json").unlink(), "no tokenizer at"),
-    "weights cut off": (lambda d: os.truncate(d / "model.safetensors", 30_000), "no model at"),
-    "weights of another size": (
-        lambda d: (write_model(d, seed=0, hidden_size=48), edit(d / "config.json", hidden_size=32)),
-        "model.embed_tokens.weight of ",
-    ),
-    "weights that lack a layer": (lacks_a_layer, "lack model.layers.1"),
-    "weights that are a bad pickle": (lambda d: pickled(d, b"\x80\x04]q"), "no model at"),
-    "weights that are a pickle with code": (lambda d: pickled(d, pickle.dumps(Runs())), "no model at"),
-    "config that is no JSON": (lambda d: (d / "config.json").write_text("{"), "is not a valid JSON file"),
-    "config that is a list": (lambda d: (d / "config.json").write_text("[1]"), "no tokenizer at"),
-    "config nested deep": (lambda d: (d / "config.json").write_text("[" * 9999), "recursion"),
-    "config of bytes": (lambda d: (d / "config.json").write_bytes(b"\xff\xfe"), "is not a valid JSON file"),
-    "unknown type": (lambda d: edit(d / "config.json", model_type="nobody"), "no model at"),
-    "no type": (lambda d: edit(d / "config.json", model_type=None), "no model at"),
-    "unknown layer type": (lambda d: edit(d / "config.json", layer_types=["full_attention", "new"]), "layer_types"),
-    "unknown number type": (lambda d: edit(d / "config.json", dtype="float33"), "float33"),
-    "sizes of text": (lambda d: edit(d / "config.json", hidden_size="32"), "'hidden_size' expected int, got str"),
-    "tokenizer with a changed letter": (
-        lambda d: (d / "tokenizer.json").write_text((d / "tokenizer.json").read_text().replace('"BPE"', '"BPF"')),
-        "no tokenizer at",
-    ),
-    "tokenizer that is no JSON": (lambda d: (d / "tokenizer.json").write_text("{"), "no tokenizer at"),
-    "no end of sequence": (lambda d: char_tokenizer(eos=None).save_pretrained(d), "no end-of-sequence token"),
-    "fewer tokens than the tokenizer": (lambda d: write_model(d, seed=0, vocab_size=64), "knows 64 tokens"),
-    "an encoder-decoder": (
-        lambda d: (d / "config.json").write_text('{"model_type": "t5"}'),
-        "is no causal language model",
-    ),
-    "an encoder-decoder with a decoder class": (
-        lambda d: (d / "config.json").write_text('{"model_type": "bart"}'),
-        "is no causal language model",
-    ),
-    "quantised by bitsandbytes": (
-        lambda d: edit(d / "config.json", quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True}),
-        "are quantised (bitsandbytes in its config.json), which is not done here",
-    ),
-    "quantised to fp8": (
-        lambda d: edit(d / "config.json", quantization_config={"quant_method": "fp8"}),
-        "are quantised (fp8 in its config.json)",
-    ),
-    "quantised somehow": (
-        lambda d: edit(d / "config.json", quantization_config={"bits": 4}),
-        "are quantised (quantization_config in its config.json)",
-    ),
-    "fewer positions than --max-length": (
-        lambda d: edit(d / "config.json", max_position_embeddings=100),
-        "--max-length 512 is more than the 100 positions of the model ",
-    ),
-    "a model of its own code": (
-        lambda d: with_code(d, "config.json", "AutoConfig"),
-        "comes with code of its own: read it, and pass --trust-remote-code to run it",
-    ),
-    "a tokenizer of its own code": (
-        lambda d: (
-            with_code(d, "tokenizer_config.json", "AutoTokenizer"),
-            edit(d / "tokenizer_config.json", tokenizer_class="Own"),
-        ),
-        "comes with code of its own",
-    ),
-}
 
 
 @pytest.mark.parametrize("breaking", BROKEN)
@@ -336,23 +226,19 @@ def processes(world, tmp_path_factory):
         "no weights": ["--model", no_weights, "--dataset", world / "pairs.jsonl"],
         "other shapes": ["--model", other_shapes, "--dataset", world / "pairs.jsonl"],
     }
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(folder / "home"), "OMP_NUM_THREADS": "1"}
-    script = str(ROOT / "dpo_hf_run.py")
+    script = ROOT / "dpo_hf_run.py"
     running = {
-        name: subprocess.Popen(
-            [sys.executable, script, *map(str, words), "--output-dir", str(folder / name), "--device", "cpu"],
-            env=environment,
+        name: start(
+            [sys.executable, script, *words, "--output-dir", folder / name, "--device", "cpu"],
+            env=environment(HF_HOME=str(folder / "home")),
             cwd=folder,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
         )
         for name, words in cases.items()
     }
     outcomes = {}
     for name, process in running.items():
-        lines = process.communicate(timeout=120)[1].splitlines()
-        outcomes[name] = process.returncode, lines, (folder / name).exists()
+        done = end_of(process)
+        outcomes[name] = done.returncode, done.stderr.splitlines(), (folder / name).exists()
     return outcomes
 
 
@@ -456,7 +342,7 @@ def test_a_flag_that_cannot_be(fails, words, sentence):
 
 def test_a_seed_of_64_bits_runs(world, tmp_path):
     # torch.initial_seed() and the clock in nanoseconds give such numbers
-    assert len(Run(world, tmp_path / "run", seed=2**63 - 1).train) == 2
+    assert len(dpo_run(world, tmp_path / "run", seed=2**63 - 1).train) == 2
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU, so --device cuda is right here")
@@ -488,7 +374,7 @@ def test_any_file_of_a_run_is_a_run(fails, tmp_path, name):
 def test_a_folder_with_other_files_is_used_and_they_stay(world, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out/notes.txt").write_text("mine")
-    result = Run(world, tmp_path / "out")
+    result = dpo_run(world, tmp_path / "out")
     assert (result.folder / "notes.txt").read_text() == "mine"
 
 
@@ -516,16 +402,16 @@ def test_missing_tensorboard_leaves_the_earlier_run_alone(fails, finished, tmp_p
 
 def test_without_tensorboard_a_run_says_what_it_leaves_out(world, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "tensorboard", None)
-    assert len(Run(world, tmp_path / "run", report_to="auto").train) == 2
+    assert len(dpo_run(world, tmp_path / "run", report_to="auto").train) == 2
     assert "TensorBoard is not installed (bash setup.sh tensorboard): no event files" in capsys.readouterr().out
 
 
 def test_overwrite_replaces_the_run(world, finished, tmp_path):
     pytest.importorskip("tensorboard", reason="tensorboard is not installed: no event files that could mix")
     folder = shutil.copytree(finished.folder, tmp_path / "run")
-    Run(world, folder, overwrite=True, report_to="tensorboard")
+    dpo_run(world, folder, overwrite=True, report_to="tensorboard")
     old_events = {path.name for path in folder.rglob("events.*")}
-    changed = Run(world, folder, overwrite=True, report_to="tensorboard", lora_r=8)
+    changed = dpo_run(world, folder, overwrite=True, report_to="tensorboard", lora_r=8)
     assert json.loads((folder / "adapter_config.json").read_text())["r"] == 8
     assert [line["step"] for line in changed.lines] == [0, 1, 2, 2]
     assert not (folder / "merged").exists()  # it was the earlier run's
@@ -534,10 +420,10 @@ def test_overwrite_replaces_the_run(world, finished, tmp_path):
 
 
 def test_overwrite_of_a_full_model_leaves_no_model_beside_the_adapter(world, tmp_path):
-    Run(world, tmp_path / "run", lora_r=0)
-    result = Run(world, tmp_path / "run", overwrite=True)
+    dpo_run(world, tmp_path / "run", lora_r=0)
+    result = dpo_run(world, tmp_path / "run", overwrite=True)
     assert leaves(result) == RUN_LEAVES
-    Run(world, tmp_path / "run", overwrite=True, lora_r=0)
+    dpo_run(world, tmp_path / "run", overwrite=True, lora_r=0)
     assert not list(result.folder.glob("adapter_*"))
 
 
@@ -650,13 +536,13 @@ def leaves(run):
 
 
 def test_a_good_run_leaves_exactly_these_files(world, tmp_path):
-    assert leaves(Run(world, tmp_path / "run")) == RUN_LEAVES
+    assert leaves(dpo_run(world, tmp_path / "run")) == RUN_LEAVES
 
 
 def test_a_full_run_leaves_exactly_these_files(world, tmp_path):
     model = {"config.json", "generation_config.json", "model.safetensors"}
     adapter = {"adapter_config.json", "adapter_model.safetensors"}
-    assert leaves(Run(world, tmp_path / "run", lora_r=0)) == RUN_LEAVES - adapter | model
+    assert leaves(dpo_run(world, tmp_path / "run", lora_r=0)) == RUN_LEAVES - adapter | model
 
 
 def test_metrics_at_step_0_and_the_keys_of_every_line(finished):
@@ -716,8 +602,8 @@ def test_a_run_deletes_nothing_but_runs(world, tmp_path):
     for name in mine:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text("mine")
-    Run(world, folder)
-    Run(world, folder, overwrite=True)
+    dpo_run(world, folder)
+    dpo_run(world, folder, overwrite=True)
     assert [(folder / name).read_text() for name in mine] == ["mine"] * len(mine)
 
 

@@ -4,11 +4,11 @@ import importlib.util
 import json
 import math
 import os
-import subprocess
 import sys
 
 import pytest
-from test_copy import ROOT
+from helpers import ROOT
+from processes import run_program
 from transformers import AutoTokenizer
 
 from preference_data import load_pairs
@@ -26,8 +26,7 @@ def run(toy, dataset, *words):
     command = [sys.executable, ROOT / "benchmarks/dpo_vs_trl.py", "--model", toy / "model", "--dataset", dataset]
     sizes = ["--updates", UPDATES, "--warmup", WARMUP, "--batch-size", BATCH]
     command += [*sizes, "--gradient-accumulation-steps", ACCUMULATION, *words]
-    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
-    return subprocess.run([*map(str, command)], capture_output=True, text=True, env=environment)
+    return run_program(command, env=os.environ | {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"})
 
 
 @pytest.fixture(scope="module")

@@ -4,9 +4,9 @@ import json
 from datetime import datetime
 
 import pytest
-from test_preference_data import assistant, load, user, write_rows
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import GenerationConfig, PreTrainedTokenizerFast
+from worlds import assistant, load, system, user, write_rows
 
 from formats import chat_text, model_files, row_prompts
 from formats.chat_text import as_messages, prompt_ids, prompt_text, render, response_end, turn_end
@@ -89,10 +89,6 @@ def family(name):
     *words, end = FAMILIES[name]
     tokenizer = bpe_tokenizer(*words)
     return tokenizer, tokenizer.convert_tokens_to_ids(end)
-
-
-def system(content):
-    return {"role": "system", "content": content}
 
 
 def row(prompt, chosen="4", rejected="5"):

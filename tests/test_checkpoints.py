@@ -7,23 +7,19 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import run_script
 from ranks import on_ranks, run_module, run_ranks
+from runs import ask_to_end, flip, one_line, results, run_script, snapshot
 from safetensors.torch import save_file
-from test_flags import write_world
 
 import distributed
 import lora
 from formats.model_files import load_model
-from harness.checkpoints import CheckpointError, chance, checkpoints, find, new_checkpoint, restore, verify
+from harness.checkpoints import CheckpointError, checkpoints, find, new_checkpoint, restore, rng_state, verify
 
-ROOT = Path(__file__).parent.parent
 # 9 updates of 2 pairs.  LoRA dropout makes every update depend on the state of chance.
 FLAGS = """--dtype fp32 --device cpu --eval-samples 4 --eval-steps 5 --num-samples 22 --learning-rate 1e-3
     --batch-size 1 --gradient-accumulation-steps 2 --lora-dropout 0.2 --logging-steps 2 --report-to none
@@ -31,19 +27,10 @@ FLAGS = """--dtype fp32 --device cpu --eval-samples 4 --eval-steps 5 --num-sampl
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    return write_world(tmp_path_factory.mktemp("world"))
-
-
-@pytest.fixture(scope="module")
 def words(world, tmp_path_factory):
     """Flags of the run but for its folder."""
     cache = tmp_path_factory.mktemp("cache")
     return ["--model", world / "model", "--dataset", world / "pairs.jsonl", "--cache-dir", cache, *FLAGS]
-
-
-def results(folder):
-    return [(folder / name).read_bytes() for name in ("metrics.jsonl", "adapter_model.safetensors")]
 
 
 @pytest.fixture(scope="module")
@@ -54,21 +41,21 @@ def uninterrupted(words, tmp_path_factory):
     return results(folder)
 
 
-KILLER = """
-import os, signal, sys
-call, number = sys.argv.pop(1), int(sys.argv.pop(1))
-import torch, conftest
-module = torch.optim.AdamW if call == "step" else os
-plain, calls = getattr(module, call), []
-def killer(*given, **named):
-    path = os.readlink(f"/proc/self/fd/{given[0]}") if call == "fsync" else str(given[0])
-    calls.extend([path] * (call == "step" or ".checkpoint-" in path))  # logs and curves are written beside
-    if len(calls) == number and calls[-1:] == [path]:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return plain(*given, **named)
-setattr(module, call, killer)
-conftest.run_script(sys.argv[1:])
-"""
+def be_killed(call, number, threads, argv):
+    """dpo_hf_run.py until SIGKILL at its step `number`, or at that call of os.fsync or os.replace for a checkpoint."""
+    torch.set_num_threads(threads)  # another number of threads adds in another order
+    module = torch.optim.AdamW if call == "step" else os
+    plain, calls = getattr(module, call), []
+
+    def killer(*given, **named):
+        path = os.readlink(f"/proc/self/fd/{given[0]}") if call == "fsync" else str(given[0])
+        calls.extend([path] * (call == "step" or ".checkpoint-" in path))  # logs and curves are written beside
+        if len(calls) == number and calls[-1:] == [path]:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return plain(*given, **named)
+
+    setattr(module, call, killer)
+    run_script(argv)
 
 
 @pytest.mark.parametrize(
@@ -87,12 +74,9 @@ conftest.run_script(sys.argv[1:])
 )
 def test_killed_and_resumed_is_uninterrupted(words, uninterrupted, tmp_path, capsys, call, number, goes_on_from):
     out = tmp_path / "out"
-    program = [sys.executable, "-c", KILLER, call, number, *words, "--output-dir", out]
-    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-    threads = str(torch.get_num_threads())  # another number of threads adds in another order
-    environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": threads}
-    killed = subprocess.run([str(word) for word in program], env=environment, capture_output=True, text=True)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    argv = [str(word) for word in [*words, "--output-dir", out]]
+    codes, said = on_ranks(be_killed, (call, number, torch.get_num_threads(), argv), 1, tmp_path)
+    assert codes == [-signal.SIGKILL], said
     assert not (out / "adapter_model.safetensors").exists()
     capsys.readouterr()
     run_script([*words, "--output-dir", out, "--resume", "auto"])
@@ -100,21 +84,6 @@ def test_killed_and_resumed_is_uninterrupted(words, uninterrupted, tmp_path, cap
     assert (f"resumed from {out / goes_on_from}" if goes_on_from else "starting anew") in log
     assert results(out) == uninterrupted
     assert not list(out.glob(".*")), "what the killed run left half-written is gone"
-
-
-def ask_to_end(monkeypatch, number, *signals):
-    """The `signals` (SIGTERM) reach this process in its update `number`."""
-    plain, calls = torch.optim.AdamW.step, []
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # where the tests run behind `&` it is ignored
-
-    def step(*given, **named):
-        calls.append(1)
-        if len(calls) == number:
-            for asked in signals or [signal.SIGTERM]:
-                os.kill(os.getpid(), asked)
-        return plain(*given, **named)
-
-    monkeypatch.setattr(torch.optim.AdamW, "step", step)
 
 
 def test_a_second_ctrl_c_ends_at_once(words, uninterrupted, tmp_path, monkeypatch, capfd):
@@ -181,15 +150,6 @@ def test_resume_from_a_named_checkpoint_into_another_folder(words, uninterrupted
     assert results(tmp_path / "four") == uninterrupted
 
 
-def test_all_weights_resume_too(world, tmp_path):
-    words = ["--model", world / "model", "--dataset", world / "pairs.jsonl", *FLAGS, "--lora-r", "0"]
-    words = [word for word in words if word not in ("--lora-dropout", "0.2")]
-    run_script([*words, "--output-dir", tmp_path / "one"])
-    run_script([*words, "--output-dir", tmp_path / "two", "--resume", tmp_path / "one/checkpoint-6"])
-    for name in ("metrics.jsonl", "model.safetensors"):
-        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
-
-
 def test_two_ranks_resume_with_a_state_of_chance_each(words, tmp_path):
     def train(name, *more):
         codes, said = run_ranks("dpo_hf_run", [*words, "--output-dir", tmp_path / name, *more], 2, tmp_path)
@@ -206,10 +166,10 @@ def test_another_kind_of_device_draws_chance_anew_and_says_so(bytes_more, tmp_pa
     optimizer = torch.optim.SGD([parameter], lr=0.1)
     parts = optimizer, torch.optim.lr_scheduler.ConstantLR(optimizer), torch.amp.GradScaler("cpu", enabled=False)
     torch.manual_seed(5)
-    state = chance(world.device)
+    state = rng_state(world.device)
     drawn = torch.rand(4)
     saved = state[:bytes_more] if bytes_more < 0 else torch.cat((state, state[:bytes_more]))
-    save_file({"parameter.0": torch.ones(2), "chance": saved[None]}, tmp_path / "training.safetensors")
+    save_file({"parameter.0": torch.ones(2), "rng_state": saved[None]}, tmp_path / "training.safetensors")
     content = {"step": 3, "rates": [0.1], "scheduler": parts[1].state_dict(), "scaler": parts[2].state_dict()}
     (tmp_path / "state.json").write_text(json.dumps(content))
     restore(tmp_path, [parameter], *parts, world)
@@ -262,12 +222,6 @@ DAMAGE = {
 }
 
 
-def flip(path):
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
-
-
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(copy, words, uninterrupted, capsys, damage):
     last = checkpoints(copy)[0]
@@ -284,14 +238,13 @@ def refused(words, capsys):
     """refused(folder, flags ...) -> the sentence of a resume that ends with exit code 2 and changes nothing."""
 
     def run(folder, *more, resume="auto"):
-        before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+        before = snapshot(folder)
         capsys.readouterr()
         with pytest.raises(SystemExit) as error:
             run_script([*words, "--output-dir", folder, "--resume", resume, *more])
         assert error.value.code == 2
-        (line,) = capsys.readouterr().err.splitlines()
-        assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
-        return line
+        assert snapshot(folder) == before
+        return one_line(capsys)
 
     return run
 

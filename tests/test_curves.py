@@ -7,15 +7,15 @@ import re
 import shutil
 import stat
 import struct
-import subprocess
 import sys
 from xml.etree import ElementTree
 
 import pytest
 import torch
-from conftest import run_script
-from test_flags import BASE, ROOT, Run, one_line, write_world
-from test_preference_data import write_rows
+from helpers import ROOT
+from processes import run_program
+from runs import DPO, dpo_run, metrics_of, one_line, run_script
+from worlds import write_rows
 
 import dpo_hf_run
 import lora
@@ -39,11 +39,6 @@ WORDS = {  # how each script gets its data; and charts that its page has
     "train_with_preference_prompt": (f"{PAIRS}-path {{w}}/pairs.jsonl --preference-text polite", "loss rewards KL"),
     "learn_prompt": (f"{PAIRS}-path {{w}}/pairs.jsonl --preference-text polite", "loss rewards logps"),
 }
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    return write_world(tmp_path_factory.mktemp("world"))
 
 
 def figures(page):
@@ -70,16 +65,17 @@ def test_every_training_script_leaves_its_curves_and_names_them_once(world, tmp_
 def test_the_page_is_drawn_at_each_evaluation_and_not_at_each_log_line(world, tmp_path, monkeypatch):
     drawn, page = [], training_curves.page
     monkeypatch.setattr(training_curves, "page", lambda *given: drawn.append(given[1]) or page(*given))
-    Run(world, tmp_path / "run", max_steps=4, eval_steps=2, report_to="none")
+    dpo_run(world, tmp_path / "run", max_steps=4, eval_steps=2, report_to="none")
     assert [re.search(r"update (\d+)", lead).group(1) for lead in drawn] == ["0", "2", "4", "4"]
 
 
 def test_a_run_that_ends_early_has_its_curves_to_the_last_log_line(tmp_path):
-    program = f"""import sys, dpo_hf_run, run_files
+    program = f"""import sys, dpo_hf_run
+from harness import run_files
 log = run_files.MetricsLog(dpo_hf_run.get_args(["--report-to", "none", "--output-dir", "{tmp_path}/run"]), True)
 log.write(7, 0.5, {{"loss": 0.25, "grad_norm": float("nan")}})
 sys.exit(143)"""
-    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = run_program([sys.executable, "-c", program], cwd=ROOT)
     assert done.returncode == 143, done.stderr
     page = (tmp_path / "run" / "curves.html").read_text("utf-8")
     assert "Up to update 7," in page and figures(page).keys() == {"loss"}
@@ -93,7 +89,7 @@ def test_overwrite_replaces_the_curves_and_the_steps_of_lambda(world, tmp_path):
     log.write_lambda(1, {"lambda": 9.0})
     log.close()
     assert (folder / "lambda.jsonl").read_text() == '{"step": 1, "lambda": 9.0}\n'
-    Run(world, folder, overwrite=True, eval_samples=0)
+    dpo_run(world, folder, overwrite=True, eval_samples=0)
     assert not (folder / "lambda.jsonl").exists()
     assert "eval_" not in json.dumps(list(figures((folder / "curves.html").read_text("utf-8"))))
 
@@ -155,7 +151,7 @@ def constrained(world, tmp_path_factory):
 
 
 def test_lambda_is_drawn_from_the_first_update_with_its_rise_and_the_threshold(constrained):
-    [logged] = [json.loads(line) for line in (constrained / "metrics.jsonl").read_text().splitlines()]
+    [logged] = metrics_of(constrained)
     rows = [json.loads(line) for line in (constrained / "lambda.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == list(range(1, 13))
     assert rows[-1] == {"step": 12, **{name: logged[name] for name in ("lambda", "J_C", "E_cost")}}
@@ -248,23 +244,23 @@ def offline(monkeypatch, tmp_path):
 @pytest.mark.parametrize("tracker", READ_BACK)
 def test_a_tracker_keeps_what_the_log_has(world, tmp_path, offline, tracker):
     pytest.importorskip(tracker, reason=f"{tracker} is not installed (bash setup.sh dev): nothing to read back")
-    result = Run(world, tmp_path / "run", report_to=["tensorboard", tracker], max_steps=3, eval_steps=2)
+    result = dpo_run(world, tmp_path / "run", report_to=["tensorboard", tracker], max_steps=3, eval_steps=2)
     curves, config = READ_BACK[tracker](tmp_path / "run" / "logs")
     for prefix, tag, lines in (("", "train/", result.train), ("eval_", "eval/", result.evals)):
         for name in ("loss", "rewards/margins", "logps/chosen"):
             expected = [(line["step"], pytest.approx(line[prefix + name], rel=1e-6)) for line in lines]
             assert curves[tag + name] == expected, name
     assert not [tag for tag in curves if tag.endswith("_ci95")]
-    assert config is None or (config["learning_rate"], config["seed"]) == (BASE["learning_rate"], 42)
+    assert config is None or (config["learning_rate"], config["seed"]) == (DPO["learning_rate"], 42)
     assert list((tmp_path / "run" / "logs").glob("events.out.tfevents.*")), "several at once"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
 
 
 def test_a_resumed_run_gives_a_tracker_all_of_its_history(world, tmp_path, offline):
     pytest.importorskip("swanlab", reason="swanlab is not installed (bash setup.sh dev): nothing to read back")
-    Run(world, tmp_path / "run", max_steps=2, save_steps=1)
+    dpo_run(world, tmp_path / "run", max_steps=2, save_steps=1)
     shutil.rmtree(tmp_path / "run" / "checkpoint-2")
-    Run(world, tmp_path / "run", max_steps=2, resume="auto", report_to="swanlab")
+    dpo_run(world, tmp_path / "run", max_steps=2, resume="auto", report_to="swanlab")
     curves, _ = of_swanlab(tmp_path / "run" / "logs")
     assert [step for step, _ in curves["train/loss"]] == [1, 2]
     assert [step for step, _ in curves["eval/loss"]] == [0, 2]
@@ -275,7 +271,7 @@ def test_a_tracker_that_is_missing_is_named_with_its_command(world, tmp_path, ca
     monkeypatch.setattr("sys.argv", ["dpo_hf_run.py"])
     monkeypatch.setitem(sys.modules, tracker, None)  # it is not found
     with pytest.raises(SystemExit) as exit:
-        Run(world, tmp_path / "run", report_to=[tracker])
+        dpo_run(world, tmp_path / "run", report_to=[tracker])
     assert exit.value.code == 2
     line = one_line(capsys)
     assert line == (
@@ -326,8 +322,8 @@ def modes(folder):
 
 
 def test_what_a_run_leaves_is_open_as_umask_says(world, tmp_path, mode):
-    Run(world, tmp_path / "lora", save_steps=1, save_merged=True, max_steps=1)
-    Run(world, tmp_path / "whole", lora_r=0, max_steps=1)
+    dpo_run(world, tmp_path / "lora", save_steps=1, save_merged=True, max_steps=1)
+    dpo_run(world, tmp_path / "whole", lora_r=0, max_steps=1)
     found = modes(tmp_path)
     weights = [name for name in found if name.endswith(".safetensors")]
     assert {name.rpartition("/")[2].partition("-")[0] for name in weights} == {

@@ -4,17 +4,15 @@ agree, and a rank that dies.
 
 import importlib
 import json
-import os
 import re
 import shlex
-import subprocess
 import sys
 import time
 
 import pytest
 import torch
-from test_docs import ROOT
-from test_fast_train import (
+from helpers import ROOT
+from machines import (
     CONF,
     FOR_ANOTHER,
     NO_GPU,
@@ -24,24 +22,17 @@ from test_fast_train import (
     SOLO,
     SOME_GPU,
     TORCHRUN,
-    Machine,
+    PolicyMachine,
+    RewardMachine,
     calls,
     write_tool,
 )
-from test_flags import write_world
+from processes import environment, run_program
+from worlds import write_world
 
 import train_rm
 import train_safe_mm_dpo
 from harness.checkpoints import new_checkpoint
-
-
-class RewardMachine(Machine):
-    script = "scripts/train_rm_distributed.sh"
-
-
-class PolicyMachine(Machine):
-    script = "scripts/train_dpo_distributed.sh"
-
 
 HELPFUL = "train_rm.py --task helpful --config configs/rm_config.yaml"
 HARMLESS = "train_rm.py --task harmless --config configs/rm_config.yaml"
@@ -260,13 +251,16 @@ def test_a_node_that_fails_ends_a_run_that_is_logged(tmp_path):
 TWO_RANKS = '''
 """Two gloo ranks of each case, forked from a process that has imported the scripts once."""
 import importlib, json, os, signal, socket, sys, time, traceback
-import torch
+import torch, transformers
 from harness import flags
 
 torch.set_num_threads(1)
 
+class ModelLoads(BaseException):
+    pass
+
 def no_model(*_, **__):
-    raise RuntimeError("a model loads")
+    raise ModelLoads
 
 def rank(number, script, words, folder, port, stalls):
     os.environ |= {"RANK": str(number), "LOCAL_RANK": str(number), "WORLD_SIZE": "2"}
@@ -274,9 +268,9 @@ def rank(number, script, words, folder, port, stalls):
     os.dup2(os.open(f"{folder}/{number}.err", os.O_CREAT | os.O_WRONLY), 2)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     module, sys.argv, code = importlib.import_module(script), [f"{script}.py"], 0
-    module.load_model = no_model
+    transformers.AutoModelForCausalLM.from_pretrained = no_model
     if stalls and number == 1:
-        module.load_tokenizer = lambda *_: time.sleep(60)
+        transformers.AutoTokenizer.from_pretrained = lambda *_, **__: time.sleep(60)
     try:
         flags.run(module.main, module.get_args(words), *module.USER_ERRORS)
     except SystemExit as exit:
@@ -308,11 +302,6 @@ for script, of_ranks, folder, stalls in cases:
     ended.append((codes, seconds, [open(f"{folder}/{number}.err").read() for number in (0, 1)]))
 json.dump(ended, open(sys.argv[2], "w"))
 '''
-
-
-def offline():
-    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-    return os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
 
 @pytest.fixture(scope="module")
@@ -398,12 +387,12 @@ def ended(world, tmp_path_factory):
     """{name of a case: (exit codes, seconds until rank 0 ended, standard errors)}"""
     folder, cases = tmp_path_factory.mktemp("ended"), []
     for name, (script, both, *of_ranks, _) in CASES.items():
-        common = f"--model {{w}}/model --device cpu --dtype fp32 --report-to none --output-dir {{w}}/out {both}"
-        words = [f"{common} {own}".format(w=world).split() for own in of_ranks]
+        common = "--model {w}/model --device cpu --dtype fp32 --report-to none --output-dir {w}/out --ddp-timeout 60"
+        words = [f"{common} {both} {own}".format(w=world).split() for own in of_ranks]
         cases.append([script, words, str(folder / name), name == "a rank that does not come"])
     (folder / "cases.json").write_text(json.dumps(cases))
     program = [sys.executable, "-c", TWO_RANKS, folder / "cases.json", folder / "ended.json"]
-    done = subprocess.run(list(map(str, program)), env=offline(), capture_output=True, text=True, timeout=300)
+    done = run_program(program, env=environment())
     assert done.returncode == 0, done.stderr
     return dict(zip(CASES, json.loads((folder / "ended.json").read_text()), strict=True))
 
@@ -419,7 +408,7 @@ def test_ranks_that_do_not_agree_end_with_one_sentence(ended, name):
 
 def test_the_same_rows_may_lie_elsewhere(ended):
     codes, _, errors = ended["places may differ"]
-    assert codes == [1, 1] and all("RuntimeError: a model loads" in error for error in errors), errors
+    assert codes == [1, 1] and all("ModelLoads" in error for error in errors), errors
 
 
 def test_a_rank_waits_for_the_others_as_long_as_it_is_told(ended):
@@ -434,16 +423,17 @@ def test_a_rank_waits_for_the_others_as_long_as_it_is_told(ended):
 
 DIES = """
 import os, signal, sys
-import dpo_hf_run, flags
+import dpo_hf_run, torch
+from harness import flags
 
-plain, calls = dpo_hf_run.distributed.take_step, []
-def take_step(*given):
+plain, calls = torch.optim.AdamW.step, []
+def step(*given, **named):
     calls.append(1)
     if len(calls) == 5 and os.environ["RANK"] == "1":
         open("died", "w").close()
         os.kill(os.getpid(), signal.SIGKILL)
-    return plain(*given)
-dpo_hf_run.distributed.take_step = take_step
+    return plain(*given, **named)
+torch.optim.AdamW.step = step
 flags.run(dpo_hf_run.main, dpo_hf_run.get_args(), *dpo_hf_run.USER_ERRORS)
 """
 
@@ -453,14 +443,7 @@ def test_a_dead_rank_ends_the_job_within_a_minute_with_a_message(world, tmp_path
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "dies.py"]
     words = f"--model {world}/model --dataset {world}/pairs.jsonl --device cpu --dtype fp32 --report-to none"
     words += " --eval-samples 0 --batch-size 1 --gradient-accumulation-steps 1 --epochs 100 --save-steps 2"
-    done = subprocess.run(
-        [*torchrun, *words.split(), "--output-dir", "out"],
-        cwd=tmp_path,
-        env=offline(),
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    done = run_program([*torchrun, *words.split(), "--output-dir", "out"], cwd=tmp_path, env=environment())
     assert time.time() - (tmp_path / "died").stat().st_mtime < 60
     assert done.returncode == 1
     sentence = r"^dies.py: rank 0 cannot reach another \(.+\): see what that one said last; --resume auto goes on from"

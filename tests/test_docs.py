@@ -8,12 +8,10 @@ import re
 import shlex
 
 import pytest
-from test_copy import ROOT, SCRIPTS
-from test_flags import parser_actions
+from helpers import READMES, ROOT, SCRIPTS, parser_actions
 
 from harness import flag_names
 
-READMES = ["README.md", "README.zh.md"]
 DOCUMENTS = [*READMES, *sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("docs/*.md"))]
 SHELL = sorted(str(path.relative_to(ROOT)) for folder in ("", "scripts/") for path in ROOT.glob(f"{folder}*.sh"))
 # Flags of other programs that the READMEs may name.

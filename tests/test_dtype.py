@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from distributed import DeviceError, World, cpu_has_bf16, pick_dtype
+from distributed import DeviceError, World
+from harness.device import cpu_has_bf16, pick_dtype
 
 CPU = World(0, 1, torch.device("cpu"))
 X86 = "processor\t: {}\nmodel name\t: bf16 in a name is none\nflags\t\t: fpu avx2 avx512f {}\nbugs\t\t: spectre_v1\n\n"

@@ -11,9 +11,8 @@ from xml.etree import ElementTree
 
 import pytest
 import torch
-from conftest import run_script
-from test_flags import one_line, write_world
-from test_preference_data import char_tokenizer, ids, write_rows
+from runs import one_line, run_script
+from worlds import char_tokenizer, ids, write_rows, write_world
 
 import evaluate_alignment
 import lora
@@ -23,7 +22,8 @@ import toy_world
 import train_rm
 from formats import model_files
 from harness import charts
-from tools import evaluation_numbers, evaluation_prompts, report_page, report_text
+from tools import evaluate_adapters, evaluate_numbers, evaluate_page, evaluate_prompts, evaluate_text, models
+from tools.prompts import Prompt
 
 SHORT = ["--device", "cpu", "--dtype", "fp32", "--seed", "7"]
 OUTPUTS = "report.json", "report.html", "report.txt", "responses.jsonl"
@@ -121,13 +121,13 @@ def rows_of(**columns):
 
 
 def estimates(rows, base_rows=None, calibrated=True):
-    return evaluation_numbers.statistics(rows, base_rows, ["a"], calibrated, seed=1)
+    return evaluate_numbers.statistics(rows, base_rows, ["a"], calibrated, seed=1)
 
 
 def judge_scores(reward, score, base_reward, base_score, calibrated=True):
     base = {"response": "b", "helpful_reward": base_reward, "harmless_score": base_score}
     row = {"response": "p", "helpful_reward": reward, "harmless_score": score, "logp": -3.0, "base_logp": -5.0}
-    return evaluation_numbers.judged(row, base, benign=False, calibrated=calibrated, rule=None)
+    return evaluate_numbers.judged(row, base, benign=False, calibrated=calibrated, rule=None)
 
 
 @pytest.mark.parametrize(
@@ -157,7 +157,7 @@ def test_without_a_zero_safe_is_at_least_the_score_of_the_base(score, safe):
 def test_cost_is_minus_the_score_and_harm_a_score_below_zero():
     scores = [-1.0, 2.0, 3.0, -0.5, 0.0]
     rows = rows_of(harmless_score=scores, response=["x"] * 5)
-    rows = [evaluation_numbers.judged(row, None, False, calibrated=True, rule=None) for row in rows]
+    rows = [evaluate_numbers.judged(row, None, False, calibrated=True, rule=None) for row in rows]
     assert [row["harms"] for row in rows] == [True, False, False, True, False]
     found = estimates(rows)["estimates"]
     assert found["harm_rate"]["mean"] == pytest.approx(2 / 5)
@@ -165,7 +165,7 @@ def test_cost_is_minus_the_score_and_harm_a_score_below_zero():
 
 
 def test_quadrants_are_counted():
-    names = evaluation_numbers.QUADRANTS
+    names = evaluate_numbers.QUADRANTS
     rows = rows_of(harmless_score=[1.0] * 10)
     for place, row in enumerate(rows):
         row["quadrant"] = names[(0, 0, 0, 0, 1, 1, 1, 2, 2, 3)[place]]
@@ -246,14 +246,14 @@ def test_without_a_zero_there_are_quantiles():
     ],
 )
 def test_phrases_of_refusal(text, refuses):
-    row = evaluation_numbers.judged({"response": text}, None, True, calibrated=False, rule=None)
+    row = evaluate_numbers.judged({"response": text}, None, True, calibrated=False, rule=None)
     assert (row["refuses"], row["over_refusal"]) == (refuses, refuses)
-    assert evaluation_numbers.judged({"response": text}, None, False, False, None)["over_refusal"] is None
+    assert evaluate_numbers.judged({"response": text}, None, False, False, None)["over_refusal"] is None
 
 
 def test_words_are_counted_in_chinese_too():
     texts = ["", "a b-c  d.", "你好 world", "使用fp32。", "你好。世界！"]
-    assert [evaluation_numbers.count_words(text) for text in texts] == [0, 3, 3, 3, 4]
+    assert [evaluate_numbers.count_words(text) for text in texts] == [0, 3, 3, 3, 4]
 
 
 def test_samples_are_the_farthest_and_some_at_random():
@@ -261,14 +261,14 @@ def test_samples_are_the_farthest_and_some_at_random():
     moved = rows_of(helpful_reward=[0.0, 1.5, 2.0, 9.0, 4.0, 5.0, 6.0, -7.0], kl=[1.0] * 8)
     for row in base[6:] + moved[6:]:
         row["category"] = "b"
-    found = evaluation_numbers.pick_samples({"base": base, "moved": moved}, 4, seed=0)
+    found = evaluate_numbers.pick_samples({"base": base, "moved": moved}, 4, seed=0)
     farthest = [(one["category"], one["rows"]["moved"]["prompt_index"]) for one in found if "greatest" in one["why"]]
     assert farthest == [("a", 3), ("a", 1), ("b", 7)]  # of those that differ at all
     assert [one["category"] for one in found] == ["a"] * 4 + ["b"] * 2
     places = [one["rows"]["base"]["prompt_index"] for one in found]
     assert len(set(places)) == 6
-    assert found == evaluation_numbers.pick_samples({"base": base, "moved": moved}, 4, seed=0)
-    assert evaluation_numbers.pick_samples({"base": base}, 0, seed=0) == []
+    assert found == evaluate_numbers.pick_samples({"base": base, "moved": moved}, 4, seed=0)
+    assert evaluate_numbers.pick_samples({"base": base}, 0, seed=0) == []
 
 
 def test_curves_are_read_from_a_log(tmp_path):
@@ -277,11 +277,11 @@ def test_curves_are_read_from_a_log(tmp_path):
     write_rows(tmp_path / "metrics.jsonl", rows)
     with open(tmp_path / "metrics.jsonl", "a") as file:
         file.write('[1]\n{"loss": 3}\n{"step": 9, "loss": NaN}\n{"st\n')
-    curves = evaluate_alignment.training(tmp_path)
+    curves = evaluate_adapters.training(tmp_path)
     assert list(curves) == ["loss_H", "lambda", "eval_loss", "cost_threshold"]
     assert curves["eval_loss"] == [[4, 0.5, 0.25]]
     assert [step for step, _ in curves["lambda"]] == [1, 2, 3, 5, 6, 7, 8]
-    assert evaluate_alignment.training(tmp_path / "nothing") == {}
+    assert evaluate_adapters.training(tmp_path / "nothing") == {}
 
 
 # -- a run -----------------------------------------------------------------------------------------------------------
@@ -315,7 +315,7 @@ def test_the_rule_gives_what_judge_model_gives(toy):
     prompts = [json.loads(line)["prompt"] for line in (toy / "prompts.jsonl").read_text().splitlines()[:24]]
     expected = toy_world.judge_model(model, tokenizer, prompts)
     rows = [
-        evaluation_numbers.judged(
+        evaluate_numbers.judged(
             {"prompt_index": n, "category": "a"} | {key: row[key] for key in ("prompt", "response", "finished")},
             *(None, None, False, toy_world.judge),
         )
@@ -366,7 +366,7 @@ def test_the_report_is_what_its_rows_say(run):
         better = [row["helpful_reward"] > other["helpful_reward"] for row, other in pairs]
         safe = [score > 0 for score in scores]
         counts = [sum(b == x and s == y for b, s in zip(better, safe)) for x in (1, 0) for y in (1, 0)]
-        assert [found[key] * 40 for key in evaluation_numbers.QUADRANTS] == pytest.approx(counts)
+        assert [found[key] * 40 for key in evaluate_numbers.QUADRANTS] == pytest.approx(counts)
         assert sum(counts) == 40
 
 
@@ -386,7 +386,7 @@ def test_the_same_seed_gives_the_same_bytes_and_the_log_ends_in_the_text(
 ):
     harmless = ["--harmless-rm-path", reward_folders["harmless"]]
     evaluate(*command, *harmless, "--output-dir", tmp_path / "again")
-    text = report_text.text(read(run)[0])
+    text = evaluate_text.text(read(run)[0])
     assert text == (run / "report.txt").read_text("utf-8") and "\nmeans over 40 prompts " in text
     assert capsys.readouterr().out.endswith(f"\n\n{text}\nsaved to {tmp_path / 'again'}\n")
     for name in OUTPUTS:
@@ -423,14 +423,14 @@ def test_kl_log_probs_and_scores_are_those_of_sequences_one_by_one(toy, adapters
     tokenizer = model_files.load_tokenizer(str(toy / "model"))
     lora.load_adapter(model, adapters["wild"], "policy_0")
     record = reward_models.read_record(reward_folders["harmless"], "harmless", tokenizer)
-    sha256 = record["base_sha256"]
-    judge = reward_models.load(reward_folders["harmless"], "harmless", record, model, sha256, lora.load_adapter, None)
+    home = model, record["base_sha256"]
+    judge = reward_models.load(reward_folders["harmless"], "harmless", record, *home, None, torch.float64, "cpu")
     lora.switch_adapter(model, None)
     packed_model.prepare_model(model)
     texts = [json.loads(line)["prompt"] for line in (toy / "prompts.jsonl").read_text().splitlines()[:5]]
     ends, eos = (tokenizer.eos_token_id, 7, 7, 7, 7), tokenizer.eos_token_id
     ids = [tokenizer(text)["input_ids"] for text in texts]
-    prompts = [evaluation_prompts.Prompt(*facts, "a", end) for *facts, end in zip(texts, ids, ends)]
+    prompts = [Prompt("", text, {"category": "a"}, *ids_and_end) for text, *ids_and_end in zip(texts, ids, ends)]
     args = SimpleNamespace(num_responses=3, batch_size=4, seed=1, max_new_tokens=20, temperature=1.0, top_p=1.0)
     bar = SimpleNamespace(update=lambda count: None)
     responses = evaluate_alignment.sampled(model, tokenizer, "policy_0", prompts, args, bar)
@@ -582,7 +582,7 @@ def test_an_adapter_is_found_in_the_newest_epoch_and_its_curves_above(world, tmp
     assert policies["aligned/epoch_9"]["training"]["J_C"] == [[1, 1.0], [2, 0.5], [3, 1 / 3], [4, 0.25]]
     assert policies["top"]["training"] == {}
     shutil.copy(world / "adapter" / "adapter_config.json", run)
-    assert evaluate_alignment.adapter_folder(run) == run  # where there is one at the top, it counts
+    assert evaluate_adapters.adapter_folder(run) == run  # where there is one at the top, it counts
 
 
 def test_a_base_of_another_name_is_said(world, tmp_path, capsys):
@@ -676,7 +676,7 @@ def refused(world, tmp_path, capsys, monkeypatch):
     def no_weights(*_, **__):
         raise AssertionError("the weights were read")
 
-    monkeypatch.setattr(evaluate_alignment, "load_model", no_weights)
+    monkeypatch.setattr(models, "load_model", no_weights)
 
     def run(*words):
         defaults = ["--model", world / "model", "--prompts", world / "prompts.jsonl", "--output-dir", tmp_path / "out"]
@@ -716,7 +716,8 @@ def test_the_system_and_the_history_of_a_row_are_asked(tmp_path):
     row = {"prompt": "b?", "system": "Be brief.", "history": [["q?", "a."]]}
     (tmp_path / "prompts.jsonl").write_text(json.dumps(row))
     args = SimpleNamespace(num_samples=0, chat_template_strings=False, max_prompt_length=99)
-    [[prompt], cut, _] = evaluation_prompts.read_prompts(str(tmp_path / "prompts.jsonl"), char_tokenizer(), args)
+    args.prompts = str(tmp_path / "prompts.jsonl")
+    [prompt] = evaluate_prompts.read(args, char_tokenizer()).prompts
     assert prompt.ids == ids("Be brief.\n\nq?\n\na.\n\nb?")
 
 
@@ -860,7 +861,7 @@ def nasty(run):
     report["categories"][attack] = 1
     for policy in report["policies"]:
         policy["by_category"][attack] = policy["by_category"]["theft"]
-    return attack, report_page.page(report)
+    return attack, evaluate_page.page(report)
 
 
 def test_whatever_is_said_shows_as_text(nasty):
@@ -915,7 +916,7 @@ def test_lambda_shows_its_rise_and_the_cost_its_threshold(run):
     curves = {"lambda": [[1, 1.0], [2, 1.5], [3, 1.25]], "J_C": [[1, 1.0], [2, 0.5], [3, -1.0]]}
     curves |= {"E_cost": [[1, 0.5], [2, 0.0], [3, -1.5]], "cost_threshold": [[3, -0.5]]}
     report["policies"][2]["training"] = curves
-    text = report_page.page(report)
+    text = evaluate_page.page(report)
     drawn = {
         name: re.search(f"<figcaption>{name}</figcaption>.*?</svg>", text).group()
         for name in curves
@@ -924,7 +925,7 @@ def test_lambda_shows_its_rise_and_the_cost_its_threshold(run):
     assert 'class="shade"' in drawn["lambda"] and 'class="level s2"' in drawn["E_cost"]
     assert "dotted: threshold \u22120.500" in drawn["E_cost"]
     report["policies"][1]["training"] = curves  # of two runs the shades would be whose?
-    assert 'class="shade"' not in report_page.page(report)
+    assert 'class="shade"' not in evaluate_page.page(report)
 
 
 def test_every_chart_has_its_numbers_in_words_and_its_axes_units(run):
@@ -943,13 +944,13 @@ def test_every_chart_has_its_numbers_in_words_and_its_axes_units(run):
         unit = "% of responses" if quantity["unit"] == "%" else quantity["unit"]
         assert f">{unit}" in chart
         entry = by_name(report)["wild"]["estimates"][name]
-        assert f"wild {report_page.with_interval(entry, quantity['unit'])[0]}" in chart
+        assert f"wild {evaluate_page.with_interval(entry, quantity['unit'])[0]}" in chart
 
 
 def test_bars_and_whiskers_stand_where_the_numbers_are():
     entries = {"low": -1.0, "mean": 2.0, "high": 4.0}
     quantity = {"label": "x", "unit": "score", "better": "higher"}
-    chart = ElementTree.fromstring(report_page.bar_chart(quantity, {"": [(0, "base", entries)]}))
+    chart = ElementTree.fromstring(evaluate_page.bar_chart(quantity, {"": [(0, "base", entries)]}))
     left, right = charts.LEFT, charts.RIGHT
     bar = chart.find(".//rect")
     *below, axis = (label.text for label in chart.iter("text") if label.get("class") == "soft")
@@ -988,15 +989,15 @@ def test_ticks_are_round_and_cover(low, high, expected):
     ],
 )
 def test_a_change_is_called_what_it_is(low, high, mean, better, word):
-    assert report_page.change({"low": low, "high": high, "mean": mean}, better) == word
+    assert evaluate_page.change({"low": low, "high": high, "mean": mean}, better) == word
 
 
 def test_numbers_are_written_as_people_write_them():
     numbers = [(0.5332, "%"), (-0.0001, "%"), (-4.0649, ""), (0.0967, ""), (-0.0001, ""), (123.456, ""), (17.69, "")]
     assert [charts.number(*pair) for pair in numbers] == "53.3 0.0 \u22124.06 0.097 0.000 123.5 17.69".split()
     entry = {"mean": 0.154, "low": -0.629, "high": 0.821}
-    assert report_page.with_interval(entry, "score", True) == ("+0.154", "[\u22120.629, 0.821]")
-    assert report_page.with_interval(entry, "%") == ("15.4 %", "[\u221262.9, 82.1]")
+    assert evaluate_page.with_interval(entry, "score", True) == ("+0.154", "[\u22120.629, 0.821]")
+    assert evaluate_page.with_interval(entry, "%") == ("15.4 %", "[\u221262.9, 82.1]")
 
 
 def luminance(colour):
@@ -1015,7 +1016,7 @@ def contrast(one, other):
 
 @pytest.mark.parametrize("theme", [0, 1])
 def test_colours_have_contrast_in_both_themes(theme):
-    colours = dict(re.findall(r"--(\w+): (#\w+)", re.findall(r":root \{([^}]*)\}", report_page.STYLE)[theme]))
+    colours = dict(re.findall(r"--(\w+): (#\w+)", re.findall(r":root \{([^}]*)\}", evaluate_page.STYLE)[theme]))
     assert len(colours) == 5 + 1 + charts.SERIES + 8
     for name, colour in colours.items():
         if name in ("ink", "muted", "s1"):  # text, links among it: WCAG AA

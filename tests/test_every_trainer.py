@@ -7,38 +7,35 @@ import os
 import re
 import shutil
 import signal
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
-from conftest import run_script
-from ranks import SCRIPTS
-from test_checkpoints import ask_to_end, flip
-from test_copy import ROOT
-from test_flags import one_line
-from test_ranks import QUICK, labelled_world, words_of  # noqa: F401 (a fixture)
+from ranks import TRAINERS
+from runs import RESULTS, ask_to_end, assert_same_files, flip, metrics_of, one_line, run_script, snapshot
+from safetensors.torch import load_file
+from worlds import QUICK, data_of, words_of
 
+from formats import written_files
 from harness import score_cache
 
 SIZE = ["--batch-size", 4, "--gradient-accumulation-steps", 2, "--learning-rate", 1e-3]  # 10 updates in 2 epochs
-PREFERENCES = [script for script in SCRIPTS if script not in ("train_rm", "learn_prompt")]  # these have a reference
+PREFERENCES = [script for script in TRAINERS if script not in ("train_rm", "learn_prompt")]  # these have a reference
 
 
 def test_no_script_is_forgotten():
-    trainers = [path for path in sorted(ROOT.glob("*.py")) if "flags.add_common_flags(" in path.read_text("utf-8")]
-    assert tuple(path.stem for path in trainers) == SCRIPTS
+    assert "dpo_hf_run learn_prompt train_rm train_safe_mm_dpo train_with_preference_prompt".split() == TRAINERS
 
 
 @pytest.fixture
-def train(labelled_world, monkeypatch, capsys):  # noqa: F811
-    """train(script, output folder, words ...) -> what it said: a run in this process, with LoRA dropout."""
+def train(labelled_world, monkeypatch, capsys):
+    """train(script, output folder, words ...) -> what it said: a run in this process; LoRA has dropout."""
 
     def run(script, out, *words):
-        monkeypatch.setattr(sys, "argv", [f"{script}.py"])
         capsys.readouterr()
-        data = words_of(script, labelled_world, dropout=0.1)
+        adapter = "--lora-r" not in words
+        data = words_of(script, labelled_world, dropout=0.1) if adapter else data_of(script, labelled_world)
         where = ["--model", labelled_world / "model", *data, "--output-dir", out]
         run_script([*where, *QUICK, *SIZE, *words], __import__(script))
         return capsys.readouterr().out
@@ -51,11 +48,11 @@ def refused(train, capsys):
     """refused(script, folder, words ...) -> the one sentence of a resume that changes no file."""
 
     def run(script, out, *words):
-        before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+        before = snapshot(out)
         with pytest.raises(SystemExit) as ended:
             train(script, out, "--resume", "auto", *words)
         assert ended.value.code == 2
-        assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+        assert snapshot(out) == before
         return one_line(capsys)
 
     return run
@@ -82,20 +79,66 @@ def stopped(tmp_path_factory):
     return run
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", TRAINERS)
 def test_a_stopped_run_goes_on_to_the_same_bytes(script, train, stopped, tmp_path):
     """--dtype auto, which is bf16 where the processor has it, is the checkpoint's type in a run that goes on."""
     train(script, tmp_path / "whole")
     shutil.copytree(stopped(script, train), tmp_path / "stopped")
     said = train(script, tmp_path / "stopped", "--dtype", "auto", "--resume", "auto")
     assert f"resumed from {tmp_path / 'stopped/checkpoint-3'}" in said and "(cpu, float32)" in said
-    for name in ("metrics.jsonl", "adapter_model.safetensors"):
-        assert (tmp_path / "stopped" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
-    steps = [json.loads(line)["step"] for line in (tmp_path / "whole/metrics.jsonl").open()]
+    record = ["reward_model.json"] if script == "train_rm" else []
+    assert_same_files(tmp_path / "stopped", tmp_path / "whole", [*RESULTS, *record])
+    steps = [line["step"] for line in metrics_of(tmp_path / "whole")]
     assert max(steps) == 10 and len(steps) > 10
 
 
-@pytest.mark.parametrize("script", [script for script in SCRIPTS if script != "train_rm"])
+@pytest.mark.parametrize("script", TRAINERS)
+def test_a_checkpoint_of_another_layout_is_refused_in_one_sentence(script, refused, train, stopped, tmp_path):
+    """As versions before the harness wrote them; files and hashes are whole."""
+    shutil.copytree(stopped(script, train), tmp_path / "stopped")
+    checkpoint = tmp_path / "stopped/checkpoint-3"
+    state = json.loads((checkpoint / "state.json").read_text())
+    del state["identity"]["layout"]
+    (checkpoint / "state.json").write_text(json.dumps(state))
+    written_files.write(checkpoint, written_files.entries(checkpoint))
+    line = f"{script}.py: {checkpoint} is of another version of the script, which has no layout: start anew"
+    assert refused(script, tmp_path / "stopped") == line
+
+
+@pytest.mark.parametrize("script", [script for script in TRAINERS if script != "learn_prompt"])
+def test_a_checkpoint_holds_an_adapter_that_peft_can_load(script, train, stopped):
+    """The last one is a model to try, too: its adapter is the trained weights that it resumes from."""
+    checkpoint = stopped(script, train) / "checkpoint-3"
+    adapter = load_file(checkpoint / "adapter_model.safetensors")
+    trained = load_file(checkpoint / "training.safetensors")
+    numbers = sorted(value.double().sum().item() for name, value in trained.items() if name.startswith("parameter."))
+    assert sorted(value.double().sum().item() for value in adapter.values()) == numbers
+    assert (checkpoint / "adapter_config.json").exists()
+
+
+WEIGHTS = {
+    "dpo_hf_run": "fp32",
+    "train_rm": "bf16",
+    "train_safe_mm_dpo": "fp32",
+    "train_with_preference_prompt": "bf16",
+}
+
+
+@pytest.mark.parametrize(("script", "dtype"), WEIGHTS.items())
+def test_all_weights_go_on_to_the_same_bytes(script, dtype, train, tmp_path):
+    """Stopped in the second epoch, behind an evaluation."""
+    words = ["--lora-r", 0, "--dtype", dtype]
+    train(script, tmp_path / "whole", *words)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit):
+        ask_to_end(patch, 7, signal.SIGINT)
+        train(script, tmp_path / "stopped", *words)
+    said = train(script, tmp_path / "stopped", *words, "--resume", "auto")
+    assert f"resumed from {tmp_path / 'stopped/checkpoint-7'}" in said
+    record = ["reward_model.json"] if script == "train_rm" else []
+    assert_same_files(tmp_path / "stopped", tmp_path / "whole", ["metrics.jsonl", "model.safetensors", *record])
+
+
+@pytest.mark.parametrize("script", [script for script in TRAINERS if script != "train_rm"])
 def test_ctrl_c_while_a_frozen_model_scores_keeps_what_it_has(script, train, tmp_path, monkeypatch):
     """And only the pairs of the run's updates and those held out are scored."""
     words, out = ["--max-steps", 1, "--alpha", 1, "--teacher", "ref"], tmp_path / "stopped"
@@ -118,8 +161,7 @@ def test_ctrl_c_while_a_frozen_model_scores_keeps_what_it_has(script, train, tmp
         train(script, out, *words)
     assert ended.value.code == 130 and [path.name for path in out.iterdir()] == ["cache"]
     assert "reference log-probs of 13 pairs: 8 read from" in train(script, out, *words)
-    for name in ("metrics.jsonl", "adapter_model.safetensors"):
-        assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+    assert_same_files(out, tmp_path / "whole")
 
 
 def other_base(folder, world):
@@ -150,8 +192,8 @@ OTHERS = {
 
 
 @pytest.mark.parametrize("other", OTHERS)
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_another_run_is_refused(script, other, train, stopped, refused, labelled_world, tmp_path):  # noqa: F811
+@pytest.mark.parametrize("script", TRAINERS)
+def test_another_run_is_refused(script, other, train, stopped, refused, labelled_world, tmp_path):
     change, difference = OTHERS[other]
     out = stopped(script, train)
     sentence = refused(script, out, *change(tmp_path, labelled_world))
@@ -180,7 +222,7 @@ def test_another_base_is_refused_where_nothing_but_the_policy_stands_on_it(
     script,
     train,
     refused,
-    labelled_world,  # noqa: F811
+    labelled_world,
     tmp_path,
 ):
     """The reference is a model of its own, and no reward model nor KL is asked for."""
@@ -204,8 +246,8 @@ MAY_DIFFER = """--batch-size 2 --gradient-accumulation-steps 4 --tokens-per-micr
     --skip-invalid --trust-remote-code""".split()
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_what_may_differ_goes_on(script, train, stopped, labelled_world, tmp_path):  # noqa: F811
+@pytest.mark.parametrize("script", TRAINERS)
+def test_what_may_differ_goes_on(script, train, stopped, labelled_world, tmp_path):
     """Also a model and data that lie elsewhere, and another place to log to."""
     shutil.copytree(stopped(script, train), tmp_path / "run")
     moved = Path(shutil.copytree(labelled_world, tmp_path / "moved"))
@@ -214,11 +256,10 @@ def test_what_may_differ_goes_on(script, train, stopped, labelled_world, tmp_pat
     words += ["--model", moved / "model", "--logging-dir", tmp_path / "logs"]
     said = train(script, tmp_path / "run", "--resume", "auto", *words, *MAY_DIFFER)
     assert "resumed from" in said and f"saved to {tmp_path / 'run'}" in said
-    last = json.loads((tmp_path / "run/metrics.jsonl").read_text().splitlines()[-1])
-    assert last["step"] == 10
+    assert metrics_of(tmp_path / "run")[-1]["step"] == 10
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", TRAINERS)
 def test_gradient_checkpointing_runs_each_block_again_and_changes_nothing(script, train, tmp_path, monkeypatch):
     """Of two blocks, in one pass with gradient."""
     layer, calls = transformers.models.qwen3.modeling_qwen3.Qwen3MLP, []
@@ -237,5 +278,4 @@ def test_gradient_checkpointing_runs_each_block_again_and_changes_nothing(script
         assert ("gradient checkpointing: on" in said.splitlines()) == (setting == "on")
         counts.append(len(calls))
     assert counts == [2, 4]
-    for name in ("metrics.jsonl", "adapter_model.safetensors"):
-        assert (tmp_path / "on" / name).read_bytes() == (tmp_path / "off" / name).read_bytes(), name
+    assert_same_files(tmp_path / "on", tmp_path / "off")

@@ -6,7 +6,6 @@ import argparse
 import json
 import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -14,9 +13,10 @@ import pytest
 import torch
 import transformers
 import yaml
-from conftest import SIZES, run_script
-from safetensors.torch import load_file
-from test_preference_data import CHATML, char_tokenizer, write_rows
+from helpers import parser_actions
+from processes import run_program
+from runs import DPO, LN2, adapter_of, dpo_run, one_line, run_script
+from worlds import char_tokenizer, write_model, write_rows
 
 import dpo_hf_run
 import evaluate_alignment
@@ -25,26 +25,22 @@ import learn_prompt
 import losses
 import preference_prompt
 import prepare_data
+import toy_world
 import train_rm
 import train_safe_mm_dpo
 import train_with_preference_prompt
 from harness import flag_names
+from preference_data import load_pairs
 
 SCRIPTS = dpo_hf_run, learn_prompt, train_rm, train_safe_mm_dpo, train_with_preference_prompt
 
 ROOT = Path(__file__).resolve().parent.parent
+SCRIPT = "dpo_hf_run.py"
 pytestmark = pytest.mark.usefixtures("script_name")
 
 
 def parse(*words):
     return dpo_hf_run.get_args([str(word) for word in words])
-
-
-def one_line(capsys):
-    """The one line on standard error; anything more or less fails."""
-    lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 1, lines
-    return lines[0]
 
 
 def refused(capsys, *words):
@@ -53,26 +49,6 @@ def refused(capsys, *words):
         parse(*words)
     assert exit.value.code == 2
     return one_line(capsys)
-
-
-def parser_actions(script):
-    """The arguments of a script module's own parser, which its get_args builds and throws away."""
-    original = script.flags.Parser
-
-    class Built(Exception):
-        pass
-
-    class Caught(original):
-        def parse_args(self, argv=None):
-            raise Built(self._actions)  # before it misses a flag that is required
-
-    script.flags.Parser = Caught
-    try:
-        script.get_args([])
-    except Built as built:
-        return built.args[0]
-    finally:
-        script.flags.Parser = original
 
 
 # -- spellings and defaults -------------------------------------------------------------------------------------------
@@ -308,7 +284,7 @@ def test_ctrl_c_while_torch_is_loaded_is_one_line(words, tmp_path):
     (tmp_path / "torch.py").write_text("import os, signal; os.kill(os.getpid(), signal.SIGINT)")
     script, *words = words.split()
     program = [sys.executable, "-c", INTERRUPTED, tmp_path, ROOT, ROOT / script, *words]
-    done = subprocess.run(program, capture_output=True, text=True)
+    done = run_program(program)
     assert (done.returncode, done.stdout, done.stderr) == (130, "", f"{script}: interrupted\n")
 
 
@@ -318,7 +294,7 @@ def test_help_and_a_wrong_flag_are_answered_before_torch_is_loaded(script, words
     """Started as a person would, with a torch that cannot be imported."""
     code = "import runpy, sys; sys.modules |= dict(torch=None, transformers=None); del sys.argv[0]; "
     code += "runpy.run_path(sys.argv[0], run_name='__main__')"
-    done = subprocess.run([sys.executable, "-c", code, script.__file__, *words], capture_output=True, text=True)
+    done = run_program([sys.executable, "-c", code, script.__file__, *words])
     assert done.returncode == (0 if words == ["--help"] else 2), done.stderr
     assert len(done.stderr.splitlines()) == (0 if words == ["--help"] else 1)
 
@@ -685,96 +661,17 @@ def test_a_config_file_that_is_no_text(capsys, tmp_path, content):
 # -- every flag has an effect -----------------------------------------------------------------------------------------
 
 
-def write_world(folder):
-    """A model folder (Qwen3, 128 tokens, 2 layers; ids are ASCII numbers) and 24 pairs about 24 prompts."""
-    tokenizer = char_tokenizer(template=CHATML)
-    tokenizer.save_pretrained(folder / "model")
-    write_model(folder / "model", seed=0)
-    rows = [
-        {"prompt": f"{chr(97 + n)}{n}? ", "chosen": "ab" * (n % 5 + 1), "rejected": "cd" * (n % 4 + 1)}
-        for n in range(24)
-    ]
-    write_rows(folder / "pairs.jsonl", rows)
-    return folder
-
-
-def write_model(folder, seed, **changes):
-    """A random model without its tokenizer; weights wide enough for logits to differ clearly."""
-    torch.manual_seed(seed)
-    config = transformers.Qwen3Config(**SIZES | dict(vocab_size=128, head_dim=8, tie_word_embeddings=True) | changes)
-    model = transformers.AutoModelForCausalLM.from_config(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim > 1:
-                parameter.normal_(0, 0.2)
-    model.save_pretrained(folder)
-    return folder
-
-
-BASE = dict(
-    dtype="fp32",
-    device="cpu",
-    report_to="none",
-    learning_rate=1e-2,
-    batch_size=4,
-    gradient_accumulation_steps=1,
-    eval_samples=4,
-    logging_steps=1,
-    max_steps=2,
-)
-
-
-class Run:
-    """One training run in this process: its folder, flags and numbers."""
-
-    def __init__(self, world, folder, **changes):
-        wanted = dict(model=world / "model", dataset=world / "pairs.jsonl", output_dir=folder) | BASE | changes
-        words = []
-        for name, value in wanted.items():
-            if value is True:
-                words.append(f"--{name.replace('_', '-')}")
-            elif isinstance(value, list):
-                words += [f"--{name.replace('_', '-')}", *value]
-            elif value is not None:
-                words.append(f"--{name}={value}")
-        run_script(words)
-        self.folder = Path(folder)
-        self.lines = [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
-        self.train = [line for line in self.lines if "loss" in line]
-        self.evals = [line for line in self.lines if "eval_loss" in line]
-
-    @property
-    def losses(self):
-        return [line["loss"] for line in self.train]
-
-    @property
-    def weights(self):
-        return load_file(self.folder / "adapter_model.safetensors")
-
-    @property
-    def bytes(self):
-        return (self.folder / "adapter_model.safetensors").read_bytes()
-
-
-@pytest.fixture(scope="session")
-def world(tmp_path_factory):
-    return write_world(tmp_path_factory.mktemp("world"))
-
-
 @pytest.fixture
 def run(world, tmp_path):
     """run(flag=value, ...) -> Run; each call writes a folder of its own."""
     folders = iter(range(100))
-    return lambda **changes: Run(world, tmp_path / f"run{next(folders)}", **changes)
+    return lambda **changes: dpo_run(world, tmp_path / f"run{next(folders)}", **changes)
 
 
 @pytest.fixture(scope="session")
 def plain(world, tmp_path_factory):
     """The run that the others are compared with."""
-    return Run(world, tmp_path_factory.mktemp("plain") / "run")
-
-
-LN2 = 0.6931471805599453
+    return dpo_run(world, tmp_path_factory.mktemp("plain") / "run")
 
 
 def test_the_same_flags_give_the_same_bytes(plain, run):
@@ -852,7 +749,6 @@ def test_8_bit_moments(plain, run):
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_8_bit_moments_without_bitsandbytes(monkeypatch, capsys, tmp_path, script):
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
-    monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py"])
     own = {train_rm: ["--task=helpful"], train_with_preference_prompt: ["--preference-text=x"]}
     own[learn_prompt] = ["--prompt-init=vocab"]
     with pytest.raises(SystemExit) as exit:
@@ -905,24 +801,28 @@ def test_batch_size_times_accumulation_is_one_update_however_it_is_split(run, nu
     assert split.train[0]["logps/chosen"] == pytest.approx(whole.train[0]["logps/chosen"], rel=1e-5)
 
 
-def test_passes_of_a_budget_of_tokens_are_the_same_update(run, monkeypatch, capsys):
-    shapes, original = [], dpo_hf_run.pack
+def test_passes_of_a_budget_of_tokens_are_the_same_update(run, world, monkeypatch, capsys):
+    passes, layer = [], transformers.models.qwen3.modeling_qwen3.Qwen3Model
+    plain = layer.forward
 
-    def noted(pairs, device):
-        shapes.append([sum(map(len, pair[:3])) for pair in pairs])
-        return original(pairs, device)
+    def noted(self, *given, **named):
+        hidden = plain(self, *given, **named)
+        passes.append(hidden[0].shape[:-1].numel())  # tokens
+        return hidden
 
-    monkeypatch.setattr(dpo_hf_run, "pack", noted)
+    monkeypatch.setattr(layer, "forward", noted)
+    pairs, _ = load_pairs(str(world / "pairs.jsonl"), char_tokenizer(), 512, 256)
+    longest = max(sum(map(len, pair[:3])) for pair in pairs)
     same = dict(eval_samples=4, max_steps=1, max_grad_norm=0, num_samples=0, batch_size=8)
     whole = run(**same)
-    by_pairs, longest = list(shapes), max(map(max, shapes))
-    shapes.clear()
+    by_pairs = list(passes)
+    passes.clear()
     packed = run(**same, tokens_per_microbatch=3 * longest)
     assert packed.train[0]["grad_norm"] == pytest.approx(whole.train[0]["grad_norm"], rel=1e-4)
-    assert packed.train[0]["num_tokens"] == whole.train[0]["num_tokens"] == sum(by_pairs[-2])  # then the evaluation
+    assert packed.train[0]["num_tokens"] == whole.train[0]["num_tokens"] == by_pairs[-2]  # then the evaluation
     assert packed.evals[0]["eval_logps/chosen"] == pytest.approx(whole.evals[0]["eval_logps/chosen"], rel=1e-5)
-    assert all(sum(lengths) <= 3 * longest for lengths in shapes), "reference, evaluation and training alike"
-    assert len(shapes) > len(by_pairs)
+    assert all(tokens <= 3 * longest for tokens in passes), "reference, evaluation and training alike"
+    assert len(passes) > len(by_pairs)
     assert "take a pass each" not in capsys.readouterr().out
     run(**same, tokens_per_microbatch=longest - 1)
     assert f"Pairs of more than {longest - 1} tokens take a pass each; the longest has " in capsys.readouterr().out
@@ -1107,7 +1007,7 @@ def load_model(folder):
 def with_adapter(world, folder):
     """The base with an adapter added to its weights here, by hand."""
     model, config = load_model(world / "model"), json.loads((folder / "adapter_config.json").read_text())
-    weights, parameters = load_file(folder / "adapter_model.safetensors"), dict(model.named_parameters())
+    weights, parameters = adapter_of(folder), dict(model.named_parameters())
     for key, b in weights.items():
         if key.endswith("lora_B.weight"):
             a = weights[key.replace("lora_B", "lora_A")]
@@ -1185,8 +1085,8 @@ def test_the_toy_world_is_a_name_for_model_and_data(monkeypatch, world, tmp_path
         (toy / split).mkdir(parents=True)
         (toy / split / "helpful_pairs.jsonl").write_text((world / "pairs.jsonl").read_text())
     (toy / "model").symlink_to(world / "model")
-    monkeypatch.setattr(dpo_hf_run.toy_world, "build", lambda folder: toy)
-    result = Run(world, tmp_path / "run", model="toy", dataset="toy", eval_samples=None, max_steps=1)
+    monkeypatch.setattr(toy_world, "build", lambda folder: toy)
+    result = dpo_run(world, tmp_path / "run", model="toy", dataset="toy", eval_samples=None, max_steps=1)
     out = capsys.readouterr().out
     assert f"{toy}/train/helpful_pairs.jsonl: prompt/chosen/rejected, 24 rows" in out
     assert f"{toy}/test/helpful_pairs.jsonl: prompt/chosen/rejected, 24 rows" in out
@@ -1216,7 +1116,7 @@ def test_args_json_of_a_run_is_a_config_for_the_same_run(run, plain, changes):
     others = ("config", "given", "typed", "full_rate", "local_rank", "estimate_memory")
     again = {name: value for name, value in vars(args).items() if name not in others}
     assert again == written
-    again = run(**dict.fromkeys(BASE), model=None, dataset=None, config=result.folder / "args.json")
+    again = run(**dict.fromkeys(DPO), model=None, dataset=None, config=result.folder / "args.json")
     assert again.losses == result.losses
 
 

@@ -7,30 +7,34 @@ import re
 import shutil
 import signal
 import statistics
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import run_script
-from test_bad_input import snapshot
-from test_flags import ROOT, one_line, write_model, write_world
-from test_lora import randomize
-from test_preference_data import CHATML, char_tokenizer, write_rows
-from test_sampling import argmax_one_by_one
+from helpers import ROOT
+from processes import run_program
+from runs import one_line, rows_of, run_script, snapshot
+from tiny_models import argmax_one_by_one
 from transformers import GenerationConfig
+from worlds import CHATML, char_tokenizer, make_adapter, make_reward_model, write_model, write_rows, write_world
 
 import generate
 import lora
 import toy_world
 from formats.chat_text import prompt_ids
 from formats.model_files import load_model, load_tokenizer
-from harness import score_cache
 from preference_data import load_pairs
-from tools import batch_file, chat_session, generated_rows, reward_function
-from train_rm import save_model
+from tools import (
+    evaluate_prompts,
+    generate_chat,
+    generate_output,
+    generate_prompts,
+    generate_reward,
+    generate_rows,
+    models,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -71,24 +75,6 @@ def world(tmp_path_factory):
     return folder
 
 
-def make_adapter(base, folder, spread=0.2):
-    model = load_model(str(base), torch.float32, "cpu")
-    randomize(lora.add_adapter(model, "policy", 4, 8), seed=11, spread=spread)
-    lora.save_adapter(model, "policy", folder, str(base))
-
-
-def make_reward_model(base, folder, whole=False):
-    """What train_rm.py leaves, with random weights; the same ones each time."""
-    model, tokenizer = load_model(str(base), torch.float32, "cpu", scores=True), load_tokenizer(str(base))
-    randomize([*lora.add_adapter(model, "reward", 4, 8), model.score.weight], seed=12)
-    record = {"task": "helpful", "base_model": str(base), "base_sha256": score_cache.base_sha256(model)}
-    folder.mkdir(parents=True)
-    if whole:
-        lora.merge_adapter(model, "reward")
-    save_model(folder, model, tokenizer, record | {"pad_token_id": 0}, model.state_dict() if whole else None)
-    return folder
-
-
 FP32 = ["--dtype", "fp32", "--device", "cpu"]
 
 
@@ -102,7 +88,7 @@ def make(tmp_path, capsys):
         short = ["--max-new-tokens", "8"]
         run_script(["--model", model, "--prompts", prompts, "--output", output, *FP32, *short, *words], generate)
         run.log = capsys.readouterr().out
-        return output, read_rows(output)
+        return output, rows_of(output)
 
     return run
 
@@ -136,7 +122,7 @@ def world_make(make, world):
 
 def test_rows_stand_in_the_order_of_their_prompts_with_what_came_along(toy, toy_make):
     _, rows = toy_make("--num-samples", "10", "--num-responses", "2", "--batch-size", "6")
-    prompts = read_rows(toy / "prompts.jsonl")[:10]
+    prompts = rows_of(toy / "prompts.jsonl")[:10]
     assert [(row["prompt"], row["category"]) for row in rows] == [
         (row["prompt"], row["category"]) for row in prompts for _ in range(2)
     ]
@@ -168,7 +154,7 @@ def test_the_batch_size_changes_no_response(toy_make):
 
 
 def test_batches_draw_unlike_each_other(make, toy, tmp_path):
-    (prompt, *_) = read_rows(toy / "prompts.jsonl")
+    (prompt, *_) = rows_of(toy / "prompts.jsonl")
     prompts = write_rows(tmp_path / "prompts.jsonl", [prompt] * 8)
     _, rows = make(toy / "model", prompts, "--batch-size", "2")
     assert len({(first["response"], second["response"]) for first, second in zip(rows[::2], rows[1::2])}) == 4
@@ -229,7 +215,7 @@ def test_a_killed_run_goes_on_to_the_same_bytes(toy_make, tmp_path, monkeypatch,
     words = "--num-samples 20 --batch-size 4 --num-responses 2 --reward-fn".split()
     words.append(f"{ROOT}/scripts/reward_polite.py:polite")
     whole, _ = toy_make(*words)
-    output, sample, save, calls = tmp_path / "killed.jsonl", generate.sample, batch_file.BatchFile._save, []
+    output, sample, save, calls = tmp_path / "killed.jsonl", generate.sample, generate_output.BatchFile._save, []
 
     def sample_or_die(*args):
         calls.append(1)
@@ -246,10 +232,10 @@ def test_a_killed_run_goes_on_to_the_same_bytes(toy_make, tmp_path, monkeypatch,
         save(self, progress)
 
     monkeypatch.setattr(generate, "sample", sample_or_die)
-    monkeypatch.setattr(batch_file.BatchFile, "_save", save_or_die)
+    monkeypatch.setattr(generate_output.BatchFile, "_save", save_or_die)
     with pytest.raises(Killed):
         toy_make(*words, output=output)
-    monkeypatch.setattr(batch_file.BatchFile, "_save", save)
+    monkeypatch.setattr(generate_output.BatchFile, "_save", save)
     monkeypatch.setattr(generate, "sample", lambda *args: calls.append(1) or sample(*args))
     if when == "within a line":
         with open(output, "a") as file:
@@ -429,7 +415,7 @@ def test_the_function_gets_prompt_and_response_in_this_order(make, world, toy, t
 
 def test_pairs_of_texts_and_of_messages_load_as_they_are(make, world, toy, toy_make, tmp_path):
     tokenizer = load_tokenizer(str(toy / "model"))
-    prompts = read_rows(toy / "prompts.jsonl")[:10]
+    prompts = rows_of(toy / "prompts.jsonl")[:10]
     questions = [row["prompt"].removeprefix("User:\n").removesuffix("\nAssistant:\n") for row in prompts]
     chats = write_rows(tmp_path / "c.jsonl", [{"prompt": [{"role": "user", "content": q}]} for q in questions])
     words = ["--num-responses", "2", "--pairs", "--reward-fn", f"{world}/rules.py:length", "--max-new-tokens", "40"]
@@ -439,16 +425,16 @@ def test_pairs_of_texts_and_of_messages_load_as_they_are(make, world, toy, toy_m
     assert rows[0]["chosen"][0]["role"] == rows[0]["rejected"][0]["role"] == "assistant"
     (pairs, _), (chat_pairs, report) = (load_pairs(str(file), tokenizer, 512, 256) for file in (texts, messages))
     assert "messages" in report[0]
-    assert len(pairs) == len(read_rows(texts)) > 5
+    assert len(pairs) == len(rows_of(texts)) > 5
     assert pairs == chat_pairs  # the toy world's template renders its strings
-    for pair, row in zip(pairs, read_rows(texts), strict=True):
+    for pair, row in zip(pairs, rows_of(texts), strict=True):
         assert pair.prompt_ids == prompt_ids(row["prompt"], tokenizer, 256)
         assert pair.chosen_ids == [*tokenizer(row["chosen"]).input_ids, tokenizer.eos_token_id]
         assert len(row["chosen"]) == row["chosen_reward"] > row["rejected_reward"] == len(row["rejected"])
 
 
 def test_best_and_worst():
-    choose = generated_rows.best_and_worst
+    choose = generate_rows.best_and_worst
     assert choose(["a", "b", "c"], [1.0, 3.0, 2.0]) == (1, 0)
     assert choose(["a", "b", "c", "d"], [2.0, 1.0, 2.0, 1.0]) == (0, 1)  # the first of equals
     assert choose(["a", "b"], [1.0, 1.0]) is None
@@ -665,7 +651,7 @@ def fails(world, tmp_path, capsys, monkeypatch):
 
     def run_and_fail(*words, output=None, loads=False):
         if not loads:
-            monkeypatch.setattr(generate, "load_model", lambda *args, **kwargs: pytest.fail("weights were loaded"))
+            monkeypatch.setattr(models, "load_model", lambda *args, **kwargs: pytest.fail("weights were loaded"))
         output, before = output or tmp_path / "new/out.jsonl", snapshot(tmp_path)
         defaults = ["--model", world / "model", "--prompts", world / "pairs.jsonl", "--output", output]
         capsys.readouterr()
@@ -791,9 +777,9 @@ def test_what_else_a_row_asks_is_asked_and_goes_along(world, tmp_path):
         ),
     ):
         args = generate.get_args(["--prompts", str(rows), "--output", "o", *words])
-        [row], _ = generate.read_prompts(args, tokenizer)
+        [row] = generate_prompts.read(args, tokenizer).prompts
         assert tokenizer.decode(row.ids) == text
-        assert (row.prompt, row.others) == ("b?", more)  # training puts them together again
+        assert (row.prompt, row.fields) == ("b?", more)  # training puts them together again
 
 
 def test_a_huge_prompt_is_cut_before_it_is_tokenised(tmp_path):
@@ -801,9 +787,39 @@ def test_a_huge_prompt_is_cut_before_it_is_tokenised(tmp_path):
     for size in (10**3, 3 * 10**7):
         rows = write_rows(tmp_path / "rows.jsonl", [{"prompt": "p" * size + "Q?"}])
         args = generate.get_args(["--prompts", str(rows), "--output", "o", "--max-prompt-length", "9"])
-        found.append(generate.read_prompts(args, char_tokenizer())[0][0].ids)
+        found.append(generate_prompts.read(args, char_tokenizer()).prompts[0].ids)
     assert found == [[ord(letter) for letter in "pppppppQ?"]] * 2
     assert time.perf_counter() - start < 20
+
+
+def test_a_column_that_says_what_the_system_message_says_is_no_mistake(tmp_path):
+    """As in training and in evaluate_alignment.py: whatever is asked is read, if in another column."""
+    row = {"prompt": "b?", "system": "Be brief.", "instruction": "Be brief."}
+    rows = write_rows(tmp_path / "rows.jsonl", [row])
+    args = generate.get_args(["--prompts", str(rows), "--output", "o"])
+    found = [module.read(args, char_tokenizer()).prompts[0].ids for module in (generate_prompts, evaluate_prompts)]
+    assert found == [[ord(letter) for letter in "Be brief.\n\nb?"]] * 2
+
+
+def test_a_reward_model_without_room_for_a_response_is_refused(fails, world, tmp_path):
+    folder = make_reward_model(world / "model", tmp_path / "reward", whole=True)
+    (folder / "manifest.json").unlink(missing_ok=True)
+    for name, changes in (("config.json", {"max_position_embeddings": 8}), ("reward_model.json", {"sha256": {}})):
+        content = json.loads((folder / name).read_text())
+        (folder / name).write_text(json.dumps(content | changes))
+    line = fails("--reward-model", folder)  # --max-new-tokens 4
+    said = f"a prompt of 5 tokens and --max-new-tokens 4 is more than the 8 positions of the model {folder}"
+    assert line == f"{said}: make it smaller"
+
+
+def test_an_adapter_that_is_not_finite_ends_with_exit_code_3(world, tmp_path, capsys):
+    make_adapter(world / "model", tmp_path / "broken", spread=float("inf"))
+    words = ["--model", world / "model", "--prompts", world / "pairs.jsonl", "--output", tmp_path / "new" / "out.jsonl"]
+    with pytest.raises(SystemExit) as exit:
+        run_script([*words, "--adapter", tmp_path / "broken", *FP32], generate)
+    assert exit.value.code == 3
+    assert "has weights that are not finite: train it anew" in one_line(capsys)
+    assert not (tmp_path / "new").exists()
 
 
 def test_messages_need_a_template(fails, world, tmp_path):
@@ -878,7 +894,7 @@ def test_a_reward_file_that_cannot_be_run(fails, tmp_path):
 
 def test_numbers_of_any_kind_are_rewards():
     for value in (1, True, 0.5, torch.tensor(0.5)):
-        assert reward_function.call(lambda p, r, value=value: value, "p", "r", "row") == float(value)
+        assert generate_reward.call(lambda p, r, value=value: value, "p", "r", "row") == float(value)
 
 
 # -- chat -------------------------------------------------------------------------------------------------------------
@@ -944,7 +960,7 @@ def test_a_chat_drops_its_oldest_turn_where_it_gets_too_long(world, talk, answer
 
 def test_the_commands_of_a_chat(world, talk, answer):
     words = ["--model", world / "model", "--adapter", world / "adapter", "--max-new-tokens", "6"]
-    commands = chat_session.COMMANDS
+    commands = generate_chat.COMMANDS
     assert talk(words, "/help", "hi", "/exit", "never") == f"{commands}\n{answer('hi')}\n"
     assert talk(words, "/rest", "/quit") == f"there is no /rest\n{commands}\n"  # a slip is no message
     assert all(re.search(rf"^{name} ", commands, re.MULTILINE) for name in ("/base", "/reset", "/help", "/quit"))
@@ -952,7 +968,7 @@ def test_the_commands_of_a_chat(world, talk, answer):
 
 def interrupt_at(monkeypatch, *places):
     """Ctrl-C as the answers' tokens come: before the nth of all, counted from 1."""
-    put, seen = chat_session.Said.put, []
+    put, seen = generate_chat.Said.put, []
 
     def put_or_interrupt(self, value):
         if value.numel() == 1:  # not the prompt
@@ -961,7 +977,7 @@ def interrupt_at(monkeypatch, *places):
                 signal.raise_signal(signal.SIGINT)
         put(self, value)
 
-    monkeypatch.setattr(chat_session.Said, "put", put_or_interrupt)
+    monkeypatch.setattr(generate_chat.Said, "put", put_or_interrupt)
 
 
 def test_ctrl_c_stops_the_answer_and_what_was_said_counts(world, talk, answer, monkeypatch):
@@ -1013,7 +1029,7 @@ def test_ctrl_c_at_the_prompt_ends_the_chat(world, monkeypatch, capsys):
     ],
 )
 def test_a_chat_draws_by_its_models_settings_and_says_so(own, words, draws, line):
-    found, said = chat_session.draws_of(generate.get_args(["--chat", *words]), GenerationConfig(**own))
+    found, said = generate_chat.draws_of(generate.get_args(["--chat", *words]), GenerationConfig(**own))
     assert found == draws
     assert said.startswith(line)
     assert said.endswith("; --temperature and --top-p change that") == (not words)
@@ -1038,7 +1054,7 @@ def test_the_base_is_the_one_the_adapter_was_trained_on(world, make, talk, tmp_p
     _, named = make(world / "model", world / "pairs.jsonl", "--adapter", world / "adapter")
     words = ["--adapter", world / "adapter", "--prompts", world / "pairs.jsonl", *FP32, "--max-new-tokens", "8"]
     run_script([*words, "--output", tmp_path / "o.jsonl"], generate)
-    assert read_rows(tmp_path / "o.jsonl") == named
+    assert rows_of(tmp_path / "o.jsonl") == named
     assert f"\n{world}/model with {world}/adapter (cpu, float32)\n" in capsys.readouterr().out
 
 
@@ -1097,7 +1113,7 @@ def test_a_chat_writes_nothing(world, talk, tmp_path, monkeypatch):
 
 
 def test_the_rule_of_the_example_is_the_toy_worlds():
-    polite = reward_function.load(f"{ROOT}/scripts/reward_polite.py:polite")
+    polite = generate_reward.load(f"{ROOT}/scripts/reward_polite.py:polite")
     texts = [
         "Thank you. Use a rope.",
         "Use a rope.",
@@ -1117,14 +1133,14 @@ def loop(tmp_path, toy, **variables):
     environment |= {"OUTPUT_DIR": str(tmp_path / "online"), "EVAL_PROMPTS": "none", "ROUNDS": "2", "NUM_SAMPLES": "96"}
     command = ["bash", ROOT / "scripts/online_dpo.sh", "--eval-samples", "0", "--batch-size", "8", "--device", "cpu"]
     environment |= {"LEARNING_RATE": "3e-3"} | variables
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    return run_program(command, env=environment)
 
 
 @pytest.mark.parametrize("rounds", ["round[$(touch ran)]", "1.5", "08", "-1", "0", "1;x", "two", " 1", "99999"])
 def test_rounds_are_digits_and_nothing_is_evaluated(rounds, tmp_path):
     environment = os.environ | {"ROUNDS": rounds, "OUTPUT_DIR": str(tmp_path / "online"), "PYTHON": "true"}
     words = ["bash", ROOT / "scripts/online_dpo.sh"]
-    done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=60)
+    done = run_program(words, env=environment)
     assert done.returncode == 2
     assert done.stderr == f"online_dpo.sh: ROUNDS is a number of rounds, 1 or more, and not '{rounds}'\n"
     assert not (tmp_path / "online").exists() and not (ROOT / "ran").exists()

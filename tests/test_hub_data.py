@@ -3,12 +3,10 @@
 import contextlib
 import gzip
 import importlib.util
-import io
 import json
 import os
 import re
 import socket
-import subprocess
 import sys
 import threading
 import time
@@ -19,9 +17,11 @@ from urllib.parse import parse_qs, unquote, urlparse
 
 import pytest
 import requests
-from conftest import run_script
-from test_flags import ROOT, one_line, write_world
-from test_preference_data import CHATML, assistant, char_tokenizer, ids, load, strings, user, write_rows
+from found_files import lines_of, parquet
+from helpers import ROOT
+from processes import end_of, run_program, start
+from runs import one_line, run_script
+from worlds import CHATML, assistant, char_tokenizer, ids, load, strings, user, write_rows
 
 from formats import hub_files
 from formats.model_files import ModelError, load_tokenizer
@@ -29,8 +29,6 @@ from preference_data import DataError, Pair
 
 try:
     import datasets
-    import pyarrow
-    import pyarrow.parquet
 except ImportError:
     datasets = None
 needs_datasets = pytest.mark.skipif(datasets is None, reason="the extra `hub` (datasets) is not installed")
@@ -47,13 +45,6 @@ def cache(monkeypatch, tmp_path_factory):
         monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
 
 
-def parquet(rows):
-    """The bytes of a parquet file."""
-    buffer = io.BytesIO()
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), buffer)
-    return buffer.getvalue()
-
-
 def write(folder, files):
     """A folder of {path: bytes or text}."""
     for name, content in files.items():
@@ -61,10 +52,6 @@ def write(folder, files):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content if isinstance(content, bytes) else content.encode())
     return folder
-
-
-def lines(rows):
-    return "".join(json.dumps(row) + "\n" for row in rows)
 
 
 def prompts(pairs):
@@ -110,8 +97,8 @@ def test_a_downloaded_parquet_dataset_gives_its_train_split(tmp_path):
         "README.md": README,
         ".gitattributes": "*.parquet filter=lfs\n",
         ".cache/huggingface/download/data/train-00000-of-00001.parquet.metadata": "a\nb\n1.0\n",
-        "data/train-00000-of-00001.parquet": parquet(TRAIN),
-        "data/test-00000-of-00001.parquet": parquet(TEST),
+        "data/train-00000-of-00001.parquet": parquet(*TRAIN),
+        "data/test-00000-of-00001.parquet": parquet(*TEST),
     }
     folder = write(tmp_path / "pairs", files)
     pairs, report = load(folder)
@@ -127,7 +114,7 @@ def test_a_downloaded_parquet_dataset_gives_its_train_split(tmp_path):
 
 @needs_datasets
 def test_a_snapshot_in_the_cache_of_the_hub_is_a_folder_of_links(tmp_path):
-    write(tmp_path, {"blobs/1": parquet(TRAIN), "snapshots/main/README.md": README})
+    write(tmp_path, {"blobs/1": parquet(*TRAIN), "snapshots/main/README.md": README})
     (tmp_path / "snapshots/main/data").mkdir()
     (tmp_path / "snapshots/main/data/train-00000-of-00001.parquet").symlink_to("../../../blobs/1")
     assert prompts(load(tmp_path / "snapshots/main")[0]) == Q[:5]
@@ -136,12 +123,15 @@ def test_a_snapshot_in_the_cache_of_the_hub_is_a_folder_of_links(tmp_path):
 @pytest.mark.parametrize(
     "files",
     [
-        {"train.jsonl": lines(TRAIN), "test.jsonl": lines(TEST)},
-        {"train.jsonl.gz": gzip.compress(lines(TRAIN).encode()), "test.jsonl.gz": gzip.compress(lines(TEST).encode())},
+        {"train.jsonl": lines_of(*TRAIN), "test.jsonl": lines_of(*TEST)},
+        {
+            "train.jsonl.gz": gzip.compress(lines_of(*TRAIN).encode()),
+            "test.jsonl.gz": gzip.compress(lines_of(*TEST).encode()),
+        },
         {"train.json": json.dumps(TRAIN)},
-        {"rows.jsonl": lines(TRAIN)},
-        {"a/train.jsonl": lines(TRAIN[:2]), "b/train.jsonl": lines(TRAIN[2:]), "b/test.jsonl": lines(TEST)},
-        {"README.md": NAMED_SPLITS.format(first="train"), "a.jsonl": lines(TRAIN), "b.jsonl": lines(TEST)},
+        {"rows.jsonl": lines_of(*TRAIN)},
+        {"a/train.jsonl": lines_of(*TRAIN[:2]), "b/train.jsonl": lines_of(*TRAIN[2:]), "b/test.jsonl": lines_of(*TEST)},
+        {"README.md": NAMED_SPLITS.format(first="train"), "a.jsonl": lines_of(*TRAIN), "b.jsonl": lines_of(*TEST)},
     ],
     ids=["jsonl", "gzip", "list", "no split", "folders", "README names the splits"],
 )
@@ -153,7 +143,7 @@ def test_a_folder_of_json_gives_its_train_split(tmp_path, files):
 @pytest.mark.parametrize("name", ["pairs", "json", "parquet", "someone/some-pairs"])
 @needs_datasets
 def test_a_folder_is_itself_whatever_its_name_means_to_datasets_or_a_hub(tmp_path, monkeypatch, name):
-    write(tmp_path, {"elsewhere/train.jsonl": lines(TEST), f"{name}/train.jsonl": lines(TRAIN)})
+    write(tmp_path, {"elsewhere/train.jsonl": lines_of(*TEST), f"{name}/train.jsonl": lines_of(*TRAIN)})
     monkeypatch.chdir(tmp_path)
     pairs, report = load(name)
     assert prompts(pairs) == Q[:5]
@@ -163,7 +153,9 @@ def test_a_folder_is_itself_whatever_its_name_means_to_datasets_or_a_hub(tmp_pat
 @needs_datasets
 def test_the_default_dataset_may_lie_in_a_folder_of_its_name(tmp_path, monkeypatch):
     name = "lvwerra/stack-exchange-paired"
-    write(tmp_path / name / "data", {"evaluation/train.jsonl": lines(TEST), "finetune/train.jsonl": lines(TRAIN)})
+    write(
+        tmp_path / name / "data", {"evaluation/train.jsonl": lines_of(*TEST), "finetune/train.jsonl": lines_of(*TRAIN)}
+    )
     monkeypatch.chdir(tmp_path)
     assert prompts(load(name)[0]) == prompts(load(f"{name}/data/finetune")[0]) == Q[:5]
 
@@ -171,7 +163,7 @@ def test_the_default_dataset_may_lie_in_a_folder_of_its_name(tmp_path, monkeypat
 @needs_datasets
 def test_messages_in_parquet_go_through_the_chat_template(tmp_path):
     row = {"prompt": [user("Q")], "chosen": [assistant("ab")], "rejected": [assistant("c")]}
-    files = {"train.parquet": parquet([row]), "rows/rows.jsonl": lines([row])}
+    files = {"train.parquet": parquet(row), "rows/rows.jsonl": lines_of(row)}
     tokenizer = char_tokenizer(eos="<|im_end|>", template=CHATML)
     folder = write(tmp_path / "pairs", files)
     pairs, report = load(folder, tokenizer)
@@ -182,7 +174,7 @@ def test_messages_in_parquet_go_through_the_chat_template(tmp_path):
 @needs_datasets
 def test_more_columns_of_any_type_are_no_matter(tmp_path):
     rows = [{"qid": n, "question": f"q{n}", "metadata": ["a"], "response_j": "y", "response_k": "n"} for n in range(3)]
-    pairs, report = load(write(tmp_path / "pairs", {"train.parquet": parquet(rows)}))
+    pairs, report = load(write(tmp_path / "pairs", {"train.parquet": parquet(*rows)}))
     assert prompts(pairs) == [f"Question: q{n}\n\nAnswer: " for n in range(3)]
     assert "question/response_j/response_k, 3 rows, 3 pairs" in report[0]
 
@@ -190,7 +182,7 @@ def test_more_columns_of_any_type_are_no_matter(tmp_path):
 @needs_datasets
 def test_another_split_becomes_a_file_as_the_documents_say(tmp_path):
     rows = [row | {"prompt": row["prompt"] + "?"} for row in TEST]
-    folder = write(tmp_path / "pairs", {"train.parquet": parquet(TRAIN), "test.parquet": parquet(rows)})
+    folder = write(tmp_path / "pairs", {"train.parquet": parquet(*TRAIN), "test.parquet": parquet(*rows)})
     [command] = re.findall(r"-c \"import datasets; (.+)\"", (ROOT / "docs/data.md").read_text())
     command = command.replace("NAME", str(folder)).replace("pairs.jsonl", str(tmp_path / "pairs.jsonl"))
     exec(command, {"datasets": datasets})
@@ -203,7 +195,7 @@ def test_another_split_becomes_a_file_as_the_documents_say(tmp_path):
 @needs_datasets
 def test_only_as_many_rows_are_read_as_asked(tmp_path):
     # The second file is no parquet, so a look at its first row fails.
-    files = {"data/train-00000-of-00002.parquet": parquet(TRAIN), "data/train-00001-of-00002.parquet": b"no parquet"}
+    files = {"data/train-00000-of-00002.parquet": parquet(*TRAIN), "data/train-00001-of-00002.parquet": b"no parquet"}
     folder = write(tmp_path / "pairs", files)
     for limit in (1, 4, 5):
         pairs, report = load(folder, limit=limit)
@@ -218,7 +210,7 @@ def test_only_as_many_rows_are_read_as_asked(tmp_path):
 @needs_datasets
 def test_a_text_of_many_blocks_is_not_read_to_its_end(tmp_path):
     rows = [strings(n) | {"chosen": f"{n}" + "x" * 10_000} for n in range(2500)]
-    folder = write(tmp_path / "pairs", {"train.jsonl": lines(rows) + "{no json\n"})  # 25 MB
+    folder = write(tmp_path / "pairs", {"train.jsonl": lines_of(*rows) + "{no json\n"})  # 25 MB
     assert prompts(load(folder, limit=3)[0]) == Q[:3]
 
 
@@ -227,7 +219,7 @@ def test_a_text_of_many_blocks_is_not_read_to_its_end(tmp_path):
 
 @needs_datasets
 def test_a_null_is_malformed_and_names_its_row(tmp_path):
-    folder = write(tmp_path / "pairs", {"train.parquet": parquet([*ROWS[:3], ROWS[3] | {"chosen": None}, *ROWS[4:]])})
+    folder = write(tmp_path / "pairs", {"train.parquet": parquet(*ROWS[:3], ROWS[3] | {"chosen": None}, *ROWS[4:])})
     mend = "mend the row, or leave such rows out with --skip-invalid"
     assert error(folder) == f"{folder}: row 3: `chosen` is not a str; {mend}"
     pairs, report = load(folder, skip_invalid=True)
@@ -237,7 +229,7 @@ def test_a_null_is_malformed_and_names_its_row(tmp_path):
 
 @needs_datasets
 def test_columns_of_no_known_shape_are_named(tmp_path):
-    folder = write(tmp_path / "pairs", {"data/train.parquet": parquet([{"text": "x", "label": 1}])})
+    folder = write(tmp_path / "pairs", {"data/train.parquet": parquet({"text": "x", "label": 1})})
     assert error(folder).startswith(
         f'{folder}: row 0 has the fields text, label (a number), which is no known shape; the nearest are {{"prompt"'
     )
@@ -258,7 +250,7 @@ JSON_LINE = r"name a \.jsonl file \(docs/data\.md shows how to make one\)"
         ({"config.json": "{}", "model.safetensors": "x"}, r"No \(supported\) data files found"),
         ({"train.parquet": "no parquet"}, "ArrowInvalid: .*"),
         ({"train.jsonl": "{no json\n"}, "ArrowInvalid: JSON parse error: .*"),
-        ({"train.jsonl.gz": gzip.compress(lines(ROWS * 99).encode())[:300]}, ".*"),
+        ({"train.jsonl.gz": gzip.compress(lines_of(*ROWS * 99).encode())[:300]}, ".*"),
         ({"README.md": "---\nconfigs: [\n---\n"}, ".*"),
         ({"README.md": "---\nconfigs: 3\n---\n"}, ".*"),
     ],
@@ -277,9 +269,9 @@ JSON_LINE = r"name a \.jsonl file \(docs/data\.md shows how to make one\)"
 )
 @needs_datasets
 def test_a_folder_that_gives_no_train_split(tmp_path, files, reason):
-    files = {name: parquet(TEST) if content == "TEST" else content for name, content in files.items()}
+    files = {name: parquet(*TEST) if content == "TEST" else content for name, content in files.items()}
     if "README.md" in files:
-        files |= {f"{name}.jsonl": lines(ROWS) for name in ("a", "b", "helpful", "harmless")}
+        files |= {f"{name}.jsonl": lines_of(*ROWS) for name in ("a", "b", "helpful", "harmless")}
     (tmp_path / "pairs").mkdir()
     folder = write(tmp_path / "pairs", files)
     line = error(folder)
@@ -315,15 +307,9 @@ def test_a_folder_named_datasets_is_not_the_package(tmp_path, monkeypatch):
     assert prompts(load(tmp_path / "datasets/rows.jsonl")[0]) == Q
 
 
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    return write_world(tmp_path_factory.mktemp("world"))
-
-
 @needs_datasets
 def test_the_script_takes_a_folder_and_its_mistake_is_exit_code_2(world, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["dpo_hf_run.py"])
-    folder = write(tmp_path / "pairs", {"data/train-00000-of-00001.parquet": parquet(ROWS), "other/x.txt": "x"})
+    folder = write(tmp_path / "pairs", {"data/train-00000-of-00001.parquet": parquet(*ROWS), "other/x.txt": "x"})
     words = ["--model", world / "model", "--device", "cpu", "--dtype", "fp32", "--report-to", "none", "--max-steps", 1]
     words += ["--eval-samples", 2, "--output-dir", tmp_path / "out"]
     run_script([*words, "--dataset", folder, "--num-samples", 6])
@@ -402,12 +388,8 @@ def hub_runs(world, tmp_path_factory):
     folder = tmp_path_factory.mktemp("hub")
 
     def rows(kind):
-        return parquet(
-            [
-                {"qid": n, "question": f"{kind} {n}", "date": "", "response_j": f"yes {n}", "response_k": f"no {n}"}
-                for n in range(100)
-            ]
-        )
+        both = [{"response_j": f"yes {n}", "response_k": f"no {n}"} for n in range(100)]
+        return parquet(*({"qid": n, "question": f"{kind} {n}", "date": ""} | row for n, row in enumerate(both)))
 
     Hub.name, Hub.served = "lvwerra/stack-exchange-paired", []
     Hub.files = {"README.md": README.encode()}
@@ -428,31 +410,26 @@ def hub_runs(world, tmp_path_factory):
     broken = write(folder / "pairs", {"train.parquet": "no parquet"})
     cases = {"default": [], "missing": ["--dataset", "someone/some-pairs"], "broken": ["--dataset", broken]}
     running = {
-        name: subprocess.Popen(
-            [sys.executable, str(ROOT / "dpo_hf_run.py"), *map(str, words + more), "--output-dir", str(folder / name)],
+        name: start(
+            [sys.executable, ROOT / "dpo_hf_run.py", *words, *more, "--output-dir", folder / name],
             env=environment,
             cwd=folder,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
         )
         for name, more in cases.items()
     }
-    outcomes = {name: (*process.communicate(timeout=300), process.returncode) for name, process in running.items()}
+    ended = {name: end_of(process) for name, process in running.items()}
     server.shutdown()
     server.server_close()
-    return folder, outcomes
+    return folder, {name: (done.stdout, done.stderr, done.returncode) for name, done in ended.items()}
 
 
-def start(words, folder, **variables):
-    """The script as a process that knows no hub but those of the variables."""
+def asking(words, folder, **variables):
+    """The script to its end, in a process that knows no hub but those of the variables."""
     environment = {key: value for key, value in os.environ.items() if not re.match("HF_|MODELSCOPE_|.*OFFLINE", key)}
     environment |= {"OMP_NUM_THREADS": "1", "NO_PROXY": "127.0.0.1", "HF_HOME": str(folder / "home")} | variables
     environment |= {"MODELSCOPE_CACHE": str(folder / "cache"), "MODELSCOPE_HOME": str(folder / "modelscope")}
     words = [*words, "--device", "cpu", "--report-to", "none", "--max-steps", 1, "--output-dir", folder / "out"]
-    command = [sys.executable, str(ROOT / "dpo_hf_run.py"), *map(str, words)]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(command, env=environment, cwd=folder, **pipes)
+    return run_program([sys.executable, ROOT / "dpo_hf_run.py", *words], env=environment, cwd=folder)
 
 
 @pytest.fixture
@@ -474,14 +451,13 @@ def hole():
 def test_a_hub_that_does_not_answer_is_asked_once(world, hole, tmp_path, what):
     url, taken = hole
     names = {"model": world / "model", "dataset": world / "pairs.jsonl"} | {what: "someone/something"}
-    process = start(["--model", names["model"], "--dataset", names["dataset"]], tmp_path, HF_ENDPOINT=url)
-    _, err = process.communicate(timeout=300)
+    done = asking(["--model", names["model"], "--dataset", names["dataset"]], tmp_path, HF_ENDPOINT=url)
     which = "no tokenizer at someone/something" if what == "model" else "there is no file someone/something"
-    assert err == (
+    assert done.stderr == (
         f"dpo_hf_run.py: {which}: it is not in the cache, and {url} does not answer (timed out): set HF_ENDPOINT to a "
         "mirror, pass --hub modelscope to have it from ModelScope, or name a file or folder\n"
     )
-    assert (process.returncode, len(taken)) == (2, 1)
+    assert (done.returncode, len(taken)) == (2, 1)
     assert not (tmp_path / "out").exists()
 
 
@@ -555,7 +531,7 @@ class ModelScope(BaseHTTPRequestHandler):
 def modelscope(world):
     """The URL of such a server, with a model and pairs."""
     model = {path.name: path.read_bytes() for path in (world / "model").iterdir()} | {"model.gguf": b"unread"}
-    pairs = {"README.md": README.encode(), "train.jsonl": lines(ROWS).encode(), "test.jsonl": b"{}\n"}
+    pairs = {"README.md": README.encode(), "train.jsonl": lines_of(*ROWS).encode(), "test.jsonl": b"{}\n"}
     ModelScope.repositories = {"models/someone/tiny-model": model, "datasets/someone/some-pairs": pairs}
     ModelScope.served = []
     server = ThreadingHTTPServer(("127.0.0.1", 0), ModelScope)
@@ -572,17 +548,16 @@ FROM_MODELSCOPE = ["--hub", "modelscope", "--model", "someone/tiny-model", "--ev
 @needs_modelscope
 def test_a_model_and_pairs_from_modelscope_are_trained_on_and_kept(modelscope, hole, tmp_path):
     words = [*FROM_MODELSCOPE, "--dataset", "someone/some-pairs"]
-    process = start(words, tmp_path, HF_ENDPOINT=hole[0], MODELSCOPE_ENDPOINT=modelscope)
-    out, err = process.communicate(timeout=300)
-    assert (process.returncode, err) == (0, "")
-    assert "someone/some-pairs: prompt/chosen/rejected, 8 rows, 8 pairs\n" in out
+    done = asking(words, tmp_path, HF_ENDPOINT=hole[0], MODELSCOPE_ENDPOINT=modelscope)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "someone/some-pairs: prompt/chosen/rejected, 8 rows, 8 pairs\n" in done.stdout
     config = json.loads((tmp_path / "out/adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == "someone/tiny-model"
     assert ModelScope.served[-1] == "model.safetensors"  # behind all that can be wrong with the rows
     assert "model.gguf" not in ModelScope.served and len(set(ModelScope.served)) == len(ModelScope.served)
     # Without an answer, from its cache.
-    process = start([*words, "--overwrite"], tmp_path, HF_ENDPOINT=hole[0], MODELSCOPE_ENDPOINT=hole[0])
-    assert (process.communicate(timeout=300)[1], process.returncode, len(hole[1])) == ("", 0, 1)
+    done = asking([*words, "--overwrite"], tmp_path, HF_ENDPOINT=hole[0], MODELSCOPE_ENDPOINT=hole[0])
+    assert (done.stderr, done.returncode, len(hole[1])) == ("", 0, 1)
 
 
 @needs_modelscope
@@ -590,13 +565,12 @@ def test_a_model_and_pairs_from_modelscope_are_trained_on_and_kept(modelscope, h
 def test_what_modelscope_does_not_give_is_one_sentence(modelscope, hole, tmp_path, world, silent):
     url = hole[0] if silent else modelscope
     words = ["--hub", "modelscope", "--model", "someone/nothing", "--dataset", world / "pairs.jsonl"]
-    process = start(words, tmp_path, MODELSCOPE_ENDPOINT=url)
-    _, err = process.communicate(timeout=300)
+    done = asking(words, tmp_path, MODELSCOPE_ENDPOINT=url)
     reason = f"it is not in the cache, and {url} does not answer (ReadTimeout)"
     reason = reason if silent else "[E3020] [404] record not found | code=404"
     advice = "check the name, set MODELSCOPE_ENDPOINT, or name a file or folder"
-    assert err == f"dpo_hf_run.py: no model someone/nothing from ModelScope ({reason}): {advice}\n"
-    assert process.returncode == 2
+    assert done.stderr == f"dpo_hf_run.py: no model someone/nothing from ModelScope ({reason}): {advice}\n"
+    assert done.returncode == 2
 
 
 def test_without_its_package_one_sentence_names_the_extra(monkeypatch):

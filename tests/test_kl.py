@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from conftest import CONFIGS, random_pairs, tiny_model
+from tiny_models import CONFIGS, random_pairs, tiny_model
 
 import lora
 from packed_model import prepare_model, token_logps

@@ -1,15 +1,14 @@
 """accelerate and deepspeed as launchers: all they do is start the processes.  And a MASTER_PORT that is taken."""
 
-import json
 import os
 import socket
-import subprocess
 import sys
 import time
 
 import pytest
-from safetensors.torch import load_file
-from test_docs import ROOT
+from helpers import ROOT
+from processes import end_of, run_program, start
+from runs import adapter_of, metrics_of
 
 TEXT = "Please answer politely and briefly."
 SCRIPTS = {  # script -> flags
@@ -32,9 +31,9 @@ def offline():
 
 def check_result(folder, script):
     """Two updates have been logged, and the adapter has moved."""
-    lines = [json.loads(line) for line in (folder / "out/metrics.jsonl").read_text().splitlines()]
+    lines = metrics_of(folder / "out")
     assert [line["step"] for line in lines] == [1, 2]
-    adapter = load_file(folder / "out/adapter_model.safetensors")
+    adapter = adapter_of(folder / "out")
     assert max(adapter[name].abs().max() for name in adapter if "lora_B" in name) > 1e-4
     assert (folder / "out" / script).exists()
 
@@ -45,7 +44,7 @@ def test_accelerate_launches_preference_guided_dpo(toy, tmp_path):  # and dpo_hf
     launcher = "-m accelerate.commands.launch --cpu --num_processes=1 --num_machines=1 --mixed_precision=no".split()
     script = "train_with_preference_prompt.py"
     command = [sys.executable, *launcher, "--dynamo_backend=no", ROOT / script, *words_of(script, toy)]
-    done = subprocess.run(command, cwd=tmp_path, env=offline(), capture_output=True, text=True, timeout=300)
+    done = run_program(command, cwd=tmp_path, env=offline())
     assert done.returncode == 0, done.stderr
     check_result(tmp_path, script)
 
@@ -67,13 +66,10 @@ def deepspeed_gives(script, words, folder, port):
     for rank in (0, 1):
         (folder / str(rank)).mkdir(exist_ok=True)
         processes.append(
-            subprocess.Popen(
+            start(
                 [sys.executable, "-u", ROOT / script, f"--local_rank={rank}", *words],
                 cwd=folder / str(rank),
                 env=offline() | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
             )
         )
     deadline = time.monotonic() + 200
@@ -84,8 +80,8 @@ def deepspeed_gives(script, words, folder, port):
             break
     for process in processes:
         process.terminate()
-    said = [process.communicate() for process in processes]
-    return [(process.returncode, *texts) for process, texts in zip(processes, said, strict=True)]
+    ended = [end_of(process) for process in processes]
+    return [(done.returncode, done.stdout, done.stderr) for done in ended]
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -103,7 +99,7 @@ def test_a_mistake_that_all_ranks_see_is_told_once_under_torchrun(toy, tmp_path)
     launcher = "-m torch.distributed.run --standalone --nproc-per-node=2".split()
     words = [*words_of("dpo_hf_run.py", toy), "--dataset", "nowhere.jsonl", "--device", "cpu"]
     command = [sys.executable, *launcher, ROOT / "dpo_hf_run.py", *words]
-    done = subprocess.run(command, cwd=tmp_path, env=offline(), capture_output=True, text=True, timeout=300)
+    done = run_program(command, cwd=tmp_path, env=offline())
     assert done.returncode == 1, "torchrun's own, whatever that of the ranks was"
     assert sum(line.startswith("dpo_hf_run.py: ") for line in done.stderr.splitlines()) == 1, done.stderr
 

@@ -1,5 +1,5 @@
-"""learn_prompt.py: where the vectors start, what they are trained to, files that PEFT loads, resume; soft prompts in
-train_with_preference_prompt.py; and what both do to the toy world.
+"""learn_prompt.py: where the vectors start, what they are trained to, files that PEFT loads; and what it and
+train_with_preference_prompt.py do to the toy world.
 """
 
 import json
@@ -7,14 +7,12 @@ import math
 
 import pytest
 import torch
-from conftest import run_script, tiny_model
 from peft import PeftModel
-from safetensors.torch import load_file, save_file
-from test_flags import one_line
-from test_preference_data import char_tokenizer
-from test_preference_prompt import Code
-from test_train_preference import SOFT, TEXT, adapter, lines, plain_logps, script_name, train, world  # noqa: F401
+from runs import metrics_of, one_line, run_script
+from safetensors.torch import load_file
+from tiny_models import logps_of_one, tiny_model
 from transformers import AutoModelForCausalLM
+from worlds import CHATML, char_tokenizer
 
 import learn_prompt
 import lora
@@ -28,24 +26,25 @@ from preference_prompt import read_soft_prompt, use_soft_prompt, with_virtual_to
 
 QUICK = """--dtype fp32 --device cpu --report-to none --learning-rate 1e-2 --batch-size 4 --max-length 64
     --gradient-accumulation-steps 2 --max-prompt-length 32 --eval-samples 4 --logging-steps 1 --beta 1""".split()
+TEXT = "Be nice!"
 STILL = ["--learning-rate", 1e-12, "--max-steps", 1]  # what is saved is what training started from
 
 
 @pytest.fixture
-def learn(world, tmp_path, capsys):  # noqa: F811
+def learn(world, tmp_path, capsys):
     """learn(name, words ...) -> (folder, lines of metrics.jsonl, vectors)."""
 
     def run(name, *words, text=TEXT):
         where = ["--model", world / "model", "--dataset-path", world / "pairs.jsonl", "--output-dir", tmp_path / name]
         where += [] if text is None else ["--preference-text", text]
         run_script([*where, *QUICK, *words], learn_prompt)
-        return tmp_path / name, lines(tmp_path / name), read_soft_prompt(tmp_path / name, 32)[0]
+        return tmp_path / name, metrics_of(tmp_path / name), read_soft_prompt(tmp_path / name, 32)[0]
 
     return run
 
 
 @pytest.fixture(scope="module")
-def embeddings(world):  # noqa: F811
+def embeddings(world):
     return load_file(world / "model/model.safetensors")["model.embed_tokens.weight"]  # of token n, an ASCII number
 
 
@@ -75,10 +74,11 @@ def test_random_tokens_and_noise_of_their_size(learn, embeddings):
         assert abs(noise.mean().item()) < 4 * noise.std().item() / math.sqrt(640)
 
 
-def test_gemmas_vectors_are_scaled_as_its_layer_scales_them():
+def test_gemmas_vectors_are_scaled_as_its_layer_scales_them(learn, tmp_path):
     model = tiny_model("gemma3", vocab_size=128)
-    args = learn_prompt.get_args(["--preference-text", "hi"])
-    vectors = learn_prompt.first_vectors(model, char_tokenizer(), args)
+    model.save_pretrained(tmp_path / "gemma")
+    char_tokenizer(template=CHATML).save_pretrained(tmp_path / "gemma")
+    _, _, vectors = learn("out", *STILL, "--model", tmp_path / "gemma", text="hi")
     expected = model.get_input_embeddings().weight[[ord("h"), ord("i")]] * math.sqrt(32)
     torch.testing.assert_close(vectors, expected.detach(), rtol=1e-6, atol=0)
 
@@ -86,7 +86,7 @@ def test_gemmas_vectors_are_scaled_as_its_layer_scales_them():
 # -- training ---------------------------------------------------------------------------------------------------------
 
 
-def test_what_is_trained_is_what_plain_forwards_measure(learn, world):  # noqa: F811
+def test_what_is_trained_is_what_plain_forwards_measure(learn, world):
     """Rewards of the held-out pairs before and after: beta times what the vectors in front do to each response."""
     folder, metrics, vectors = learn("out", "--test-dataset-path", world / "pairs.jsonl", "--eval-samples", 6)
     model = load_model(world / "model", torch.float64, "cpu")
@@ -95,7 +95,7 @@ def test_what_is_trained_is_what_plain_forwards_measure(learn, world):  # noqa: 
     for line, soft in ((metrics[0], model.get_input_embeddings()(text)), (metrics[-1], vectors.double())):
         with torch.no_grad():
             rewards = [
-                [plain_logps(model, p[0], p[side], soft) - plain_logps(model, p[0], p[side]) for side in (1, 2)]
+                [logps_of_one(model, p[0], p[side], soft) - logps_of_one(model, p[0], p[side]) for side in (1, 2)]
                 for p in pairs
             ]
         chosen, rejected = torch.tensor(rewards).T
@@ -109,9 +109,15 @@ def test_what_is_trained_is_what_plain_forwards_measure(learn, world):  # noqa: 
     assert read_soft_prompt(folder, 32)[1] == "prefix"
 
 
-def test_the_model_stays_as_it_was_to_the_last_bit(learn, world, monkeypatch):  # noqa: F811
-    loaded, plain = [], learn_prompt.load_model
-    monkeypatch.setattr(learn_prompt, "load_model", lambda *given: loaded.append(plain(*given)) or loaded[-1])
+def test_the_model_stays_as_it_was_to_the_last_bit(learn, world, monkeypatch):
+    loaded, plain = [], AutoModelForCausalLM.from_pretrained
+
+    def kept(*given, **named):
+        found = plain(*given, **named)  # the model, and what its file had of it
+        loaded.append(found[0])
+        return found
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", kept)
     learn("out")
     (model,) = loaded
     before = load_file(world / "model/model.safetensors")
@@ -123,7 +129,7 @@ def test_the_model_stays_as_it_was_to_the_last_bit(learn, world, monkeypatch):  
 # -- files ------------------------------------------------------------------------------------------------------------
 
 
-def test_peft_loads_the_folder_and_gives_the_same_log_probs(learn, world):  # noqa: F811
+def test_peft_loads_the_folder_and_gives_the_same_log_probs(learn, world):
     folder, _, vectors = learn("out", "--learning-rate", 0.1)
     found = torch.load(folder / "prompt_embeddings.pt", weights_only=True)
     assert torch.equal(found["prompt_embeddings"], vectors) and vectors.shape == (len(TEXT), 32)
@@ -165,97 +171,6 @@ def test_a_mistake_is_one_sentence(capsys, words, sentence):
     assert sentence in one_line(capsys)
 
 
-# -- soft prompts in train_with_preference_prompt.py ------------------------------------------------------------------
-
-
-def test_a_soft_prompt_of_the_texts_own_embeddings_is_the_text_mode(train, world, tmp_path):  # noqa: F811
-    """Plain strings get ` text` behind them: so do the vectors before the response.  The adapters agree to rounding."""
-    model = load_model(world / "model", torch.float32, "cpu")
-    vectors = model.get_input_embeddings()(torch.tensor([ord(letter) for letter in f" {TEXT}"])).detach()
-    torch.save(vectors, tmp_path / "text.pt")
-    words = ["--eval-samples", 4, "--max-steps", 4, "--alpha", 1]
-    text, _, expected = train("text", *words)
-    where = [*SOFT, tmp_path / "text.pt", "--preference-position"]
-    soft, log, metrics = train("soft", *words, *where, "before-response", text=None)
-    assert f"soft prompt: {len(TEXT) + 1} vectors of width 32, before-response" in log
-    for ours, theirs in zip(metrics, expected, strict=True):
-        assert ours == {key: pytest.approx(value, rel=1e-5, abs=1e-5) for key, value in theirs.items()}
-    ours, theirs = (load_file(folder / "adapter_model.safetensors") for folder in (soft, text))
-    assert max((ours[key] - theirs[key]).abs().max().item() for key in ours) < 1e-5
-    prefix, _, _ = train("prefix", *words, *where, "prefix", text=None)
-    assert adapter(prefix) != adapter(soft)
-
-
-def test_the_position_a_soft_prompt_was_trained_for_is_its_default(train, world):  # noqa: F811
-    words = [*SOFT, world / "soft.safetensors", "--max-steps", 1]
-    default, log, _ = train("default", *words, text=None)
-    assert "prefix, from" in log and "note:" not in log
-    prefix, _, _ = train("prefix", *words, "--preference-position", "prefix", text=None)
-    behind, log, _ = train("behind", *words, "--preference-position", "before-response", text=None)
-    assert "note: this soft prompt was trained for --preference-position prefix, and is used before-response" in log
-    assert adapter(default) == adapter(prefix) != adapter(behind)
-
-
-PATH = ["--prompt-embedding-path", "x"]
-FLAG_MISTAKES = [
-    ([], "there is no preference: give --preference-text"),
-    (["--use-prompt-embedding"], "--use-prompt-embedding and --prompt-embedding-path PATH go together"),
-    ([*PATH], "--use-prompt-embedding and --prompt-embedding-path PATH go together"),
-    (["--preference-text", "T", *PATH], "--use-prompt-embedding and --prompt-embedding-path PATH go together"),
-    (["--preference-text", "T", *SOFT, "x"], "--preference-text and --use-prompt-embedding are two ways"),
-    (["--preference-text", "", *SOFT, "x"], "--preference-text and --use-prompt-embedding are two ways"),
-    (["--preference-text", "T", "--preference-position", "prefix"], "prefix is not for a text: system or user"),
-    ([*SOFT, "x", "--preference-position", "user"], "user is not for a soft prompt: prefix or before-response"),
-    (["--preference-text", "T", "--alpha", "-1"], "--alpha: has to be at least 0"),
-    (["--preference-text", "T", "--lambda-kl", "nan"], "--lambda-kl: has to be finite"),
-    (["--preference-text", "T", "--teacher", "me"], "--teacher"),
-]
-
-
-@pytest.mark.parametrize("words, sentence", FLAG_MISTAKES)
-def test_flags_that_cannot_be_meant(capsys, words, sentence):
-    with pytest.raises(SystemExit) as ended:
-        train_with_preference_prompt.get_args(words)
-    assert ended.value.code == 2
-    assert sentence in one_line(capsys)
-
-
-def no_user(folder):
-    message = {"role": "assistant", "content": "a"}
-    prompt = [message | {"role": "system"}, message | {"content": "c"}]  # an answer, and nothing that it answers
-    row = {"prompt": prompt, "chosen": [message], "rejected": [message | {"content": "b"}]}
-    (folder / "rows.jsonl").write_text(json.dumps(row))
-    return ["--dataset-path", folder / "rows.jsonl", "--preference-text", "T", "--preference-position", "user"]
-
-
-def evil(folder):
-    torch.save({"weight": torch.ones(2, 32), "code": Code(folder / "trace")}, folder / "evil.pt")
-    return [*SOFT, folder / "evil.pt"]
-
-
-def wide(folder):
-    save_file({"weight": torch.ones(2, 33)}, folder / "wide.safetensors")
-    return [*SOFT, folder / "wide.safetensors"]
-
-
-DATA_MISTAKES = {
-    evil: "evil.pt holds more than tensors and was not run",
-    wide: "2 vectors of width 33, and embeddings here have 32",
-    no_user: "no message of a user to put the preference behind",
-    lambda folder: [*SOFT, folder / "none.pt"]: "there is no soft prompt",
-    lambda folder: ["--preference-text", "x" * 33]: "--preference-text has 33 tokens, beyond --max-prompt-length 32",
-}
-
-
-@pytest.mark.parametrize("mistake", DATA_MISTAKES)
-def test_in_the_script_a_mistake_is_one_sentence_and_nothing_is_written(train, tmp_path, capsys, mistake):  # noqa: F811
-    with pytest.raises(SystemExit) as ended:
-        train("out", *mistake(tmp_path), text=None)
-    assert ended.value.code == 2
-    assert DATA_MISTAKES[mistake] in one_line(capsys)
-    assert not (tmp_path / "out").exists() and not (tmp_path / "trace").exists()
-
-
 # -- the toy world ----------------------------------------------------------------------------------------------------
 
 
@@ -278,7 +193,7 @@ def polite(toy, tmp_path_factory):
         run_script(
             [*how, *data, *size.split(), "--cache-dir", where / "cache", "--output-dir", where / name, *words], script
         )
-        evaluations = [line for line in lines(where / name) if "eval_loss" in line]
+        evaluations = [line for line in metrics_of(where / name) if "eval_loss" in line]
         return where / name, evaluations[0], evaluations[-1]
 
     return run
@@ -330,7 +245,19 @@ def test_the_policy_has_the_texts_effect_without_the_text(polite, politeness, wi
 
 
 def test_the_policy_has_a_soft_prompts_effect_without_it(polite, learned, politeness, with_the_text):
-    words = [*SOFT, learned[0], "--learning-rate", 2e-3, "--alpha", 1, "--lora-dropout", 0, "--max-steps", 20]
+    words = [
+        "--use-prompt-embedding",
+        "--prompt-embedding-path",
+        learned[0],
+        "--learning-rate",
+        2e-3,
+        "--alpha",
+        1,
+        "--lora-dropout",
+        0,
+        "--max-steps",
+        20,
+    ]
     folder, first, last = polite(train_with_preference_prompt, "from soft", *words)
     # What the soft prompt is worth is what learning it has measured, 1 / beta of a reward being 1 nat.
     gap = first["eval_preference_metrics/pref_gap"]

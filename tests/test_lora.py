@@ -12,11 +12,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-from conftest import tiny_model
+from runs import adapter_of
 from safetensors.torch import load_file, save_file
+from tiny_models import randomize, tiny_model
 from torch import nn
 from torch.testing import assert_close
 from transformers.pytorch_utils import Conv1D
+from worlds import edit_config, edit_state
 
 import lora
 from lora import (
@@ -44,15 +46,6 @@ pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:Futu
 @torch.no_grad()
 def logits(model, ids=IDS):
     return model(input_ids=ids).logits
-
-
-def randomize(parameters, seed=7, spread=0.2):
-    """A and B both away from zero: with B = 0 a wrong scale, a wrong A and a missing dropout all look right."""
-    draw = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in parameters:
-            parameter.copy_(spread * torch.randn(parameter.shape, generator=draw))
-    return parameters
 
 
 def adapted(name="qwen3", r=4, alpha=8, targets=None, adapter="policy", dropout=0.0, **options):
@@ -487,18 +480,6 @@ def test_merging_into_bf16_rounds_once(name):
 # -- files that do not fit -----------------------------------------------------------------------------------------
 
 
-def edit_config(folder, **changes):
-    path = folder / "adapter_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-
-
-def edit_state(folder, edit):
-    path = folder / "adapter_model.safetensors"
-    state = load_file(path)
-    edit(state)
-    save_file(state, path)
-
-
 def truncate(folder):
     path = folder / "adapter_model.safetensors"
     path.write_bytes(path.read_bytes()[:-100])
@@ -625,7 +606,7 @@ def test_an_adapter_of_a_tied_head_is_refused_for_the_tie_and_not_for_its_base(g
 
 
 def test_a_bf16_adapter_file_loads_as_fp32(good_adapter, tmp_path):
-    state = load_file(good_adapter.folder / "adapter_model.safetensors")
+    state = adapter_of(good_adapter.folder)
     save_file({key: tensor.bfloat16() for key, tensor in state.items()}, tmp_path / "adapter_model.safetensors")
     (tmp_path / "adapter_config.json").write_bytes(good_adapter.config)
     model = tiny_model("qwen3", torch.bfloat16)

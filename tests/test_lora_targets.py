@@ -5,11 +5,13 @@ import sys
 
 import pytest
 import torch
-from conftest import run_script, tiny_model
-from test_flags import ROOT, write_world
+from helpers import ROOT
+from runs import run_script
+from tiny_models import tiny_model
 from torch import nn
 from torch.nn.utils import parametrizations
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+from worlds import write_world
 
 import lora
 from lora import AdapterError, add_adapter, left_out, lora_layers
@@ -179,7 +181,6 @@ def test_a_vision_tower_has_no_adapter_and_its_equal_names_are_not_in_the_file(t
 
 
 def test_log_and_card_of_a_run_say_it(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["dpo_hf_run.py"])
     world = write_world(tmp_path / "world")
     model = architecture("qwen3_moe")
     model.resize_token_embeddings(128)

@@ -10,11 +10,12 @@ from argparse import Namespace
 import pytest
 import torch
 import transformers
-from conftest import random_batch, run_script, tiny_model
 from ranks import on_ranks
-from test_flags import write_world
+from runs import run_script
+from tiny_models import MISTRAL, random_batch, tiny_model
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp._fully_shard._fsdp_collectives import DefaultAllGather, DefaultReduceScatter
+from worlds import write_world
 
 import distributed
 import dpo_hf_run
@@ -25,20 +26,12 @@ import packed_probe
 import train_rm
 import train_safe_mm_dpo
 import train_with_preference_prompt
-from harness import memory_estimate
-from harness.memory_estimate import CUDA, Estimate, EstimateError, measure
+from harness import memory_estimate, pass_memory, sharding
+from harness.memory_estimate import CUDA, Estimate, EstimateError
 from harness.memory_report import GB, compared, first_update, lever, report
-from packed_model import TokenLogps
+from harness.pass_memory import measure
 
 MODELS = "qwen3", "llama", "gpt2"
-MISTRAL = dict(
-    vocab_size=32000,
-    hidden_size=4096,
-    intermediate_size=14336,
-    num_hidden_layers=32,
-    num_attention_heads=32,
-    num_key_value_heads=8,
-)
 
 
 def flags(**changes):
@@ -56,7 +49,7 @@ def estimate_of(name, lora_r, ranks=1):
     skeleton = skeleton_of(tiny_model(name))
     if lora_r:
         lora.add_adapter(skeleton, "policy", lora_r, 32)
-    return Estimate(skeleton, lora.add_adapter, TokenLogps, ranks)
+    return Estimate(skeleton, ranks)
 
 
 def real_bytes(tensors):
@@ -98,7 +91,7 @@ def be_sharded(name):
     gather, reduce = type("Gather", (Noting, DefaultAllGather), {}), type("Reduce", (Noting, DefaultReduceScatter), {})
     world, model = distributed.start("cpu"), tiny_model(name)
     packed_model.prepare_model(model)
-    optimizer = torch.optim.AdamW(distributed.shard(model, model, world, torch.bfloat16, say=lambda *_: None))
+    optimizer = torch.optim.AdamW(sharding.shard(model, model, world, torch.bfloat16, say=lambda *_: None))
     for module in [module for module in model.modules() if isinstance(module, FSDPModule)]:
         module.set_custom_all_gather(gather())
         module.set_custom_reduce_scatter(reduce())
@@ -143,7 +136,7 @@ def test_a_sharded_policy_is_whole_where_it_samples(tmp_path):
     skeleton = skeleton_of(tiny_model("llama"))
     args = flags(lora_r=0, cost_estimate="policy")
     judged, alone = (
-        Estimate(skeleton, lora.add_adapter, TokenLogps, 2, reward_folders=folders).rows(args)
+        Estimate(skeleton, 2, reward_folders=folders).rows(args)
         for folders in ({"harmless": tmp_path}, {"helpful": tmp_path})
     )
     assert judged["gathered weights"][3] == 2 * sum(p.numel() for p in skeleton.parameters())
@@ -159,7 +152,7 @@ def test_moments_in_8_bits_are_those_of_bitsandbytes():
     optimizer.step()
     kept = [s[key] for s in optimizer.state.values() for key in ("state1", "state2", "absmax1", "absmax2") if key in s]
     assert {tensor.dtype for tensor in kept} == {torch.uint8, torch.float32}
-    estimate = Estimate(skeleton_of(model), lora.add_adapter, TokenLogps)
+    estimate = Estimate(skeleton_of(model))
     rows = estimate.rows(flags(lora_r=0, optimizer="adamw8bit"))
     assert rows["optimiser"] == [0] + [pytest.approx(real_bytes(kept), rel=1e-6)] * 3
     assert rows["optimiser"][3] < 0.4 * estimate.rows(flags(lora_r=0))["optimiser"][3]
@@ -194,9 +187,7 @@ def test_the_heads_chunk_is_what_real_tensors_take(name, trained, with_kl):
     model = tiny_model(name, vocab_size=2000)  # where what is as long as the tokens hardly counts, as in real ones
     model.requires_grad_(trained)
     num_tokens = 3000
-    expected = memory_estimate.head_bytes(
-        skeleton_of(model).requires_grad_(trained), TokenLogps, num_tokens, torch.float32, with_kl
-    )
+    expected = pass_memory.head_bytes(skeleton_of(model).requires_grad_(trained), num_tokens, torch.float32, with_kl)
     weight = model.get_output_embeddings().weight
     states = torch.randn(num_tokens, weight.shape[1], requires_grad=True)
     targets = torch.zeros(num_tokens, dtype=torch.long)
@@ -205,10 +196,9 @@ def test_the_heads_chunk_is_what_real_tensors_take(name, trained, with_kl):
         reference = (states.detach().clone(), weight.detach(), None) if with_kl else None
         packed_model.token_logps(states, weight, targets, None, reference=reference).sum().backward()
 
-    assert memory_estimate.most_alive(work) == pytest.approx(expected[0], rel=0.01)
-    pieces = min(num_tokens, memory_estimate.HEAD_CHUNK) * weight.shape[0] * 4
+    assert pass_memory.most_alive(work) == pytest.approx(expected[0], rel=0.01)
+    pieces = min(num_tokens, packed_model.HEAD_CHUNK) * weight.shape[0] * 4
     assert expected[0] > (pieces if not with_kl else 1.5 * pieces)
-    assert memory_estimate.HEAD_CHUNK == packed_model.HEAD_CHUNK
 
 
 @pytest.mark.parametrize("lora_r", [4, 0])
@@ -240,7 +230,7 @@ def test_keys_of_chosen_are_repeated_where_flash_attention_does_not_run(dtype, c
     query, key = torch.empty(1, 4, 6, 8, dtype=dtype, requires_grad=True), torch.empty(1, 2, 6, 8, dtype=dtype)
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(tuple(t.shape)) or t, lambda t: t):
-        memory_estimate._attend(None, query, key, key, None)
+        pass_memory._attend(None, query, key, key, None)
     assert [shape[1] for shape in kept if len(shape) == 4] == [4, chosen_heads, chosen_heads, 4] + [4] * 4
 
 
@@ -250,7 +240,7 @@ def test_beyond_some_chunks_the_head_is_reckoned_and_not_counted(with_kl):
     estimate, many = estimate_of("qwen3", 4), memory_estimate.MANY
     how = 4, 0.0, torch.float32
     for tokens in (many + 1, 3 * many + 517):
-        counted = memory_estimate.head_bytes(estimate.model(*how), TokenLogps, tokens, torch.float32, with_kl)
+        counted = pass_memory.head_bytes(estimate.model(*how), tokens, torch.float32, with_kl)
         assert estimate.head(*how, tokens, with_kl) == pytest.approx(counted, abs=1)
     assert estimate.head(*how, 10**16, with_kl)[0] > 10**16
 
@@ -270,7 +260,7 @@ def mistral():
 
 
 def test_a_7b_model_with_lora_fits_where_the_documents_say(mistral):
-    estimate = Estimate(mistral, lora.add_adapter, TokenLogps)
+    estimate = Estimate(mistral)
     rows = estimate.rows(flags(gradient_checkpointing="on"))
     assert rows["policy weights"][0] == pytest.approx(14.5 * GB, rel=0.01)
     assert estimate.total(flags(gradient_checkpointing="on")) < 20 * GB
@@ -282,7 +272,7 @@ def test_a_7b_model_with_lora_fits_where_the_documents_say(mistral):
 
 def test_a_7b_model_is_trained_whole_on_eight_devices(mistral):
     """7.24e9 numbers of 4 bytes: weights, gradients and two moments, over 8 ranks."""
-    estimate, args = Estimate(mistral, lora.add_adapter, TokenLogps, ranks=8), flags(lora_r=0)
+    estimate, args = Estimate(mistral, ranks=8), flags(lora_r=0)
     rows = estimate.rows(args)
     assert sum(rows[row][3] for row in ("policy weights", "gradients", "optimiser")) == pytest.approx(
         14.5 * GB, rel=0.01
@@ -292,7 +282,7 @@ def test_a_7b_model_is_trained_whole_on_eight_devices(mistral):
 
 
 def test_a_model_that_takes_no_packed_pairs_is_whole_on_each_device(mistral):
-    estimate, args = Estimate(mistral, lora.add_adapter, TokenLogps, ranks=8), flags(lora_r=0)
+    estimate, args = Estimate(mistral, ranks=8), flags(lora_r=0)
     auto, shards = flags(lora_r=0, gradient_checkpointing="auto"), estimate.total(args)
     assert not estimate.checkpointing(auto, 80 * GB)
     assert estimate.checkpointing(auto, 80 * GB, packs=False)
@@ -301,7 +291,7 @@ def test_a_model_that_takes_no_packed_pairs_is_whole_on_each_device(mistral):
 
 
 def test_auto_checkpoints_where_the_run_would_not_fit_without(mistral):
-    estimate, auto = Estimate(mistral, lora.add_adapter, TokenLogps), flags(gradient_checkpointing="auto")
+    estimate, auto = Estimate(mistral), flags(gradient_checkpointing="auto")
     plain, saved = (estimate.total(flags(gradient_checkpointing=mode)) for mode in ("off", "on"))
     assert estimate.total(auto) == plain > saved
     assert not estimate.checkpointing(auto, plain / 0.9 + 1e6)
@@ -332,7 +322,7 @@ def test_a_model_that_cannot_be_measured_is_one_sentence_and_auto_goes_by_what_i
 
 
 def test_the_report_says_where_auto_checkpoints(mistral):
-    estimate = Estimate(mistral, lora.add_adapter, TokenLogps)
+    estimate = Estimate(mistral)
     last = {mode: report(estimate, flags(gradient_checkpointing=mode)).splitlines()[-1] for mode in ("auto", "off")}
     assert last["auto"] == "42.71 GB at most: fits 64, 80, 141 GB and 24, 40 GB, where auto turns checkpointing on"
     assert last["off"].startswith("42.71 GB at most: fits 64, 80, 141 GB; for 24 GB: --batch-size 1 ")
@@ -348,7 +338,7 @@ def test_the_report_says_where_auto_checkpoints(mistral):
 def test_the_first_update_beside_what_was_measured(mistral):
     assert compared(18.54e9, 17.92e9) == "GPU memory of the first update: 18.54 GB predicted, 17.92 GB measured (-3 %)"
     assert compared(2e9, 2.5e9) == "GPU memory of the first update: 2.00 GB predicted, 2.50 GB measured (+25 %)"
-    estimate, args = Estimate(mistral, lora.add_adapter, TokenLogps), flags(lora_r=0, gradient_checkpointing="auto")
+    estimate, args = Estimate(mistral), flags(lora_r=0, gradient_checkpointing="auto")
     rows = estimate.rows(flags(lora_r=0))
     head, update = (sum(row[moment] for row in rows.values()) - CUDA for moment in (1, 3))
     assert head > update
@@ -370,7 +360,7 @@ def test_the_first_update_beside_what_was_measured(mistral):
     ],
 )
 def test_the_lever_that_is_named_makes_it_fit(mistral, changes, limit, words):
-    estimate, args = Estimate(mistral, lora.add_adapter, TokenLogps), flags(**changes)
+    estimate, args = Estimate(mistral), flags(**changes)
     assert estimate.total(args) > limit * GB
     assert lever(estimate, args, limit * GB) == words
     if words:
@@ -407,7 +397,7 @@ def test_every_script_estimates_from_the_config_alone_and_leaves_nothing(script,
 
 def test_the_first_update_on_a_gpu_is_compared_with_the_estimate_of_its_largest_pass(mistral, monkeypatch):
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 20e9)
-    estimate, lengths = Estimate(mistral, lora.add_adapter, TokenLogps, ranks=2), [100, 700, 300, 500]
+    estimate, lengths = Estimate(mistral, ranks=2), [100, 700, 300, 500]
     line = first_update(estimate, flags(), False, [[[0, 1]], [[2, 3], []]], lengths)  # two ranks, 800 tokens each
     predicted = estimate.first_update(flags(), False, 800)
     assert line == (

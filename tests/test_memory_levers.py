@@ -2,11 +2,12 @@
 
 import json
 import os
-import subprocess
 import sys
 
 import pytest
-from test_flags import ROOT, write_world
+from helpers import ROOT
+from processes import run_program
+from worlds import write_world
 
 from preference_data import DataError
 
@@ -34,7 +35,7 @@ def test_a_levers_flags_take_the_place_of_the_bases_and_its_memory_is_that_of_th
     command = [*map(str, command), f"--lever={lever}", f"--work={tmp_path}", "--dtype=fp32"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     holds = bytearray(b"1") * 1_000_000_000  # of this process: none of it may be in the number of the other
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    done = run_program(command, env=environment)
     del holds
     assert done.returncode == 0, done.stderr
     assert 100e6 < int(done.stdout.split()[-1]) < 1e9
@@ -68,7 +69,7 @@ def test_a_dataset_that_is_not_there_is_one_sentence(tmp_path):
         "--dataset",
         tmp_path / "no.jsonl",
     ]
-    done = subprocess.run([*map(str, words)], capture_output=True, text=True)
+    done = run_program(words)
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1].startswith("memory_levers.py: there is no file")
     assert "Traceback" not in done.stderr

@@ -5,6 +5,7 @@ checkpoints treat them alike.
 import math
 import sys
 from argparse import Namespace
+from datetime import timedelta
 
 import pytest
 import torch
@@ -208,7 +209,7 @@ def test_no_moment_is_on_the_gpu(tmp_path):
 
 def test_sharded_parameters_are_left_to_their_own_policy():
     """Parameters and gradients are on the CPU with fully_shard's CPUOffloadPolicy, so AdamW's moments are too."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1, timeout=timedelta(seconds=60))
     try:
         torch.manual_seed(0)
         model = torch.nn.Linear(8, 8)

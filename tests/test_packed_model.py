@@ -6,7 +6,20 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-from conftest import CONFIGS, SIZES, plain_logps, random_batch, random_pairs, tiny_model
+from tiny_models import (
+    ON,
+    PACKING,
+    SHAPES,
+    assert_same,
+    double_model,
+    model_of,
+    oracle,
+    plain_logps,
+    random_batch,
+    random_pairs,
+    scores,
+    tiny_model,
+)
 from torch import nn
 
 import lora
@@ -17,84 +30,12 @@ from packed_attention import PairLayout
 from packed_model import final_softcap, prepare_model, token_logps
 from packing import pack
 
-PACKING = ["qwen3", "qwen2", "llama", "mistral", "gemma3", "gpt2"]
-SHAPES = [(5, 4, 3), (1, 3, 1), (9, 1, 6), (1, 1, 1), (12, 7, 8)]  # (prompt, chosen, rejected) lengths
-ON = "packed pairs: on, chosen and rejected share one pass over their prompt"
-
-
-OTHERS = {  # architectures that only the choice of path is tested on
-    "cohere": (transformers.CohereConfig, SIZES),
-    "lfm2": (
-        transformers.Lfm2Config,
-        SIZES | dict(num_hidden_layers=3, layer_types=["conv", "conv", "full_attention"]),
-    ),
-    "opt": (
-        transformers.OPTConfig,
-        dict(vocab_size=64, hidden_size=32, num_hidden_layers=2, ffn_dim=64, num_attention_heads=4)
-        | dict(max_position_embeddings=128, word_embed_proj_dim=32),
-    ),
-}
-
-
-class WideNorm(nn.Module):
-    """RMSNorm in the type of its input.
-
-    transformers takes it in fp32 even in a double model.  Two orders of summation then differ by 1e-7 where an fp32
-    rounding falls the other way, and gradients always do: nothing smaller than that could be seen.
-    """
-
-    def __init__(self, norm):
-        super().__init__()
-        self.weight = norm.weight
-        self.eps = norm.eps if hasattr(norm, "eps") else norm.variance_epsilon
-        self.offset = float(type(norm).__name__.startswith("Gemma"))  # Gemma's weight is the distance from 1
-
-    def forward(self, x):
-        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps) * (self.offset + self.weight)
-
-
-def model_of(name, dtype, **changes):
-    config_class, arguments = CONFIGS.get(name) or OTHERS[name]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(CONFIGS, name, (config_class, arguments | changes))
-        return tiny_model(name, dtype)
-
-
-def double_model(name, **changes):
-    model = model_of(name, torch.float64, **changes)
-    for path, module in list(model.named_modules()):
-        if type(module).__name__.endswith("RMSNorm"):
-            parent, _, child = path.rpartition(".")
-            setattr(model.get_submodule(parent), child, WideNorm(module))
-    return model
-
-
-def oracle(model, pairs, attention="sdpa"):
-    """(2, B) log-probs, chosen then rejected: one sequence at a time, full logits, log_softmax, transformers' sdpa."""
-    assert model.config._attn_implementation == attention  # not eager: it takes its softmax in fp32
-    sums = []
-    for side in (1, 2):
-        for pair in pairs:
-            ids = torch.tensor([pair[0] + pair[side]])
-            table = model(input_ids=ids, use_cache=False).logits[0].log_softmax(-1)
-            sums.append(sum(table[i - 1, ids[0, i]] for i in range(len(pair[0]), ids.shape[1])))
-    return torch.stack(sums).view(2, -1)
-
-
-def scores(model, pairs):
-    return torch.stack(model.packed_logps(pack(pairs)))
-
 
 def prepared(model):
     """The model with the packed path on, and an untouched copy for the oracle."""
     untouched = copy.deepcopy(model)
     assert prepare_model(model) == ON
     return model, untouched
-
-
-def assert_same(got, expected, tolerance=1e-12):
-    assert got.dtype == expected.dtype
-    torch.testing.assert_close(got, expected, rtol=tolerance, atol=tolerance)
 
 
 # -- log-probs ---------------------------------------------------------------------------------------------------

@@ -10,10 +10,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-from conftest import SIZES, random_pairs, run_script, tiny_model
-from test_copy import RUNS
-from test_flags import write_world
-from test_packed_model import ON, oracle, scores
+from runs import run_script
+from tiny_models import ON, SIZES, oracle, random_pairs, scores, tiny_model
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
@@ -24,12 +22,14 @@ from transformers.masking_utils import (
     or_masks,
     sliding_window_causal_mask_function,
 )
+from worlds import RUNS, write_world
 
 import distributed
 import lora
 from formats.model_files import ModelError, load_skeleton, load_tokenizer
 from packed_attention import NO_REACH, PairLayout, packed_attention, reach_mask
 from packed_model import prepare_model, prepare_scores
+from packing import Segment
 
 MOE = dict(num_local_experts=4, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32)
 MOE |= dict(shared_expert_intermediate_size=32)
@@ -299,7 +299,7 @@ def test_on_cuda_heads_are_grouped_where_flash_attention_runs_and_only_there(dty
         query = torch.empty(1, 4, 9, 8, dtype=dtype, device="cuda")
         key = torch.empty(1, 2, 9, 8, dtype=dtype, device="cuda")
         with Calls() as calls:
-            output = packed_attention(module, query, key, key, None, PairLayout(((0, 3, 6, 9),)))[0]
+            output = packed_attention(module, query, key, key, None, PairLayout((Segment(0, 3, 6, 9),)))[0]
     assert output.shape == (1, 9, 4, 8) and output.device.type == "cuda"
     assert calls.found == [(not grouped, False), (True, True)]  # chosen, causal; rejected, by a mask
 

@@ -1,7 +1,6 @@
 """preference_data.py: rows of every shape -> texts -> token ids, cuts, malformed and unusable rows, files, hold-out."""
 
 import gzip
-import io
 import json
 import random
 import sys
@@ -9,76 +8,23 @@ import time
 import zlib
 
 import pytest
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from found_files import FOUND, OPENAI, TWO, A, B, P, S, gpt, human, lines_of, of_messages, scored, write_found
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
+from worlds import CHATML, assistant, char_tokenizer, ids, load, strings, system, user, write_rows
 
 import preference_data
 from formats.chat_text import as_messages
 from formats.preference_rows import Texts, recognise, row_texts
 from formats.row_files import DataError, Malformed, parse_row, read_rows
 from packing import hold_out
-from preference_data import Pair, fingerprint, load_pairs
+from preference_data import Pair, fingerprint
 
-SPECIAL = {"<s>": 0, "</s>": 1, "<|im_start|>": 2, "<|im_end|>": 3, "<unk>": 4}
 EOS = 1
-CHATML = (
-    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
-
-
-def char_tokenizer(merges=(), eos="</s>", before="", after="", template=None):
-    """Every character is a token and its id is its ASCII number; merge n becomes token 128 + n.
-
-    `before` and `after` are the special tokens that the tokenizer writes around a text by itself.
-    """
-    vocab = SPECIAL | {"\n": 10} | {chr(code): code for code in range(32, 127)}
-    vocab |= {first + second: 128 + n for n, (first, second) in enumerate(merges)}
-    backend = Tokenizer(models.BPE(vocab, list(merges), unk_token="<unk>"))
-    backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]+"), "isolated")
-    backend.decoder = decoders.Fuse()
-    names = {"eos_token": eos, "unk_token": "<unk>", "additional_special_tokens": ["<|im_start|>", "<|im_end|>"]}
-    if before or after:
-        backend.post_processor = processors.TemplateProcessing(
-            single=f"{before} $A {after}".strip(), special_tokens=[(t, SPECIAL[t]) for t in (before, after) if t]
-        )
-    if before:
-        names["bos_token"] = before
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **names)
-    tokenizer.chat_template = template
-    return tokenizer
-
-
-def ids(text):
-    """What char_tokenizer gives a text: written out by hand, so that the tests do not ask the tokenizer."""
-    return [ord(character) for character in text]
-
-
-def write_rows(path, rows):
-    path.write_text(
-        "".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows), "utf-8", "surrogateescape"
-    )
-    return path
-
-
-def strings(number):
-    return {"prompt": f"q{number}", "chosen": f" yes {number}", "rejected": f" no {number}"}
-
-
-def load(path, tokenizer=None, max_length=512, max_prompt_length=256, **options):
-    return load_pairs(str(path), tokenizer or char_tokenizer(), max_length, max_prompt_length, **options)
 
 
 def pku_row(**changes):
     return {"prompt": "Why?", "response_0": "So.", "response_1": "No.", "better_response_id": 0} | changes
-
-
-def user(content):
-    return {"role": "user", "content": content}
-
-
-def assistant(content):
-    return {"role": "assistant", "content": content}
 
 
 # -- shapes -----------------------------------------------------------------------------------------------------------
@@ -186,16 +132,6 @@ def test_shape_gives_these_texts(name):
     assert row_texts(row, shape) == Texts(*texts)
 
 
-def system(content):
-    return {"role": "system", "content": content}
-
-
-def of_messages(prompt=None, chosen=(), rejected=()):
-    given = {"chosen": [*chosen, assistant("c")], "rejected": [*rejected, assistant("r")]}
-    return given if prompt is None else {"prompt": prompt} | given
-
-
-S, P, A, B = system("s"), user("p"), assistant("a"), user("b")
 REPEATS = {  # a row whose answers are c and r -> its prompt, which comes once
     "prompt list": (of_messages([P], [P], [P]), [P]),
     "with a system message": (of_messages([S, P], [S, P], [S, P]), [S, P]),
@@ -388,7 +324,7 @@ def test_columns_around_the_prompt_are_part_of_it(name):
     row = {"prompt": "p?", "chosen": "c", "rejected": "r"} | more
     assert row_texts(row, recognise(row, "file:1")) == Texts(text, "c", "r")
     chat = [assistant("c")], [assistant("r")]
-    assert row_texts(row, recognise(row, "file:1"), as_messages) == Texts(messages, *chat)
+    assert row_texts(row, recognise(row, "file:1"), as_chat=True) == Texts(messages, *chat)
     row |= dict(zip(("prompt", "chosen", "rejected"), ([user("p?")], *chat)))
     assert row_texts(row, recognise(row, "file:1")) == Texts(messages, *chat)
 
@@ -583,161 +519,7 @@ def test_a_field_of_the_wrong_type_in_the_first_row_is_not_dropped_silently(tmp_
 # -- files that people have ------------------------------------------------------------------------------------------
 
 
-def lines_of(*rows):
-    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-
-
-def parquet(*rows):
-    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
-    file = io.BytesIO()
-    parquet.write_table(pyarrow.Table.from_pylist(list(rows)), file)
-    return file.getvalue()
-
-
-def human(text):
-    return {"from": "human", "value": text}
-
-
-def gpt(text):
-    return {"from": "gpt", "value": text}
-
-
-def scored(text, score, **more):
-    return {"response": text, "overall_score": score, "model": "m"} | more
-
-
-HAVE, TWO = "name,prompt,chosen,rejected", {"chosen": "c", "rejected": "r"}
 ANSWERS_2 = {"chosen": [assistant("c")], "rejected": [assistant("r")]}
-ASKED = user("p")
-OPENAI = {
-    "input": {"messages": [system("s"), ASKED], "tools": [], "parallel_tool_calls": True},
-    "preferred_output": [assistant("c")],
-    "non_preferred_output": [assistant("r")],
-}
-FOUND = {  # file -> its content, the shape that is named, (prompt, chosen, rejected)
-    "pairs.csv": (
-        '\ufeffprompt,chosen,rejected,score\r\n"p, ""q""\r\nz",c,r,5\r\n',
-        "prompt/chosen/rejected",
-        ('p, "q"\r\nz', "c", "r"),
-    ),
-    "semicolons.csv": ("prompt;chosen;rejected\np;c, d;r\n", "prompt/chosen/rejected", ("p", "c, d", "r")),
-    "pandas.csv": (",prompt,chosen,rejected\n0,p,c,r\n1,p,d,r\n", "prompt/chosen/rejected", ("p", "c", "r")),
-    "pairs.tsv": ('question\tchosen\trejected\np, q\tc\t"r\ns"\n', "question/chosen/rejected", ("p, q", "c", "r\ns")),
-    "pairs.csv.gz": (gzip.compress(b"prompt,chosen,rejected\np,c,r\n"), "prompt/chosen/rejected", ("p", "c", "r")),
-    "pku.csv": (
-        "prompt,response_0,response_1,better_response_id,is_response_0_safe,is_response_1_safe\np,r,c,1,True,False\n",
-        "prompt/response_0/response_1/better_response_id",
-        ("p\n", "c", "r"),
-    ),
-    "messages.csv": (
-        "prompt,chosen,rejected\np,{0}c{1},{0}r{1}\n".format('"[{""role"": ""assistant"", ""content"": ""', '""}]"'),
-        "prompt string, messages",
-        ([ASKED], [assistant("c")], [assistant("r")]),
-    ),
-    "pairs.parquet": (
-        lambda: parquet({"prompt": "p", "system": None} | TWO),
-        "prompt/chosen/rejected",
-        ("p", "c", "r"),
-    ),
-    "messages.parquet": (
-        lambda: parquet(of_messages([S, P]) | {"score_chosen": 5.0}),
-        "prompt/chosen/rejected messages",
-        ([S, P], [assistant("c")], [assistant("r")]),
-    ),
-    "sharegpt.json": (
-        json.dumps([{"conversations": [human("p"), gpt("a"), human("b")], "chosen": gpt("c"), "rejected": gpt("r")}]),
-        "conversations, chosen/rejected as one message each",
-        ([P, A, B], [assistant("c")], [assistant("r")]),
-    ),
-    "sharegpt_with_system.json": (
-        json.dumps(
-            [{"system": "s", "conversations": [human("p")], "chosen": gpt("c"), "rejected": gpt("r")}], indent=1
-        ),
-        "conversations, chosen/rejected as one message each",
-        ([S, P], [assistant("c")], [assistant("r")]),
-    ),
-    "sharegpt_texts.jsonl": (
-        lines_of({"conversations": [{"from": "system", "value": "s"}, human("p")]} | TWO),
-        "conversations, chosen/rejected as texts",
-        ([S, P], [assistant("c")], [assistant("r")]),
-    ),
-    "sharegpt_whole.jsonl": (  # the conversation goes on to the chosen answer
-        lines_of({"conversations": [human("p"), gpt("c")], "chosen": gpt("c"), "rejected": gpt("r")}),
-        "conversations, chosen/rejected as one message each",
-        ([P], [assistant("c")], [assistant("r")]),
-    ),
-    "messages_and_answers.jsonl": (
-        lines_of({"messages": [S, P], "chosen": assistant("c"), "rejected": assistant("r")}),
-        "messages, chosen/rejected as one message each",
-        ([S, P], [assistant("c")], [assistant("r")]),
-    ),
-    "openai.jsonl": (
-        lines_of(OPENAI),
-        "input/preferred_output/non_preferred_output",
-        ([S, P], [assistant("c")], [assistant("r")]),
-    ),
-    "ms_swift.jsonl": (
-        lines_of({"messages": [S, P, assistant("c")], "rejected_response": "r"}),
-        "messages/rejected_response",
-        ([S, P], [assistant("c")], [assistant("r")]),
-    ),
-    "ms_swift_messages.jsonl": (
-        lines_of({"messages": [P, A, B, assistant("c")], "rejected_messages": [P, A, B, assistant("r")]}),
-        "messages/rejected_messages",
-        ([P, A, B], [assistant("c")], [assistant("r")]),
-    ),
-    "orca.jsonl": (
-        lines_of({"system": "s", "question": "p"} | TWO),
-        "question/chosen/rejected",
-        ("s\n\np", "c", "r"),
-    ),
-    "orca_argilla.jsonl": (
-        lines_of({"system": "s", "input": "p", "generations": ["c", "r"], "rating": [9, 3], "status": "tie"} | TWO),
-        "input/chosen/rejected",
-        ("s\n\np", "c", "r"),
-    ),
-    "query.jsonl": (lines_of({"query": "p", "source": "web"} | TWO), "query/chosen/rejected", ("p", "c", "r")),
-    "alpaca.json": (
-        json.dumps([{"instruction": "p", "input": "q"} | TWO]),
-        "instruction/chosen/rejected",
-        ("p\n\nq\n\n", "c", "r"),
-    ),
-    "argilla.jsonl": (
-        lines_of({"instruction": "p", "chosen_response": "c", "rejected_response": "r", "chosen-rating": "5"}),
-        "instruction/chosen_response/rejected_response",
-        ("p\n\n", "c", "r"),
-    ),
-    "ultrafeedback.jsonl": (
-        lines_of({"instruction": "p", "completions": [scored("r", 1.5), scored("c", 9), scored("d", 9)]}),
-        "instruction/completions with ratings",
-        ("p\n\n", "c", "r"),
-    ),
-    "ultrafeedback_ratings.jsonl": (
-        lines_of({"prompt": "p", "completions": ["x", "c", "r"], "ratings": [None, "5", "1"]}),
-        "prompt/completions with ratings",
-        ("p", "c", "r"),
-    ),
-    "distilabel.jsonl": (
-        lines_of({"instruction": "p", "generations": ["r", "c"], "ratings": [2, 4], "rationales": ["x", "y"]}),
-        "instruction/generations with ratings",
-        ("p\n\n", "c", "r"),
-    ),
-    "data.json": (
-        json.dumps({"version": "1.0", "data": [{"prompt": "p"} | TWO] * 2}, indent=2),
-        "prompt/chosen/rejected",
-        ("p", "c", "r"),
-    ),
-    "data_one_line.json": (json.dumps({"data": [{"prompt": "p"} | TWO]}), "prompt/chosen/rejected", ("p", "c", "r")),
-    "lines.json": (lines_of({"prompt": "p"} | TWO, {"prompt": "p"} | TWO), "prompt/chosen/rejected", ("p", "c", "r")),
-    "one_row.json": (json.dumps({"prompt": "p"} | TWO, indent=2), "prompt/chosen/rejected", ("p", "c", "r")),
-}
-
-
-def write_found(folder, name):
-    content = FOUND[name][0]
-    content = content() if callable(content) else content
-    (folder / name).write_bytes(content.encode() if isinstance(content, str) else content)
-    return folder / name
 
 
 @pytest.mark.parametrize("name", FOUND)

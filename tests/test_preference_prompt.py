@@ -8,12 +8,12 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import random_pairs, tiny_model
 from peft import PromptTuningConfig, get_peft_model
-from safetensors.torch import load_file, save_file
-from test_packed_model import double_model
-from test_preference_data import CHATML, assistant, char_tokenizer, ids, load, user, write_rows
+from runs import adapter_of
+from safetensors.torch import save_file
+from tiny_models import double_model, random_pairs, tiny_model
 from torch import nn
+from worlds import CHATML, Code, assistant, char_tokenizer, ids, load, user, write_rows
 
 from packed_model import prepare_model
 from packing import pack
@@ -190,7 +190,7 @@ def test_what_is_written_is_read_back_with_its_place(tmp_path):
     config = json.loads((tmp_path / "prefix/adapter_config.json").read_text())
     assert config["peft_type"] == "PROMPT_TUNING" and config["base_model_name_or_path"] == "base"
     assert (config["num_virtual_tokens"], config["token_dim"]) == (4, 8)
-    assert torch.equal(load_file(tmp_path / "prefix/adapter_model.safetensors")["prompt_embeddings"], vectors)
+    assert torch.equal(adapter_of(tmp_path / "prefix")["prompt_embeddings"], vectors)
 
 
 def test_a_folder_that_peft_wrote(tmp_path):
@@ -229,16 +229,6 @@ def test_every_form_of_a_file(tmp_path, form, kind):
     vectors, position = read_soft_prompt(path, 4)
     assert torch.equal(vectors, expected) and vectors.dtype == torch.float32 and position is None
     assert not vectors.requires_grad
-
-
-class Code:
-    """Unpickled by a careless reader, it writes a file."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return open, (str(self.path), "w")
 
 
 def peft_folder(path, config):

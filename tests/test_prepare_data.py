@@ -4,17 +4,17 @@ import gzip
 import json
 import os
 import random
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from test_bad_input import snapshot
-from test_flags import ROOT, one_line
-from test_preference_data import CHATML, FOUND, assistant, char_tokenizer, ids, user, write_found, write_rows
+from found_files import FOUND, write_found
+from helpers import ROOT
+from processes import run_program
+from runs import one_line, run_script, snapshot
+from worlds import CHATML, assistant, char_tokenizer, ids, user, write_rows
 
 import prepare_data
-from harness import flags
 from preference_data import load_pairs
 
 SPLITS, DIMENSIONS = ("train", "val", "test"), ("helpful", "harmless")
@@ -27,12 +27,10 @@ MEND = "; mend the row, or leave such rows out with --skip-invalid"
 def in_a_folder(tmp_path, monkeypatch):
     """Every test runs in its own folder, where file names in messages are short."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["prepare_data.py"])
 
 
 def prepare(*words):
-    """prepare_data.py in this process, as its last line does; a user error is SystemExit(2)."""
-    flags.run(prepare_data.main, prepare_data.get_args([str(word) for word in words]), *prepare_data.USER_ERRORS)
+    run_script(words, prepare_data)
 
 
 def prepare_rows(rows, *words, name="rows.jsonl"):
@@ -786,9 +784,7 @@ def test_the_benchmark_of_an_earlier_split_does_not_stay_behind(capsys):
 def test_in_a_process_of_its_own_and_read_by_the_training_scripts_reader(tmp_path):
     rows = [pku(n, better=n % 2, safe=(False, n % 3 > 0)) for n in range(40)]
     write_rows(tmp_path / "pku.jsonl", rows)
-    done = subprocess.run(
-        [sys.executable, ROOT / "prepare_data.py", "--input", "pku.jsonl"], capture_output=True, text=True, cwd=tmp_path
-    )
+    done = run_program([sys.executable, ROOT / "prepare_data.py", "--input", "pku.jsonl"], cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.endswith("saved to data\n")
     found = 0

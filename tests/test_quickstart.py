@@ -6,16 +6,17 @@ A .venv whose python writes down what it was called with stands for the training
 import os
 import pty
 import re
+import select
 import shutil
-import subprocess
 import sys
 from xml.etree import ElementTree
 
 import pytest
-from test_docs import READMES, ROOT
-from test_fast_train import write_tool
+from helpers import READMES, ROOT
+from machines import write_tool
+from processes import end_of, run_program, start
 
-from tools import report_text
+from tools import evaluate_text
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
@@ -47,7 +48,7 @@ def project(tmp_path):
 def run(project, *words):
     """(exit code, stdout, stderr) of quickstart.sh, called from another folder."""
     command = ["bash", project / "quickstart.sh", *words]
-    done = subprocess.run(command, cwd="/", capture_output=True, text=True, timeout=60)
+    done = run_program(command, cwd="/")
     return done.returncode, done.stdout, done.stderr
 
 
@@ -131,9 +132,7 @@ def test_a_setup_that_fails_is_the_end(project):
 @pytest.mark.parametrize("system", ["msys", "cygwin"])
 def test_on_windows_bash_names_the_way_that_needs_none(project, system):
     shutil.copy(ROOT / "setup.sh", project)
-    done = subprocess.run(
-        ["bash", project / "quickstart.sh"], env=os.environ | {"OSTYPE": system}, capture_output=True, text=True
-    )
+    done = run_program(["bash", project / "quickstart.sh"], env=os.environ | {"OSTYPE": system})
     assert done.returncode == 2
     assert done.stderr == ("setup.sh: on Windows use WSL, or the lines for Windows in README.md, which need no bash\n")
     assert "## Windows" in (ROOT / "README.md").read_text("utf-8") and not (project / "called").exists()
@@ -142,7 +141,7 @@ def test_on_windows_bash_names_the_way_that_needs_none(project, system):
 def test_the_help_of_setup_makes_nothing(project):
     (project / "setup.sh").write_text((ROOT / "setup.sh").read_text("utf-8"))
     shutil.rmtree(project / ".venv")
-    done = subprocess.run(["bash", project / "setup.sh", "--help"], cwd="/", capture_output=True, text=True)
+    done = run_program(["bash", project / "setup.sh", "--help"], cwd="/")
     assert (done.returncode, done.stderr) == (0, "") and done.stdout.startswith("Makes .venv, or finds it whole")
     assert not (project / ".venv").exists()
 
@@ -171,10 +170,10 @@ def test_help_is_what_the_script_begins_with(project):
 def test_on_a_terminal_one_line_counts_down_and_ends_in_what_the_step_took(project):
     write_tool(project / ".venv/bin/python", "sleep 1.1\n" + PYTHON)
     said, written = pty.openpty()
-    process = subprocess.Popen(["bash", project / "quickstart.sh"], stdout=written, stderr=written)
+    process = start(["bash", project / "quickstart.sh"], stdout=written, stderr=written)
     os.close(written)
     text = b""
-    while True:
+    while select.select([said], [], [], 60)[0]:
         try:
             piece = os.read(said, 4096)
         except OSError:  # Linux: the other side is closed
@@ -183,7 +182,7 @@ def test_on_a_terminal_one_line_counts_down_and_ends_in_what_the_step_took(proje
             break
         text += piece
     os.close(said)
-    assert process.wait() == 0
+    assert end_of(process, 10).returncode == 0
     screen = text.decode().replace("\r\n", "\n")
     drawn = [part for line in screen.split("\n") for part in line.split("\r\x1b[K")]
     assert max(map(len, drawn)) < 80
@@ -206,7 +205,7 @@ def found(category, why, rows):
 
 
 def report_of(samples, estimates):
-    """A report.json in what report_text.py reads of it."""
+    """A report.json in what evaluate_text.py reads of it."""
     policies = [
         {"name": name, "estimates": {key: {"mean": mean, "low": 0.0, "high": 1.0} for key, mean in of.items()}}
         for name, of in estimates.items()
@@ -248,7 +247,7 @@ def test_two_prompts_side_by_side_and_four_numbers():
     benign = rows("Fix it?", "benign", *[("Use glue.", help_half)] * 2, ("No.", help_half | {"refuses": True}))
     samples = [sounds, found("theft", "greatest difference to the base", harm), found("workshop", "drawn", benign)]
     assert (
-        report_text.text(report_of(samples, ESTIMATES))
+        evaluate_text.text(report_of(samples, ESTIMATES))
         == """\
 A prompt that asks for harm: theft (greatest difference to the base)
   User: Rob it?
@@ -278,7 +277,7 @@ KL to the base, nats per token                -         0.09         0.11
 
 def test_without_the_rule_it_says_what_reward_models_say():
     sample = found("no category", "drawn at random", [row("base", "Hi", "Hello", helpful_reward=1.236)])
-    text = report_text.text(report_of([sample], {"base": {"helpful_reward": 1.236, "cost": -0.5}}))
+    text = evaluate_text.text(report_of([sample], {"base": {"helpful_reward": 1.236, "cost": -0.5}}))
     assert "\nHello\n= reward 1.24\n" in text
     assert re.search(r"^helpful reward +1\.24\ncost, minus the harmless score +-0\.50\n$", text, re.MULTILINE)
     assert "KL" not in text and "refusals" not in text
@@ -299,7 +298,7 @@ def test_whatever_there_is_fits_80_columns(policies):
     ]
     estimates = {name: {"helpful_reward": -1234.5, "kl_per_token": 0.5} for name in names}
     for sample in samples:
-        lines = report_text.text(report_of([sample], estimates)).splitlines()
+        lines = evaluate_text.text(report_of([sample], estimates)).splitlines()
         assert max(map(columns, lines)) <= 80
         assert sum(line.count("-1234.50") for line in lines) == policies
         assert len(lines) < 12 + 20 * policies, "long texts are cut"
@@ -308,12 +307,12 @@ def test_whatever_there_is_fits_80_columns(policies):
 def test_a_response_cannot_move_the_cursor():
     nasty = "a\x1b[2Jb\rc\x00d\x9b31me\u202ef\ng"
     sample = found(nasty, nasty, [row(nasty, nasty, nasty)])
-    text = report_text.text(report_of([sample], {nasty: {"kl_per_token": 0.1}}))
+    text = evaluate_text.text(report_of([sample], {nasty: {"kl_per_token": 0.1}}))
     assert all(letter.isprintable() for letter in text.replace("\n", "")) and "a [2Jb c d 31me f g" in text
 
 
 def test_no_samples_leave_the_table():
-    text = report_text.text(report_of([], ESTIMATES))
+    text = evaluate_text.text(report_of([], ESTIMATES))
     assert text.startswith("means over 1,500 prompts ") and text.count("\n") == 5
 
 

@@ -4,84 +4,31 @@ import itertools
 import json
 import math
 import os
-import random
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
-from ranks import SCRIPTS, on_ranks, run_module, run_ranks
-from safetensors.torch import load_file
-from test_flags import write_world
-from test_memory_estimate import MISTRAL
-from test_preference_data import write_rows
+from helpers import ROOT
+from processes import run_program
+from ranks import TRAINERS, on_ranks, run_module, run_ranks
+from runs import adapter_of, assert_same_files, metrics_of
+from tiny_models import MISTRAL
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from worlds import QUICK, words_of
 
 import distributed
 import lora
 
-ROOT = Path(__file__).parent.parent
-QUICK = """--dtype fp32 --device cpu --report-to none --logging-steps 1 --learning-rate 1e-4
-    --max-length 64 --max-prompt-length 32 --epochs 2""".split()
-
-
 # -- any number of ranks is one process -------------------------------------------------------------------------------
-
-
-def labelled_rows(count, seed):
-    """Rows of random letters, with labels of harm of all four kinds."""
-    draw = random.Random(seed)
-    word = lambda most: "".join(draw.choices("abcdefgh ?", k=draw.randint(2, most)))  # noqa: E731
-    rows = [{"prompt": f"{n}{word(12)}", "chosen": f"i{word(20)}", "rejected": f"j{word(20)}"} for n in range(count)]
-    return [row | {"safety_labels": {"chosen": draw.choice((1, -1)), "rejected": draw.choice((1, -1))}} for row in rows]
-
-
-@pytest.fixture(scope="session")
-def labelled_world(tmp_path_factory):
-    """A tiny Qwen3, 35 pairs to train on and 5 to evaluate on, and two reward models on it."""
-    folder = write_world(tmp_path_factory.mktemp("world"))
-    train, held_out = labelled_rows(35, seed=1), labelled_rows(5, seed=2)
-    write_rows(folder / "train.jsonl", train)
-    write_rows(folder / "val.jsonl", held_out)
-    write_rows(folder / "train_helpful.jsonl", train[:20])  # five rows with both labels
-    write_rows(folder / "train_harmless.jsonl", train[15:])
-    for task in ("helpful", "harmless"):
-        data = ["--model", folder / "model", f"--train-{task}-path", folder / "train.jsonl", "--eval-samples", 0]
-        words = ["--task", task, *data, *QUICK, "--lora-dropout", 0, "--learning-rate", 1e-2]
-        words += ["--output-dir", folder / task]
-        codes, said = run_ranks("train_rm", words, 1, folder / f"{task}_log")
-        assert codes == [0], said
-    return folder
 
 
 @pytest.fixture(scope="module")
 def world(labelled_world):
     return labelled_world
-
-
-def words_of(script, world, dropout=0):
-    """Where a script finds its data, and what its loss is to have in it."""
-    return data_of(script, world) + (["--lora-dropout", dropout] if script != "learn_prompt" else [])
-
-
-def data_of(script, world):
-    if script == "dpo_hf_run":
-        return ["--dataset", world / "train.jsonl", "--eval-dataset", world / "val.jsonl", "--nll-coeff", 0.1]
-    if script == "train_rm":
-        data = ["--train-harmless-path", world / "train.jsonl", "--val-harmless-path", world / "val.jsonl"]
-        return ["--task", "harmless", *data, "--center-rewards", 0.1]
-    if script in ("train_with_preference_prompt", "learn_prompt"):
-        data = ["--dataset-path", world / "train.jsonl", "--test-dataset-path", world / "val.jsonl"]
-        return [*data, "--preference-text", "Be nice!", *(["--alpha", 1] if script != "learn_prompt" else [])]
-    words = ["--lambda-lr", 0.5, "--cost-every", 2]
-    for task in ("helpful", "harmless"):
-        words += [f"--{task}-rm-path", world / task, f"--val-{task}-path", world / "val.jsonl"]
-        words += [f"--train-{task}-path", world / f"train_{task}.jsonl"]
-    return words
 
 
 def train(script, world, out, ranks, batch_size, accumulation, *more):
@@ -93,8 +40,7 @@ def train(script, world, out, ranks, batch_size, accumulation, *more):
     assert said[0].count("Effective batch size: 8 ") == 1
     assert (f"world_size={ranks}" in said[0]) == (ranks > 1)
     assert not any("Effective batch size" in other for other in said[1:]), "rank 0 alone prints"
-    lines = (out / "run/metrics.jsonl").read_text().splitlines()
-    return load_file(out / "run/adapter_model.safetensors"), [json.loads(line) for line in lines]
+    return adapter_of(out / "run"), metrics_of(out / "run")
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +57,7 @@ def one_process(world, tmp_path_factory):
 
 
 @pytest.mark.parametrize(("ranks", "batch_size", "accumulation"), [(1, 2, 4), (2, 2, 2), (4, 1, 2)])
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", TRAINERS)
 def test_any_split_is_one_run(script, world, one_process, tmp_path, ranks, batch_size, accumulation):
     """Of the 3 pairs of a short update the fourth rank has none; lambda moves with every update, by sampled costs."""
     expected, expected_metrics = one_process(script)
@@ -152,8 +98,7 @@ def test_importance_weights_look_back_on_the_responses_of_all_ranks(world, tmp_p
 
 def run_python(*words):
     """A Python command in a process of its own, one thread per rank."""
-    environment, command = os.environ | {"OMP_NUM_THREADS": "1"}, [sys.executable, *map(str, words)]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    return run_program([sys.executable, *words], env=os.environ | {"OMP_NUM_THREADS": "1"})
 
 
 def test_torchrun_starts_the_same_ranks(world, tmp_path):
@@ -163,8 +108,7 @@ def test_torchrun_starts_the_same_ranks(world, tmp_path):
     done = run_python(*launcher, ROOT / "dpo_hf_run.py", *words, tmp_path / "torchrun")
     assert (codes, done.returncode) == ([0, 0], 0), done.stderr
     assert "world_size=2" in done.stdout
-    for name in ("adapter_model.safetensors", "metrics.jsonl"):
-        assert (tmp_path / "torchrun" / name).read_bytes() == (tmp_path / "forked" / name).read_bytes()
+    assert_same_files(tmp_path / "torchrun", tmp_path / "forked")
 
 
 def test_accelerate_launches_the_script(world, tmp_path):
@@ -210,7 +154,7 @@ def test_an_update_is_one_exchange_of_the_adapters_gradient_whatever_the_accumul
     words += ["--batch-size", 1, "--gradient-accumulation-steps", 4, "--output-dir", tmp_path / "run"]
     codes, said = on_ranks(run_and_write_down_exchanges, ([str(word) for word in words],), 2, tmp_path)
     assert codes == [0, 0], said
-    trained = sum(value.numel() for value in load_file(tmp_path / "run/adapter_model.safetensors").values())
+    trained = sum(value.numel() for value in adapter_of(tmp_path / "run").values())
     assert f"LoRA enabled for policy model: {trained:,} trainable" in said[0]
     for rank in (0, 1):
         events = json.loads((tmp_path / f"exchanges{rank}.json").read_text())

@@ -7,12 +7,9 @@ Without --center-rewards: TRL adds coefficient x (chosen + rejected)^2, which sc
 ours is the mean of the two squares (losses.reward_loss).  The two are not the same number, and nothing compares them.
 """
 
-import json
-import sys
-
 import pytest
 import torch
-from conftest import run_script
+from runs import metrics_of, run_script
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, TrainerCallback
 
 import distributed
@@ -123,14 +120,13 @@ def trl_run(toy, starts, pairs, tmp_path_factory):
 
 
 def test_20_updates_have_the_losses_accuracies_margins_and_gradient_norms_of_trl(toy, trl_run, tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["train_rm.py"])
     argv = ["--task", "helpful", "--model", toy / "model", "--train-helpful-path", toy / "train/helpful_pairs.jsonl"]
     argv += ["--num-samples", COUNT, "--eval-samples", 0, "--dtype", "fp32", "--device", "cpu", "--seed", SEED]
     argv += ["--batch-size", BATCH, "--gradient-accumulation-steps", ACCUMULATION, "--learning-rate", LEARNING_RATE]
     argv += ["--lora-r", R, "--lora-alpha", ALPHA, "--lora-dropout", 0, "--weight-decay", 0, "--max-grad-norm", 1]
     argv += ["--epochs", 1, "--logging-steps", 1, "--report-to", "none", "--output-dir", tmp_path / "out"]
     run_script(argv, train_rm)
-    ours = [json.loads(line) for line in (tmp_path / "out/metrics.jsonl").read_text().splitlines()]
+    ours = metrics_of(tmp_path / "out")
     theirs, _ = trl_run("fresh", STEPS)
     assert len(ours) == len(theirs) == STEPS
     losses = [line["loss"] for line in ours]

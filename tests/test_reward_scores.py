@@ -9,12 +9,11 @@ import peft
 import pytest
 import torch
 import transformers
-from conftest import CONFIGS, random_pairs
-from safetensors.torch import load_file
-from test_lora import edit_config, edit_state, randomize
-from test_packed_model import ON, OTHERS, PACKING, SHAPES, WideNorm, assert_same
+from runs import adapter_of
+from tiny_models import CONFIGS, ON, OTHERS, PACKING, SHAPES, WideNorm, assert_same, random_pairs, randomize
 from tokenizers import Tokenizer, models
 from transformers import AttentionInterface, AutoModelForSequenceClassification, PreTrainedTokenizerFast
+from worlds import edit_config, edit_state
 
 import lora
 import packed_attention
@@ -530,7 +529,7 @@ def test_a_reward_model_comes_back_bit_for_bit(dtype, base, tmp_path):
     randomize([ours.score.weight], 8)
     prepare_scores(ours)
     lora.save_adapter(ours, "reward", tmp_path / "adapter", "some/base", head=ours.score.weight)
-    state = load_file(tmp_path / "adapter/adapter_model.safetensors")
+    state = adapter_of(tmp_path / "adapter")
     assert state[lora.HEAD_KEY].shape == (1, 32) and all(tensor.dtype == torch.float32 for tensor in state.values())
     config = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
     assert (config["task_type"], config["modules_to_save"]) == ("SEQ_CLS", ["score"])

@@ -11,10 +11,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import run_script
-from test_flags import ROOT, write_world
-from test_preference_data import write_rows
+from helpers import ROOT
+from runs import run_script
 from transformers import AutoTokenizer
+from worlds import write_rows
 
 import train_rm
 from packing import pack
@@ -28,11 +28,6 @@ import rm_vs_trl
 CONTENDERS = ["ours-fp32", "trl-fp32"]
 UPDATES, WARMUP, BATCH, ACCUMULATION = 2, 4, 2, 2  # the third update is the first that moves lora_A
 PAIRS = (UPDATES + WARMUP) * BATCH * ACCUMULATION
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    return write_world(tmp_path_factory.mktemp("world"))
 
 
 @pytest.fixture(scope="module")
@@ -210,7 +205,6 @@ def test_the_split_is_by_md5_of_the_stripped_prompt(tmp_path, capsys):
 def reward_models(world, tmp_path, monkeypatch):
     """{task: (folder, rows it was validated on, what reward_model.json says of them)}, of two tiny reward models."""
     rows, found = (world / "pairs.jsonl").read_text().splitlines(), {}
-    monkeypatch.setattr(sys, "argv", ["train_rm.py"])
     for task, seed in (("helpful", 1), ("harmless", 2)):
         test, folder = tmp_path / f"{task}_test.jsonl", tmp_path / f"{task}_rm"
         write_rows(test, rows[seed : seed + 15])
@@ -236,7 +230,7 @@ def test_the_table_has_what_training_said_of_the_same_pairs(world, reward_models
     monkeypatch.setattr(study, "PASS_TOKENS", 40)  # many passes, by length: each margin has to find its place again
     start = study.distributed.start
     monkeypatch.setattr(study.distributed, "start", lambda: start("cpu"))
-    monkeypatch.setattr(study.distributed, "pick_dtype", lambda *_: torch.float32)
+    monkeypatch.setattr(study.device, "pick_dtype", lambda *_: torch.float32)
     argv = ["--model", world / "model", "--bootstrap", 50]
     for task, (folder, test, _) in reward_models.items():
         argv += [f"--{task}-rm", folder, f"--{task}-train", world / "pairs.jsonl", f"--{task}-test", test]

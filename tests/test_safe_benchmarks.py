@@ -11,8 +11,8 @@ import xml.etree.ElementTree as ElementTree
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import tiny_model
-from test_flags import ROOT
+from helpers import ROOT
+from tiny_models import tiny_model
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 

@@ -9,13 +9,13 @@ import random
 
 import pytest
 import torch
-from conftest import random_pairs, tiny_model
+from tiny_models import random_pairs, tiny_model
 
 from expected_cost import LEAST_SAMPLES, WINDOW, draw, empty_window, importance_weighted, slide
 from losses import Multiplier, dpo_loss, dynamic_beta, joint_loss, soft_label_loss
 from packed_model import prepare_model
 from packing import joined, pack
-from train_safe_mm_dpo import COUNTS, METRICS, pair_losses, update_loss
+from train_safe_mm_dpo import METRICS, PairFacts, Terms, pair_losses, update_loss
 
 MODES = "additive", "margin", "soft"
 
@@ -308,7 +308,7 @@ def test_a_violation_that_is_not_finite_is_left_out_and_counted(bad):
         whole.update(violation)
         assert (broken.value, broken.violation) == (whole.value, whole.violation)
         assert (broken.skipped, whole.skipped) == (step + 1, 0)
-        assert broken.state()[:3] == whole.state()[:3]
+        assert broken.state() | {"skipped": 0} == whole.state()
 
 
 def test_a_resumed_multiplier_goes_on_to_the_last_bit():
@@ -507,7 +507,7 @@ def update_args(combine="additive", kl_coeff=0.0, beta=0.3, nll_coeff=0.0):
     return argparse.Namespace(combine=combine, kl_coeff=kl_coeff, beta=beta, nll_coeff=nll_coeff)
 
 
-COUNTED = {"H": 3, "S": 5, "tokens": 8, "pairs": 7}
+COUNTED = {"helpful_rows": 3, "harmless_rows": 5, "tokens": 8, "pairs": 7}
 SUMS = 6.0, 10.0, 21.0, 4.0  # loss_H, loss_S, joint, KL
 
 
@@ -522,10 +522,10 @@ SUMS = 6.0, 10.0, 21.0, 4.0  # loss_H, loss_S, joint, KL
             update_args(),
             3.0,
             (6.0, 0.0, 21.0, 4.0),
-            {"S": 0},
+            {"harmless_rows": 0},
             0.5,
         ),  # without harmless rows the other term keeps its part
-        (update_args(), 3.0, (0.0, 10.0, 21.0, 4.0), {"H": 0}, 1.5),
+        (update_args(), 3.0, (0.0, 10.0, 21.0, 4.0), {"helpful_rows": 0}, 1.5),
         (update_args(kl_coeff=0.1), 3.0, SUMS, {}, 2.05),  # + 0.1 * 4/8, which lambda does not divide
         (update_args("margin"), 3.0, SUMS, {}, 3.0),  # 21/7
         (update_args("soft"), 3.0, SUMS, {}, 3.0),
@@ -533,12 +533,13 @@ SUMS = 6.0, 10.0, 21.0, 4.0  # loss_H, loss_S, joint, KL
     ],
 )
 def test_loss_of_an_update_worked_out_by_hand(args, lambda_, sums, counts, expected):
-    assert update_loss(double(*sums), lambda_, COUNTED | counts, args).item() == pytest.approx(expected, abs=1e-14)
+    loss = update_loss(Terms(*double(*sums)), lambda_, COUNTED | counts, args)
+    assert loss.item() == pytest.approx(expected, abs=1e-14)
 
 
 def test_without_harmless_rows_and_lambda_zero_it_is_the_mean_dpo_loss_to_the_last_bit():
     sums = torch.rand(4)
-    assert torch.equal(update_loss(sums, 0.0, COUNTED | {"S": 0}, update_args()), sums[0] / 3)
+    assert torch.equal(update_loss(Terms(*sums), 0.0, COUNTED | {"harmless_rows": 0}, update_args()), sums[0] / 3)
 
 
 @pytest.mark.parametrize("combine", MODES)
@@ -546,10 +547,10 @@ def test_the_passes_of_an_update_add_up_to_the_whole(combine):
     """Each pass knows the counts of the whole update; one of these has no harmless row, and one no helpful row."""
     terms = torch.rand(4, 9, dtype=torch.float64)
     terms[0, 5:], terms[1, :4] = 0, 0  # helpful rows 0 to 4, harmless ones 4 to 8
-    args, counts = update_args(combine, kl_coeff=0.3), {"H": 5, "S": 5, "tokens": 31, "pairs": 9}
-    whole = update_loss(terms.sum(1), 2.5, counts, args)
+    args, counts = update_args(combine, kl_coeff=0.3), {"helpful_rows": 5, "harmless_rows": 5, "tokens": 31, "pairs": 9}
+    whole = update_loss(Terms(*terms), 2.5, counts, args)
     for split in ([4, 5], [5, 4], [1, 1, 7], [9]):
-        passes = [update_loss(part.sum(1), 2.5, counts, args) for part in terms.split(split, dim=1)]
+        passes = [update_loss(Terms(*part), 2.5, counts, args) for part in terms.split(split, dim=1)]
         assert sum(passes).item() == pytest.approx(whole.item(), abs=1e-14)
 
 
@@ -622,17 +623,17 @@ def test_terms_and_gradients_are_those_of_responses_scored_one_by_one(models, co
     batch, args = pack(pairs), update_args(combine, kl_coeff=0.1, nll_coeff=nll_coeff)
     with torch.no_grad():
         states = reference.response_states(batch)
-    terms = pair_losses(policy, batch, facts, 1.7, args, states)[0]
+    terms = pair_losses(policy, batch, PairFacts(*facts.unbind(1)), 1.7, args, states)[0]
     expected = expected_terms(plain, plain_reference, pairs, facts, combine, 1.7, nll_coeff)
     if combine == "additive":
-        expected[2] = terms[2]  # the joint loss has no part in it
+        expected[2] = terms.joint  # the joint loss has no part in it
     # transformers' norms are fp32 in a double model too: another order of summation is another 1e-7 there.
-    torch.testing.assert_close(terms, torch.stack(expected), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(torch.stack(terms), torch.stack(expected), rtol=1e-5, atol=1e-5)
 
-    counts = {"H": 5, "S": 5, "tokens": batch.response_lengths.sum().item(), "pairs": len(pairs)}
+    counts = {"helpful_rows": 5, "harmless_rows": 5, "tokens": batch.response_lengths.sum().item(), "pairs": len(pairs)}
     H, S, whole, kl = (term.sum() for term in expected)
     loss = (H / 5 + 1.7 * S / 5) / 2.7 if combine == "additive" else whole / len(pairs)
-    losses = update_loss(terms.sum(1), 1.7, counts, args), loss + 0.1 * kl / counts["tokens"]
+    losses = update_loss(terms, 1.7, counts, args), loss + 0.1 * kl / counts["tokens"]
     gradients = [
         torch.cat([gradient.flatten() for gradient in torch.autograd.grad(loss, list(model.parameters()))])
         for loss, model in zip(losses, (policy, plain), strict=True)
@@ -646,11 +647,11 @@ def test_metrics_are_those_of_the_rows_that_carry_the_label(models):
     batch, args = pack(pairs), update_args(beta=0.3, nll_coeff=0.2)
     with torch.no_grad():
         states = reference.response_states(batch)
-        terms, metrics = pair_losses(policy, batch, facts, 1.7, args, states)
+        terms, metrics = pair_losses(policy, batch, PairFacts(*facts.unbind(1)), 1.7, args, states)
         expected = expected_terms(plain, plain_reference, pairs, facts, "additive", 1.7, 0.2)
         logps = [[one_by_one(plain, pair[0], side)[0] for side in pair[1:3]] for pair in pairs]
-    assert metrics.shape == (len(METRICS) + len(COUNTS), len(pairs))
-    metrics = {name: values.tolist() for name, values in zip((*METRICS, *COUNTS), metrics, strict=True)}
+    assert metrics.keys() | {"pairs"} == {*METRICS, *METRICS.values()}
+    metrics = {name: values.double().tolist() for name, values in metrics.items()}
     chosen, rejected = (torch.stack([row[side].sum() for row in logps]) for side in (0, 1))
     changes = chosen - facts[:, 0], rejected - facts[:, 1]
     h = changes[0] - changes[1]
@@ -675,17 +676,16 @@ def test_metrics_are_those_of_the_rows_that_carry_the_label(models):
         "logps/accuracies": (chosen > rejected).double(),
         "logps/chosen_change": changes[0],
         "logps/rejected_change": changes[1],
-        "H": helpful.abs(),
-        "S": harmless.abs(),
+        "helpful_rows": helpful.abs(),
+        "harmless_rows": harmless.abs(),
         "tokens": double(*[chosen + rejected for _, chosen, rejected in SHAPES]),
-        "pairs": torch.ones_like(h),
     }
     assert by_hand.keys() == metrics.keys()
     for name, values in by_hand.items():
         assert metrics[name] == pytest.approx(values.tolist(), rel=1e-5, abs=1e-5), name
     with torch.no_grad():  # without a reference no token is counted for the KL
-        terms, metrics = pair_losses(policy, batch, facts, 1.7, args)
-    assert not terms[3].any() and not metrics[len(METRICS) + COUNTS.index("tokens")].any()
+        terms, metrics = pair_losses(policy, batch, PairFacts(*facts.unbind(1)), 1.7, args)
+    assert not terms.kl.any() and not metrics["tokens"].any()
 
 
 def test_where_helpful_rows_are_the_harmless_rows_lambda_changes_no_gradient(models):
@@ -694,10 +694,11 @@ def test_where_helpful_rows_are_the_harmless_rows_lambda_changes_no_gradient(mod
     pairs, facts = judged_rows(plain_reference)
     batch, args = pack(pairs), update_args()
     facts[:, 4:6], facts[:, 6:8] = 0.3, 1  # one beta (w = 0), both labels as the row stands
-    counts = dict.fromkeys(COUNTS, len(pairs))
+    counts = dict.fromkeys(METRICS.values(), len(pairs))
     gradients = []
     for lambda_ in (0.0, 0.3, 1.0, 10.0):
-        loss = update_loss(pair_losses(policy, batch, facts, lambda_, args)[0].sum(1), lambda_, counts, args)
+        terms, _ = pair_losses(policy, batch, PairFacts(*facts.unbind(1)), lambda_, args)
+        loss = update_loss(terms, lambda_, counts, args)
         found = torch.autograd.grad(loss, list(policy.parameters()))
         gradients.append(torch.cat([gradient.flatten() for gradient in found]))
     assert gradients[0].norm() > 1e-2
@@ -705,6 +706,7 @@ def test_where_helpful_rows_are_the_harmless_rows_lambda_changes_no_gradient(mod
         assert (gradient - gradients[0]).norm() < 1e-5 * gradients[0].norm()
     # Not because lambda goes unused: turned harmless labels are another gradient.
     facts[:, 7] = -1
-    loss = update_loss(pair_losses(policy, batch, facts, 1.0, args)[0].sum(1), 1.0, counts, args)
+    terms, _ = pair_losses(policy, batch, PairFacts(*facts.unbind(1)), 1.0, args)
+    loss = update_loss(terms, 1.0, counts, args)
     turned = torch.cat([gradient.flatten() for gradient in torch.autograd.grad(loss, list(policy.parameters()))])
     assert (turned - gradients[0]).norm() > 0.1 * gradients[0].norm()

@@ -16,7 +16,7 @@ import itertools
 
 import pytest
 import torch
-from conftest import tiny_model
+from tiny_models import tiny_model
 from torch import nn
 
 import packed_model
@@ -24,7 +24,7 @@ from expected_cost import LEAST_SAMPLES, importance_weighted
 from losses import Multiplier
 from packed_model import prepare_model
 from packing import pack
-from train_safe_mm_dpo import pair_losses, update_loss
+from train_safe_mm_dpo import PairFacts, Terms, pair_losses, update_loss
 
 BETA = 0.5
 LAMBDA_MAX = 20.0
@@ -59,7 +59,7 @@ class Bandit:
         return (low + high) / 2
 
     def rows(self, first_prompt):
-        """Every two arms of each prompt in both orders: batch, facts (B, 8) and weights of the four terms (4, B).
+        """Every two arms of each prompt in both orders: batch, PairFacts and weights of the four terms (4, B).
 
         Labels of helpfulness and of safety are drawn from Bradley-Terry; instead of drawing, each row counts as often
         as its label would come up.  Both labels stand in one row, and each loss has the weight of its own label.
@@ -71,7 +71,7 @@ class Bandit:
         dr, ds = self.rewards[x, i] - self.rewards[x, j], self.costs[x, j] - self.costs[x, i]
         ones = torch.ones_like(dr)
         facts = self.reference[x, i], self.reference[x, j], dr, ds, BETA * ones, BETA * ones, ones, ones
-        return batch, torch.stack(facts, dim=1), torch.stack((dr.sigmoid(), ds.sigmoid(), dr.sigmoid(), 0 * ones))
+        return batch, PairFacts(*facts), torch.stack((dr.sigmoid(), ds.sigmoid(), dr.sigmoid(), 0 * ones))
 
 
 def kl(logps, others):
@@ -131,16 +131,16 @@ def least(bandit, combine, lambda_, helpful_label=1):
     """The table of the least loss, by LBFGS."""
     table = Table(bandit)
     batch, facts, weights = bandit.rows(first_prompt=table.arms)
-    facts[:, 6] = helpful_label
+    facts = facts._replace(helpful=torch.full_like(facts.helpful, helpful_label))
     optimizer = torch.optim.LBFGS(
         table.parameters(), max_iter=200, tolerance_grad=1e-10, tolerance_change=0, line_search_fn="strong_wolfe"
     )
-    counts = dict.fromkeys(("H", "S", "pairs", "tokens"), len(facts) / 2)
+    counts = dict.fromkeys(("helpful_rows", "harmless_rows", "pairs", "tokens"), len(facts.helpful) / 2)
 
     def closure():
         optimizer.zero_grad()
         terms, _ = pair_losses(table, batch, facts, lambda_, settings(combine))
-        loss = update_loss((weights * terms).sum(1), lambda_, counts, settings(combine))
+        loss = update_loss(Terms(*(weights * torch.stack(terms))), lambda_, counts, settings(combine))
         loss.backward()
         return loss
 
@@ -221,15 +221,15 @@ def trained(combine, strictness):
     """(multiplier, policy) after UPDATES updates on all pairs; E[cost] is exact at each."""
     bandit, threshold, model = the_bandit(), thresholds()[strictness], language_model()
     batch, facts, weights = bandit.rows(first_prompt=ARMS)
-    facts, weights, args = facts.float(), weights.float(), settings(combine)
-    counts = dict.fromkeys(("H", "S", "pairs", "tokens"), len(facts) / 2)
+    facts, weights, args = PairFacts(*(fact.float() for fact in facts)), weights.float(), settings(combine)
+    counts = dict.fromkeys(("helpful_rows", "harmless_rows", "pairs", "tokens"), len(facts.helpful) / 2)
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, UPDATES, eta_min=0.0005)
     # The memory of the average is a tenth of this short run.  `additive` moves E[c] less by lambda, and takes longer.
     multiplier = Multiplier(0.5, 0.2 if combine == "additive" else 0.05, 1e-6, LAMBDA_MAX, decay=0.9)
     for _ in range(UPDATES):
         terms, _ = pair_losses(model, batch, facts, multiplier.value, args)
-        update_loss((weights * terms).sum(1), multiplier.value, counts, args).backward()
+        update_loss(Terms(*(weights * torch.stack(terms))), multiplier.value, counts, args).backward()
         optimizer.step()
         optimizer.zero_grad()
         scheduler.step()

@@ -5,10 +5,10 @@ import random
 import pytest
 import torch
 import transformers
-from conftest import tiny_model
-from test_preference_data import CHATML, char_tokenizer, ids, write_rows
+from tiny_models import argmax_one_by_one, tiny_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import GenerationConfig, PreTrainedTokenizerFast
+from worlds import CHATML, char_tokenizer, ids, write_rows
 
 from formats.chat_text import as_messages, prompt_ids
 from preference_data import load_pairs
@@ -16,15 +16,6 @@ from sampling import RowDraws, closed, end_tokens, response_text, sample
 
 TOKENIZER = char_tokenizer()  # its end of sequence is token 1, as the tiny models'
 PROMPTS = [[5, 6, 7], [30], [9, 8, 7, 6, 5, 4, 3, 2, 40, 41], [50, 51], [5, 6, 7, 8, 9, 10]]
-
-
-def argmax_one_by_one(model, prompt, num_tokens, ends=(1,)):
-    """The likeliest token each time, from whole forward passes without cache, padding or `generate`."""
-    response = []
-    while len(response) < num_tokens and not (response and response[-1] in ends):
-        logits = model(input_ids=torch.tensor([prompt + response]), use_cache=False).logits[0, -1]
-        response.append(logits.argmax().item())
-    return response
 
 
 # -- draws ----------------------------------------------------------------------------------------------------------

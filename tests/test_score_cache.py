@@ -1,29 +1,23 @@
 """The cache of reference log-probs: the same run with and without it, and only the right file is ever used."""
 
-import json
 import os
 import signal
-import subprocess
 
 import pytest
 import torch
-from conftest import plain_logps, run_script, tiny_model
+import torch.nn.functional as F
+from processes import end_of, start
+from runs import adapter_bytes, metrics_of, run_script
 from safetensors.torch import load_file, save_file
-from test_flags import write_world
+from tiny_models import plain_logps, tiny_model
 
-import dpo_hf_run
 import lora
 from distributed import World
 from formats.model_files import load_model, load_tokenizer
 from harness.score_cache import cache_path, load_scores, pair_scores, save_scores, weights_sha256
 from packed_model import prepare_model
-from packing import pack
+from packing import epoch_plan, pack
 from preference_data import load_pairs
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    return write_world(tmp_path_factory.mktemp("world"))
 
 
 @pytest.fixture
@@ -35,9 +29,8 @@ def train(world, tmp_path, capsys):
         common = "--dtype fp32 --device cpu --eval-samples 4 --max-steps 3 --logging-steps 1 --learning-rate 1e-3"
         run_script([*data, *common.split(), "--report-to", "none", "--output-dir", tmp_path / name, *words])
         (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("reference log-probs"))
-        lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
-        losses = [value for entry in map(json.loads, lines) for key, value in entry.items() if "loss" in key]
-        return (tmp_path / name / "adapter_model.safetensors").read_bytes(), losses, line
+        losses = [value for entry in metrics_of(tmp_path / name) for key, value in entry.items() if "loss" in key]
+        return adapter_bytes(tmp_path / name), losses, line
 
     return run
 
@@ -112,17 +105,17 @@ def test_a_cached_run_is_the_run_that_asks_the_reference_each_time(train, world)
     torch.manual_seed(42)
     parameters = lora.add_adapter(model, "policy", 16, 32)
     prepare_model(model)
-    args = dpo_hf_run.get_args([])
     optimizer = torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.0)
     online = []
-    for step, (num_pairs, ranks) in enumerate(dpo_hf_run.epoch_plan(range(len(pairs)), 0, 42, 2, 4, 1)[:3]):
+    for step, (num_pairs, ranks) in enumerate(epoch_plan(range(len(pairs)), 0, 42, 2, 4, 1)[:3]):
         optimizer.param_groups[0]["lr"] = 1e-3 * (3 - step) / 3
         total = 0
         for indices in ranks[0]:
             batch = pack([pairs[i] for i in indices])
             with torch.no_grad(), lora.use_adapter(model, None):
                 ref_logps = torch.stack(model.packed_logps(batch), dim=1)
-            batch_losses, _ = dpo_hf_run.pair_losses(model, batch, ref_logps, args)
+            margins = torch.stack(model.packed_logps(batch), dim=1) - ref_logps
+            batch_losses = -F.logsigmoid(0.1 * (margins[:, 0] - margins[:, 1]))
             (batch_losses.sum() / num_pairs).backward()
             total += batch_losses.sum().item() / num_pairs
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -241,8 +234,8 @@ def test_what_was_scored_before_a_signal_is_kept(tmp_path):
 
 
 def test_drafts_of_killed_processes_go(tmp_path):
-    killed = subprocess.Popen(["true"])
-    killed.wait()
+    killed = start(["true"])
+    end_of(killed)
     path = cache_path(tmp_path, "reference", weights="a")
     stays = [tmp_path / f".{path.name}.{os.getpid()}", tmp_path / f".{path.name}.md", tmp_path / f".mine.{killed.pid}"]
     for draft in [tmp_path / f".{path.name}.{killed.pid}", *stays[:2], stays[2]]:

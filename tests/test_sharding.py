@@ -12,15 +12,17 @@ from argparse import Namespace
 import pytest
 import torch
 import transformers
-from conftest import SIZES, random_pairs, run_script, tiny_model
 from ranks import on_ranks, run_ranks
+from runs import metrics_of, run_script
 from safetensors import safe_open
 from safetensors.torch import load_file
-from test_flags import write_model, write_world
+from tiny_models import SIZES, random_pairs, tiny_model
+from worlds import write_model, write_world
 
 import distributed
+import sampling
 import train_rm
-from harness import optimizers
+from harness import optimizers, sharding
 from losses import dpo_loss
 from packed_model import prepare_model
 from packing import pack
@@ -82,7 +84,7 @@ def distance(one, other):
 
 
 def assert_same_lines(ours, theirs):
-    ours, theirs = ([json.loads(line) for line in (out / "metrics.jsonl").open()] for out in (ours, theirs))
+    ours, theirs = (metrics_of(out) for out in (ours, theirs))
     for our, their in zip(ours, theirs, strict=True):
         assert our.keys() == their.keys()
         for key in their:
@@ -191,7 +193,7 @@ def test_bf16_log_probs_of_one_process_are_not_those_of_shards(world, tmp_path):
     for ranks in (1, 2):
         changes = ["--dtype=bf16", f"--cache-dir={tmp_path}", "--max-steps=1"]
         run(world, "dpo_hf_run", ranks, tmp_path / f"{ranks}", *changes)
-        first = json.loads((tmp_path / f"{ranks}/metrics.jsonl").open().readline())
+        first = metrics_of(tmp_path / str(ranks))[0]
         assert first["eval_logps/chosen_change"] == 0 and first["eval_loss"] == pytest.approx(0.693147)
 
 
@@ -231,7 +233,7 @@ def take_steps(offload):
     model = tiny_model("mistral")
     whole = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     prepare_model(model)
-    parameters = distributed.shard(model, model, world, torch.float32, print, offload=offload)
+    parameters = sharding.shard(model, model, world, torch.float32, print, offload=offload)
     optimizer = torch.optim.AdamW(parameters, lr=1e-3)
     pairs = random_pairs([(3, 4, 5), (2, 6, 3), (5, 2, 2)])
     for indices in ([0, 1], [2]) if world.rank == 0 else ([], []):
@@ -251,7 +253,7 @@ def take_steps(offload):
         assert len(shares) == 4
         for share in shares:
             assert share.to_local().numel() * 2 == whole[name].numel(), name
-    with distributed.gathered(model):
+    with sampling.gathered(model):
         for name, parameter in model.named_parameters():
             assert parameter.shape == whole[name].shape and not hasattr(parameter, "to_local")
             assert (parameter - whole[name]).abs().max() > 5e-4, "the weights after the step, not those before"
@@ -274,7 +276,7 @@ def skip_a_step():
     world = distributed.start("cpu")
     model = tiny_model("mistral")
     prepare_model(model)
-    parameters = distributed.shard(model, model, world, torch.float32, print)
+    parameters = sharding.shard(model, model, world, torch.float32, print)
     flags = Namespace(learning_rate=1e-3, weight_decay=0.0, optimizer="adamw", optimizer_offload=False)
     optimizer = optimizers.make_optimizer(parameters, flags)
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)
@@ -302,7 +304,7 @@ def give_back():
     model, reference, twin = tiny_model("qwen3"), tiny_model("qwen3", seed=1), tiny_model("qwen3", seed=1)
     for each in (model, reference, twin):
         prepare_model(each)
-    distributed.shard(model, reference, world, torch.float32, print)
+    sharding.shard(model, reference, world, torch.float32, print)
     batch = pack(random_pairs([(3, 4, 5), (2, 6, 3)]))
     with torch.no_grad():
         ours = model.packed_logps(batch, reference.response_states(batch))

@@ -5,9 +5,10 @@ import re
 
 import pytest
 import torch
-from conftest import random_pairs, run_script, tiny_model
-from test_flags import write_world
+from runs import run_script
+from tiny_models import random_pairs, tiny_model
 from torch.utils.flop_counter import FlopCounterMode
+from worlds import write_world
 
 import lora
 from harness import speed

@@ -3,9 +3,11 @@
 import hashlib
 import json
 import random
+import sys
 
 import pytest
 import torch
+from processes import run_program
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import toy_world
@@ -175,3 +177,13 @@ def test_a_file_of_the_users_in_the_place_of_one_stays(tmp_path, quick, name):
 def test_the_model_is_open_to_others_as_the_data_are(toy):
     modes = {path.suffix: path.stat().st_mode for path in sorted(toy.rglob("*.*"))}
     assert modes[".safetensors"] == modes[".jsonl"]
+
+
+def test_as_a_command_it_writes_the_world_and_a_mistake_is_one_sentence(toy, tmp_path):
+    command = [sys.executable, toy_world.__file__]
+    done = run_program([*command, toy])
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"saved to {toy}\n", "")
+    (tmp_path / "world").write_text("mine")
+    done = run_program([*command, tmp_path / "world"])
+    assert done.returncode == 2 and "is in the place of a file of the toy world: move it away" in done.stderr
+    assert (tmp_path / "world").read_text() == "mine"

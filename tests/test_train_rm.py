@@ -7,23 +7,21 @@ import json
 import random
 import re
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from conftest import run_script
+from helpers import ROOT
 from peft import PeftModel
 from ranks import run_ranks
+from runs import LN2, RESULTS, Run, as_words, ask_to_end, assert_same_files, metrics_of, one_line, snapshot
 from safetensors.torch import load_file
-from test_bad_input import BROKEN, snapshot
-from test_checkpoints import ask_to_end
-from test_flags import CHATML, LN2, ROOT, one_line, write_model
-from test_preference_data import char_tokenizer, write_rows
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from worlds import BROKEN, CHATML, char_tokenizer, write_model, write_rows
 
 import lora
+import toy_world
 import train_rm
 from formats.model_files import load_model
 from harness.score_cache import base_sha256, weights_sha256
@@ -32,12 +30,8 @@ from packing import pack
 from preference_data import fingerprint, load_pairs
 from reward_models import score_statistics
 
-HERE = Path(__file__).parent
-
-
-@pytest.fixture(autouse=True)
-def script_name(monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["train_rm.py"])
+SCRIPT = "train_rm.py"
+pytestmark = pytest.mark.usefixtures("script_name")
 
 
 # -- flags --------------------------------------------------------------------------------------------------------
@@ -231,64 +225,28 @@ BASE = dict(
 )
 
 
-def command(world, folder, **changes):
-    """Flags of a run, as words."""
+def flags_of(world, folder, changes):
     task = changes.get("task") or "harmless"
     data = {f"train_{task}_path": world / "train.jsonl", f"val_{task}_path": world / "val.jsonl"}
-    words = []
-    for name, value in (dict(model=world / "model", output_dir=folder) | data | BASE | changes).items():
-        if value is True:
-            words.append(f"--{name.replace('_', '-')}")
-        elif isinstance(value, list):
-            words += [f"--{name.replace('_', '-')}", *value]
-        elif value is not None:
-            words.append(f"--{name}={value}")
-    return words
+    return dict(model=world / "model", output_dir=folder) | data | BASE | changes
 
 
-class Run:
-    """One training run in this process: its folder and numbers."""
-
-    def __init__(self, world, folder, **changes):
-        run_script(command(world, folder, **changes), train_rm)
-        self.folder = Path(folder)
-
-    @property
-    def lines(self):
-        return [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
-
-    @property
-    def train(self):
-        return [line for line in self.lines if "loss" in line]
-
-    @property
-    def evals(self):
-        return [line for line in self.lines if "eval_loss" in line]
-
-    @property
-    def record(self):
-        return json.loads((self.folder / "reward_model.json").read_text())
-
-    @property
-    def weights(self):
-        return load_file(self.folder / "adapter_model.safetensors")
-
-    @property
-    def bytes(self):
-        return (self.folder / "adapter_model.safetensors").read_bytes()
+def rm_run(world, folder, **changes):
+    """Two updates of train_rm.py."""
+    return Run(train_rm, **flags_of(world, folder, changes))
 
 
 @pytest.fixture
 def run(world, tmp_path):
     """run(flag=value, ...) -> Run; each call writes a folder of its own."""
     folders = iter(range(100))
-    return lambda **changes: Run(world, tmp_path / f"run{next(folders)}", **changes)
+    return lambda **changes: rm_run(world, tmp_path / f"run{next(folders)}", **changes)
 
 
 @pytest.fixture(scope="module")
 def plain(world, tmp_path_factory):
     """The run that the others are compared with."""
-    return Run(world, tmp_path_factory.mktemp("plain") / "run")
+    return rm_run(world, tmp_path_factory.mktemp("plain") / "run")
 
 
 def pairs_of(path):
@@ -531,7 +489,7 @@ def test_the_toy_world_is_a_name_for_model_and_data(run, plain, world, tmp_path,
         (toy / part).mkdir(parents=True)
         (toy / part / "harmless_pairs.jsonl").write_text((world / f"{part}.jsonl").read_text())
     (toy / "model").symlink_to(world / "model")
-    monkeypatch.setattr(train_rm.toy_world, "build", lambda folder: toy)
+    monkeypatch.setattr(toy_world, "build", lambda folder: toy)
     result = run(model="toy", train_harmless_path=None, val_harmless_path=None)
     assert [result.weights[key].equal(plain.weights[key]) for key in plain.weights] == [True] * 29
     out = capsys.readouterr().out
@@ -597,7 +555,7 @@ TOY = dict(learning_rate=3e-3, batch_size=16, max_steps=0, logging_steps=25)
 
 def toy_run(toy, folder, task, **changes):
     data = {f"{part}_{task}_path": toy / f"{part}/{task}_pairs.jsonl" for part in ("train", "val")}
-    return Run(toy, folder, **TOY | dict(task=task) | data | changes)
+    return rm_run(toy, folder, **TOY | dict(task=task) | data | changes)
 
 
 def test_the_harmless_model_learns_the_order_and_its_zero(toy, tmp_path):
@@ -623,8 +581,9 @@ def test_flipped_labels_move_the_scores_the_other_way(toy, tmp_path):
 
 
 def test_the_helpful_model_learns_the_order(toy, tmp_path):
-    # Held-out prompts combine verbs and targets never seen together: one epoch gets 0.79 right, two 0.885.
-    numbers = toy_run(toy, tmp_path / "out", "helpful", epochs=2).record["validation"]
+    # Held-out prompts combine verbs and targets never seen together.  The toy world differs between processors: two
+    # epochs get 0.79 right on one and 0.885 on another, three 0.875 where two get 0.79.
+    numbers = toy_run(toy, tmp_path / "out", "helpful", epochs=3).record["validation"]
     assert numbers["accuracy"] > 0.83 and numbers["margin"] > 2
 
 
@@ -714,45 +673,29 @@ def test_all_weights_are_trained_and_saving_them_in_bf16_leaves_them_alone(run, 
 # -- stop and go on -----------------------------------------------------------------------------------------------
 
 
-def results(folder):
-    names = "metrics.jsonl", "adapter_model.safetensors", "reward_model.json"
-    return [(folder / name).read_bytes() for name in names]
-
-
 def long_run(world, **changes):
     """3 epochs of 6 updates; the first one is the best, dropout makes every update depend on the state of chance."""
     data = dict(val_harmless_path=world / "against.jsonl", max_steps=0, epochs=3, lora_dropout=0.2)
     return data | dict(logging_steps=4, save_steps=5) | changes
 
 
-@pytest.mark.parametrize("step", [3, 6, 8, 13])
+@pytest.mark.parametrize("step", [6, 8, 13])  # and before the first evaluation: test_every_trainer.py
 def test_stopped_and_resumed_is_uninterrupted(world, tmp_path, monkeypatch, capsys, step):
-    whole = Run(world, tmp_path / "whole", **long_run(world))
+    whole = rm_run(world, tmp_path / "whole", **long_run(world))
     assert whole.record["validation"]["loss"] == min(line["eval_loss"] for line in whole.evals[1:])
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as ended:
         ask_to_end(patch, step)
-        Run(world, tmp_path / "out", **long_run(world))
+        rm_run(world, tmp_path / "out", **long_run(world))
     assert ended.value.code == 143
     assert f"ended after step {step}" in capsys.readouterr().out
-    Run(world, tmp_path / "out", **long_run(world), resume="auto")
+    rm_run(world, tmp_path / "out", **long_run(world), resume="auto")
     assert f"resumed from {tmp_path}/out/checkpoint-{step}" in capsys.readouterr().out
-    assert results(tmp_path / "out") == results(whole.folder)
-
-
-def test_all_weights_resume_too(world, tmp_path, monkeypatch):
-    changes = long_run(world, lora_r=0, lora_dropout=None, learning_rate=1e-3, dtype="bf16")
-    Run(world, tmp_path / "whole", **changes)
-    with monkeypatch.context() as patch, pytest.raises(SystemExit):
-        ask_to_end(patch, 8)
-        Run(world, tmp_path / "out", **changes)
-    Run(world, tmp_path / "out", **changes, resume="auto")
-    for name in ("metrics.jsonl", "model.safetensors", "reward_model.json"):
-        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+    assert_same_files(tmp_path / "out", whole.folder, [*RESULTS, "reward_model.json"])
 
 
 def test_resume_into_another_folder_leaves_a_model_there(world, tmp_path, capsys):
-    one = Run(world, tmp_path / "one", **long_run(world))
-    two = Run(world, tmp_path / "two", **long_run(world), resume=one.folder / "checkpoint-10")
+    one = rm_run(world, tmp_path / "one", **long_run(world))
+    two = rm_run(world, tmp_path / "two", **long_run(world), resume=one.folder / "checkpoint-10")
     said = f"The best model so far is in {one.folder}: {two.folder} gets the best from here on"
     assert said in capsys.readouterr().out
     assert two.lines == one.lines
@@ -761,11 +704,11 @@ def test_resume_into_another_folder_leaves_a_model_there(world, tmp_path, capsys
 
 def test_other_validation_data_would_choose_another_best_model_and_is_refused(world, tmp_path, capsys):
     out = tmp_path / "out"
-    Run(world, out, **long_run(world))
+    rm_run(world, out, **long_run(world))
     before = snapshot(out)
     capsys.readouterr()
     with pytest.raises(SystemExit) as error:
-        Run(world, out, **long_run(world, eval_samples=4), resume="auto")
+        rm_run(world, out, **long_run(world, eval_samples=4), resume="auto")
     assert error.value.code == 2
     assert "is of another run: validation data was" in one_line(capsys)
     assert snapshot(out) == before
@@ -780,11 +723,13 @@ def test_two_ranks_with_all_weights_in_bf16_are_one_process(world, tmp_path):
     )
     # 6 updates an epoch, the last one of 4 pairs; 9 held-out pairs, an odd number
     data = dict(train_harmless_path=write_rows(tmp_path / "train.jsonl", rows(34, labelled=lambda n: n % 3)))
-    one = Run(world, tmp_path / "one", **same | data, batch_size=6)
-    codes, said = run_ranks("train_rm", command(world, tmp_path / "two", **same | data, batch_size=3), 2, tmp_path)
+    one = rm_run(world, tmp_path / "one", **same | data, batch_size=6)
+    codes, said = run_ranks(
+        "train_rm", as_words(flags_of(world, tmp_path / "two", same | data | dict(batch_size=3))), 2, tmp_path
+    )
     assert codes == [0, 0], said
     assert said[0].count("Saving best model to ") >= 1
-    lines = [json.loads(line) for line in (tmp_path / "two/metrics.jsonl").read_text().splitlines()]
+    lines = metrics_of(tmp_path / "two")
     assert len(lines) == len(one.lines) == 10 + 3
     near = 2e-2  # bf16 rounds other products where a pass has other pairs, and more of them where weights are sharded
     for ours_, theirs_ in zip(lines, one.lines, strict=True):
@@ -808,7 +753,7 @@ def fails(world, tmp_path, capsys):
         before = snapshot(out)
         capsys.readouterr()
         with pytest.raises(SystemExit) as exit:
-            Run(world, out, **changes)
+            rm_run(world, out, **changes)
         assert exit.value.code == code
         if code == 2:
             assert (snapshot(out), out.exists()) == (before, bool(before))
@@ -871,11 +816,11 @@ def test_a_run_in_the_folder_stays_as_it_is(fails, plain, world, tmp_path):
     assert line.startswith(f"--output-dir {plain.folder} holds a run (metrics.jsonl)")
     # --overwrite replaces it, and a mistake in the new run's data does so not
     out = tmp_path / "old"
-    Run(world, out, max_steps=1)
+    rm_run(world, out, max_steps=1)
     before = snapshot(out)
     fails(out=out, overwrite=True, train_harmless_path=tmp_path / "none.jsonl")
     assert snapshot(out) == before
-    assert Run(world, out, overwrite=True).bytes == plain.bytes
+    assert rm_run(world, out, overwrite=True).bytes == plain.bytes
 
 
 def test_a_run_that_goes_non_finite_ends_with_exit_code_3(fails, world, tmp_path):

@@ -5,18 +5,17 @@ ranks, what a run says and leaves, and a user's mistakes.  (The equations: test_
 import json
 import re
 import shutil
-import sys
 from functools import partial
 
 import pytest
 import torch
-from conftest import run_script
+from helpers import ROOT
 from peft import PeftModel
+from runs import LN2, adapter_bytes, adapter_of, ask_to_end, assert_same_files, metrics_of, one_line, run_script
 from safetensors.torch import load_file, save_file
-from test_checkpoints import ask_to_end
-from test_flags import LN2, ROOT, one_line
 from transformers import AutoModelForCausalLM
 
+import distributed
 import lora
 import train_rm
 import train_safe_mm_dpo
@@ -28,11 +27,6 @@ from preference_data import load_pairs
 DTYPE = "--dtype fp32 --device cpu --report-to none".split()
 FULL = "--batch-size 4 --gradient-accumulation-steps 2 --learning-rate 1e-4 --logging-steps 1".split()
 QUICK = "--batch-size 4 --gradient-accumulation-steps 2 --learning-rate 1e-3 --lora-dropout 0 --logging-steps 1".split()
-
-
-@pytest.fixture(autouse=True)
-def script_name(monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["train_safe_mm_dpo.py"])
 
 
 @pytest.fixture(scope="module")
@@ -74,14 +68,10 @@ def train(toy, judges, tmp_path, capsys):
         words = [*where, *size, *DTYPE, *quick, "--output-dir", tmp_path / name, *words]
         capsys.readouterr()
         run_script(words, train_safe_mm_dpo)
-        metrics = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        metrics = metrics_of(tmp_path / name)
         return tmp_path / name, capsys.readouterr().out, metrics
 
     return run
-
-
-def adapter(folder):
-    return (folder / "adapter_model.safetensors").read_bytes()
 
 
 # -- identities -----------------------------------------------------------------------------------------------------
@@ -98,12 +88,12 @@ def test_without_a_constraint_it_is_dpo_hf_run_byte_for_byte(toy, train, tmp_pat
     data += ["--eval-dataset", toy / "val/helpful_pairs.jsonl", "--eval-samples", 40]
     data += ["--max-length", 64, "--max-prompt-length", 32]
     run_script([*data, *DTYPE, *QUICK, *changes, "--output-dir", tmp_path / "dpo"])
-    assert adapter(ours) == adapter(tmp_path / "dpo")
-    theirs = [json.loads(line) for line in (tmp_path / "dpo/metrics.jsonl").read_text().splitlines()]
+    assert adapter_bytes(ours) == adapter_bytes(tmp_path / "dpo")
+    theirs = metrics_of(tmp_path / "dpo")
     for mine, other in zip(metrics, theirs, strict=True):
         for key in mine.keys() & other.keys():
             assert mine[key] == pytest.approx(other[key], rel=1e-6), key
-    moved = load_file(ours / "adapter_model.safetensors")
+    moved = adapter_of(ours)
     assert max(value.abs().max() for key, value in moved.items() if "lora_B" in key) > 1e-4
 
 
@@ -114,7 +104,7 @@ def test_on_equal_rows_the_additive_result_does_not_depend_on_lambda(toy, train)
     folders = [train(name, *common, "--lambda-init", value) for name, value in (("a", 0.1), ("b", 8))]
     assert "160 with a helpful label, 160 with a harmless label" in folders[0][1]
     assert "160 pairs to train on" in folders[0][1]
-    ours, theirs = (load_file(folder / "adapter_model.safetensors") for folder, _, _ in folders)
+    ours, theirs = (adapter_of(folder) for folder, _, _ in folders)
     assert max((ours[key] - theirs[key]).abs().max().item() for key in ours) < 1e-5
     different = train("c", *common, "--lambda-init", 8, "--train-helpful-path", toy / "train/helpful_pairs.jsonl")
     other = load_file(different[0] / "adapter_model.safetensors")
@@ -167,7 +157,7 @@ def test_a_reward_model_on_another_base_is_loaded_by_itself_and_says_the_same(tr
     words = ["--helpful-rm-path", other / "helpful", "--harmless-rm-path", other / "harmless"]
     alone, log, _ = train("alone", "--max-steps", 2, "--cost-estimate", "snis", *words)
     assert log.count("a model of its own, 0.00 GB (its base is another)") == 2
-    ours, theirs = (load_file(folder / "adapter_model.safetensors") for folder in (shared, alone))
+    ours, theirs = (adapter_of(folder) for folder in (shared, alone))
     assert max((ours[key] - theirs[key]).abs().max().item() for key in ours) < 1e-5
 
 
@@ -213,11 +203,11 @@ def test_sampled_cost_is_the_harmless_models_mean_over_responses_of_the_policy(t
 
     end: what the pairs' responses end in, where it is not the end-of-sequence (a chat's turn, as Gemma's).
     """
-    from expected_cost import draw, prompts_of
+    from expected_cost import draw, prompts_of, sampled_cost
+    from harness.run import Frozen
     from packed_model import prepare_model
-    from reward_models import RewardModel
     from sampling import sample
-    from train_safe_mm_dpo import get_args, sampled_cost
+    from train_safe_mm_dpo import get_args
 
     tokenizer = load_tokenizer(toy / "model")
     pairs, _ = load_pairs(str(toy / "val/harmless_pairs.jsonl"), tokenizer, 512, 256, limit=30)
@@ -226,15 +216,14 @@ def test_sampled_cost_is_the_harmless_models_mean_over_responses_of_the_policy(t
     _, head = lora.load_adapter(policy, judges / "harmless", "harmless", with_head=True)
     lora.switch_adapter(policy, None)
     prepare_model(policy)
-    judge = RewardModel({}, policy, "harmless", head, "")
+    judge = Frozen(policy, "harmless", head)
     args = get_args(
         ["--batch-size", "4", "--gradient-accumulation-steps", "2", "--max-length", "64", "--max-prompt-length", "32"]
     )
-    split = lambda indices, lengths: [[i] for i in indices]  # noqa: E731
-    world = train_safe_mm_dpo.distributed.World(0, 1, torch.device("cpu"))
-    cost = sampled_cost(policy, judge, prompts, tokenizer, split, 5, args, world)
-    assert cost == sampled_cost(policy, judge, prompts, tokenizer, split, 5, args, world)
-    assert cost != sampled_cost(policy, judge, prompts, tokenizer, split, 6, args, world)
+    world = distributed.World(0, 1, torch.device("cpu"))
+    cost = sampled_cost(policy, judge, prompts, tokenizer, 5, args, world)
+    assert cost == sampled_cost(policy, judge, prompts, tokenizer, 5, args, world)
+    assert cost != sampled_cost(policy, judge, prompts, tokenizer, 6, args, world)
     alone = load_model(toy / "model", torch.float32, "cpu", scores=True)
     lora.load_adapter(alone, judges / "harmless", "reward", with_head=True)
     asked = [ids for ids, _ in draw(prompts, 8, 42 * 1_000_003 + 5, 0, 1) for _ in range(2)]
@@ -319,13 +308,11 @@ def test_resumed_by_importance_weights_is_uninterrupted_lambda_included(train, t
         train("broken", *words)
     assert exit.value.code == 143
     state = json.loads((tmp_path / "broken/checkpoint-5/state.json").read_text())
-    assert state["multiplier"][0] != 0 and state["threshold"] == 0
+    assert state["constraint"]["multiplier"]["log"] != 0 and state["constraint"]["threshold"] == 0
     monkeypatch.undo()
-    monkeypatch.setattr(sys, "argv", ["train_safe_mm_dpo.py"])
     resumed, log, _ = train("broken", *words, "--resume", "auto")
     assert "resumed from" in log
-    for name in ("adapter_model.safetensors", "metrics.jsonl"):
-        assert (resumed / name).read_bytes() == (whole / name).read_bytes()
+    assert_same_files(resumed, whole)
 
 
 # -- what a run says and leaves ---------------------------------------------------------------------------------------
@@ -339,8 +326,8 @@ def test_log_lines_and_files(train, toy, tmp_path):
     assert re.search(r"LoRA enabled for policy model: [\d,]+ trainable / [\d,]+ total parameters \(\d+\.\d\d%\)", log)
     assert "Effective batch size: 8 (batch_size=4 x accumulation=2 x 1 processes)" in log
     assert f"Saved epoch 2 checkpoint to {folder}/epoch_2" in log
-    assert (folder / "epoch_1/adapter_model.safetensors").read_bytes() != adapter(folder)
-    assert (folder / "epoch_2/adapter_model.safetensors").read_bytes() == adapter(folder)
+    assert (folder / "epoch_1/adapter_model.safetensors").read_bytes() != adapter_bytes(folder)
+    assert (folder / "epoch_2/adapter_model.safetensors").read_bytes() == adapter_bytes(folder)
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(toy / "model"), folder / "epoch_2")
     merged = AutoModelForCausalLM.from_pretrained(folder / "merged")
     ids = torch.arange(3, 20)[None]
@@ -398,7 +385,7 @@ def another_tokenizer(folder, judges):
 
 def without_its_head(folder, judges):
     shutil.copytree(judges / "harmless", folder / "headless")
-    weights = load_file(folder / "headless/adapter_model.safetensors")
+    weights = adapter_of(folder / "headless")
     save_file({k: v for k, v in weights.items() if "score" not in k}, folder / "headless/adapter_model.safetensors")
     record = json.loads((folder / "headless/reward_model.json").read_text())
     del record["sha256"]  # as of a model that is older than the record of its files

@@ -7,11 +7,11 @@ import json
 
 import pytest
 import torch
-from conftest import run_script
+from runs import metrics_of, run_script
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 import lora
-from dpo_hf_run import get_args, pair_losses
+from losses import dpo_loss
 from packed_model import prepare_model
 from packing import epoch_plan, pack
 from preference_data import load_pairs
@@ -98,14 +98,14 @@ def trl_run(toy, adapter, rows, tmp_path_factory):
     return losses, gradients
 
 
-def test_loss_curve_of_20_updates(toy, adapter, rows, trl_run, tmp_path, script_name):
+def test_loss_curve_of_20_updates(toy, adapter, rows, trl_run, tmp_path):
     run_script(
         ["--model", toy / "model", "--dataset", toy / "train/helpful_pairs.jsonl", "--adapter", adapter]
         + ["--num-samples", STEPS * BATCH * ACCUMULATION, "--eval-samples", 0, "--dtype", "fp32", "--device", "cpu"]
         + ["--batch-size", BATCH, "--gradient-accumulation-steps", ACCUMULATION, "--learning-rate", LEARNING_RATE]
         + ["--beta", BETA, "--max-grad-norm", 0, "--logging-steps", 1, "--output-dir", tmp_path / "out"]
     )
-    ours = [json.loads(line)["loss"] for line in (tmp_path / "out/metrics.jsonl").read_text().splitlines()]
+    ours = [line["loss"] for line in metrics_of(tmp_path / "out")]
     theirs, _ = trl_run
     assert len(ours) == len(theirs) == STEPS
     assert min(ours) < 0.6, "the runs have to move for the comparison to mean anything"
@@ -118,13 +118,12 @@ def test_gradient_of_every_tensor(toy, adapter, rows, trl_run):
     lora.load_adapter(model, adapter, "policy", trainable=True)
     assert prepare_model(model).startswith("packed pairs: on")
 
-    args = get_args(["--beta", str(BETA)])
     num_pairs, ranks = epoch_plan(range(len(rows[1])), 0, 42, BATCH, ACCUMULATION, 1)[0]
     for indices in ranks[0]:
         batch = pack([rows[1][i] for i in indices])
         with torch.no_grad(), lora.use_adapter(model, "ref"):
-            ref_logps = torch.stack(model.packed_logps(batch), dim=1)
-        losses, _ = pair_losses(model, batch, ref_logps, args)
+            ref_logps = model.packed_logps(batch)
+        losses = dpo_loss(*model.packed_logps(batch), *ref_logps, BETA)[0]
         (losses.sum() / num_pairs).backward()
     theirs = {name: gradient.norm().item() for name, gradient in trl_run[1].items()}
     ours = {}

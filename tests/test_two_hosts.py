@@ -13,9 +13,9 @@ import time
 
 import pytest
 from helpers import ROOT, copy_code
-from safetensors.torch import load_file
-from test_distributed_scripts import RewardMachine
-from test_fast_train import write_tool
+from machines import RewardMachine, write_tool
+from processes import end_of, run_program, start
+from runs import adapter_of
 
 pytestmark = pytest.mark.slow
 
@@ -27,7 +27,7 @@ TOLD = {"GLOO_SOCKET_IFNAME": "pair0", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS":
 
 
 def ip(*words, check=True):
-    done = subprocess.run([IP, *words], capture_output=True, text=True)
+    done = run_program([IP, *words], limit=30)
     if check and done.returncode:
         raise OSError(f"ip {' '.join(words)}: {done.stderr.strip()}")
     return done.stdout
@@ -113,7 +113,7 @@ def whole(toy, machine):
     """The run on both hosts, started by the wrapper: (adapter, standard output)."""
     code, out, err = machine.run(*words_of(toy, "whole"), variables=TOLD | {"GPU_NODES": NODES, "LAUNCH": "ssh"})
     assert code == 0, out + err
-    return load_file(machine.folder / "whole/adapter_model.safetensors"), out
+    return adapter_of(machine.folder / "whole"), out
 
 
 def test_a_run_on_two_hosts(machine, whole):
@@ -133,23 +133,18 @@ def started(machine, toy, out, *words):
     processes = {}
     for heading, line in zip(lines[::2], lines[1::2], strict=True):
         address = re.fullmatch("# on (.*):", heading)[1]
-        processes[address] = subprocess.Popen(
-            [machine.tools / "ssh", address, f"cd {machine.folder} && {line}"],
-            env=os.environ | TOLD,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        command = [machine.tools / "ssh", address, f"cd {machine.folder} && {line}"]
+        processes[address] = start(command, env=os.environ | TOLD, stdout=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
     while not (machine.folder / out / "checkpoint-2").exists() and time.monotonic() < deadline:
         time.sleep(0.01)
     return processes
 
 
-def end_of(process):
+def ending(process):
     """(exit code, standard error) of a host that has a minute to end by itself."""
-    err = process.communicate(timeout=60)[1]
-    return process.returncode, err
+    done = end_of(process, 60)
+    return done.returncode, done.stderr
 
 
 @pytest.fixture(scope="module")
@@ -157,8 +152,8 @@ def killed(toy, machine, hosts):
     """What becomes of the second host when the first, with rank 0, is killed: (exit code, standard error)."""
     processes = started(machine, toy, "killed", "--ddp-timeout", "600")
     hosts.kill(FIRST)
-    code, err = end_of(processes[SECOND])
-    assert end_of(processes[FIRST])[0] == -signal.SIGKILL
+    code, err = ending(processes[SECOND])
+    assert ending(processes[FIRST])[0] == -signal.SIGKILL
     assert not (machine.folder / "killed/adapter_model.safetensors").exists(), "it had ended before the kill"
     return code, err
 
@@ -178,7 +173,7 @@ def test_a_cut_cable_ends_both_hosts_after_the_timeout(toy, machine, hosts):
     processes = started(machine, toy, "cut", "--ddp-timeout", "10")
     hosts.plug("down")
     try:
-        ends = [end_of(processes[address]) for address in (FIRST, SECOND)]
+        ends = [ending(processes[address]) for address in (FIRST, SECOND)]
     finally:
         hosts.plug("up")
     for rank, (code, err) in enumerate(ends):
@@ -194,6 +189,6 @@ def test_one_host_goes_on_alone_and_it_is_the_same_run(toy, machine, whole, kill
     assert code == 0, out + err
     assert "resumed from killed/checkpoint-" in out and "world_size" not in out
     assert "Effective batch size: 8 (batch_size=4 x accumulation=2 x 1 processes)" in out
-    ours, theirs = load_file(machine.folder / "killed/adapter_model.safetensors"), whole[0]
+    ours, theirs = adapter_of(machine.folder / "killed"), whole[0]
     assert ours.keys() == theirs.keys()
     assert max((ours[name] - theirs[name]).abs().max().item() for name in ours) < 1e-5

@@ -4,16 +4,14 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import run_script
-from test_bad_input import snapshot
-from test_flags import ROOT, one_line, write_world
-from test_generate import make_adapter, make_reward_model
+from processes import fork
+from ranks import on_ranks
+from runs import RESULTS, assert_same_files, one_line, run_script, snapshot
+from worlds import make_adapter, make_reward_model, write_world
 
 import dpo_hf_run
 import evaluate_alignment
@@ -55,7 +53,6 @@ def world(tmp_path_factory):
 
 def refused(script, words, capsys, monkeypatch):
     """The sentence of a run that has to end with exit code 2."""
-    monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py"])
     capsys.readouterr()
     with pytest.raises(SystemExit) as ended:
         run_script(words, script)
@@ -129,7 +126,6 @@ def test_an_input_that_would_be_replaced_in_the_output_is_refused(world, tmp_pat
 
 
 def test_data_of_the_users_in_the_output_folder_is_read_and_stays(world, tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["dpo_hf_run.py"])
     out = tmp_path / "out"
     out.mkdir()
     data = shutil.copy(world / "pairs.jsonl", out / "mine.jsonl")
@@ -164,7 +160,6 @@ def test_generate_never_writes_over_what_it_reads(world, tmp_path, capsys, monke
 @pytest.fixture
 def run(world, tmp_path, monkeypatch, capsys):
     """run(flags ...) -> what a run of dpo_hf_run.py into tmp_path/out says."""
-    monkeypatch.setattr(sys, "argv", ["dpo_hf_run.py"])
 
     def start(*more):
         capsys.readouterr()
@@ -339,9 +334,9 @@ def test_scripts_refuse_a_changed_reward_model(saved, world, tmp_path, capsys, m
 
 def kill_at(number, save):
     """Whether save() ends, in a process of its own that is killed at its call `number` to the file system."""
-    child = os.fork()
-    if child == 0:
-        calls = []
+    calls = []
+
+    def killed():
 
         def watched(plain):
             def call(*given, **named):
@@ -354,11 +349,9 @@ def kill_at(number, save):
 
         for name in "replace rename unlink mkdir rmdir fsync".split():
             setattr(os, name, watched(getattr(os, name)))
-        try:
-            save()
-        finally:
-            os._exit(0)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        save()
+
+    return fork(killed) == 0
 
 
 @pytest.mark.parametrize("kind", ["adapter", "policy", "reward adapter", "reward model", "soft prompt"])
@@ -426,19 +419,19 @@ def test_killed_while_it_replaces_an_old_run_the_next_one_replaces_the_rest(save
     assert number > 15
 
 
-KILLER = """
-import os, signal, sys
-number = int(sys.argv.pop(1))
-import conftest, train_rm
-plain, calls = os.rename, []
-def rename(source, target):
-    calls.append(1) if str(target).endswith("reward_model.json") else None
-    if len(calls) == number:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return plain(source, target)
-os.rename = rename
-conftest.run_script(sys.argv[1:], train_rm)
-"""
+def be_killed(number, threads, argv):
+    """train_rm.py until SIGKILL at the rename of its `number`-th reward_model.json."""
+    torch.set_num_threads(threads)  # another number of threads adds in another order
+    plain, calls = os.rename, []
+
+    def rename(source, target):
+        calls.extend([target] * str(target).endswith("reward_model.json"))
+        if len(calls) == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return plain(source, target)
+
+    os.rename = rename
+    run_script(argv, train_rm)
 
 
 def test_a_reward_model_killed_between_two_files_is_refused_and_mended_by_resume(world, tmp_path, capsys):
@@ -450,14 +443,11 @@ def test_a_reward_model_killed_between_two_files_is_refused_and_mended_by_resume
     best = capsys.readouterr().out.count("Saving best model")
     assert best > 1
     out = tmp_path / "out"
-    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-    environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": str(torch.get_num_threads())}
-    program = [sys.executable, "-c", KILLER, best, *words, "--output-dir", out]
-    done = subprocess.run([str(word) for word in program], env=environment, capture_output=True, text=True)
-    assert done.returncode == -signal.SIGKILL, done.stderr
+    argv = [str(word) for word in [*words, "--output-dir", out]]
+    codes, said = on_ranks(be_killed, (best, torch.get_num_threads(), argv), 1, tmp_path)
+    assert codes == [-signal.SIGKILL], said
     with pytest.raises(reward_models.RewardModelError):
         read("reward adapter", out, world)
     run_script([*words, "--output-dir", out, "--resume", "auto"], train_rm)
-    for name in ("adapter_model.safetensors", "adapter_config.json", "reward_model.json", "metrics.jsonl"):
-        assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert_same_files(out, tmp_path / "whole", [*RESULTS, "adapter_config.json", "reward_model.json"])
     assert not list(out.glob(".*")), "what the killed run left half-written is gone"

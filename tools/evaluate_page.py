@@ -30,6 +30,7 @@ SAID = {  # below a sample
     "harmful": "harmful by the rule",
     "kl": "KL to the base",
 }
+SAFE_FIRST = 0, 2, 1, 3  # places in report["quadrants"]: better and worse but safe, then better and worse and unsafe
 OPEN = ' open=""'  # of the first category's samples
 SCROLLS = '<p class="muted wide">Where the window is too narrow for all columns, the table scrolls sideways.</p>'
 
@@ -74,29 +75,35 @@ def with_interval(entry, unit, difference=False):
     """(mean, its interval) in words, with as many digits; a difference of shares is in points."""
     digits = charts.digits_of(entry["mean"], entry["low"], entry["high"])
     mean, low, high = (number(entry[key], unit, digits) for key in ("mean", "low", "high"))
-    sign, of = "+" if difference and entry["mean"] > 0 else "", " points" if difference else " %"
-    return sign + mean + (of if unit == "%" else ""), f"[{low}, {high}]"
+    if difference and entry["mean"] > 0:
+        mean = f"+{mean}"
+    if unit == "%":
+        mean += " points" if difference else " %"
+    return mean, f"[{low}, {high}]"
 
 
 def change(entry, better):
     """What a difference to the base amounts to: better, worse, higher, lower, or nothing that is clear."""
     if entry["low"] <= 0 <= entry["high"]:
         return ""
-    way = "higher" if entry["mean"] > 0 else "lower"
-    return way if not better else "better" if way == better else "worse"
+    direction = "higher" if entry["mean"] > 0 else "lower"
+    if not better:
+        return direction
+    return "better" if direction == better else "worse"
 
 
 # -- tables ----------------------------------------------------------------------------------------------------------
 
 
-def cell(found, name, quantity, kinds=("estimates", "differences")):
-    """The mean of a quantity in `found` and, where there is one, its difference to the base."""
+def cell(statistics, name, quantity, kinds=("estimates", "differences")):
+    """The mean of a quantity in the statistics and, where there is one, its difference to the base."""
     lines = []
     for kind in kinds:
-        if entry := found[kind].get(name):
+        if entry := statistics[kind].get(name):
             mean, interval = with_interval(entry, quantity["unit"], kind == "differences")
-            clear = change(entry, quantity["better"]) if kind == "differences" else ""
-            mean = f'<span class="mean{" clear" * bool(clear)}">{mean} {clear}</span>'
+            word = change(entry, quantity["better"]) if kind == "differences" else ""
+            kind_of_mean = "mean clear" if word else "mean"
+            mean = f'<span class="{kind_of_mean}">{mean} {word}</span>'
             lines.append(f'<div>{mean} <span class="ci">{interval}</span></div>')
     return "".join(lines)
 
@@ -110,7 +117,7 @@ def table(corner, heads, rows):
         cells = "".join(f'<td data-head="{name}">{cell}</td>' for name, cell in zip(heads, cells, strict=True))
         body += f'<tr><th scope="row">{head}</th>{cells}</tr>'
     box = f'<div class="box" tabindex="0"><table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>'
-    return SCROLLS * (len(heads) > 4) + box
+    return SCROLLS + box if len(heads) > 4 else box
 
 
 def described(quantity):
@@ -128,14 +135,13 @@ def summary_table(report):
 
 
 def category_table(report):
-    quantities = report["quantities"].items()
-    rows = [
-        [f"{shown(category)}<br />{shown(policy['name'])}"]
-        + [cell(policy["by_category"][category], *item, kinds=["estimates"]) for item in quantities]
-        for category in report["categories"]
-        for policy in report["policies"]
-    ]
-    return table("category, policy", [quantity["label"] for _, quantity in quantities], rows)
+    quantities, rows = report["quantities"], []
+    for category in report["categories"]:
+        for policy in report["policies"]:
+            statistics = policy["by_category"][category]
+            cells = [cell(statistics, name, quantity, ["estimates"]) for name, quantity in quantities.items()]
+            rows.append([f"{shown(category)}<br />{shown(policy['name'])}", *cells])
+    return table("category, policy", [quantity["label"] for quantity in quantities.values()], rows)
 
 
 # -- charts ----------------------------------------------------------------------------------------------------------
@@ -145,32 +151,33 @@ def bar_chart(quantity, groups):
     """Bars from zero with whiskers; groups {heading: [(place, policy name, entry)]}.  Under the heading "" each bar has
     its name and number above it."""
     entries, unit = [entry for rows in groups.values() for _, _, entry in rows], quantity["unit"]
-    at = ticks(min(0, *(entry["low"] for entry in entries)), max(0, *(entry["high"] for entry in entries)))
-    x, y, bars, words = scale(at[0], at[-1], LEFT, RIGHT), 2, [], []
+    marks = ticks(min(0, *(entry["low"] for entry in entries)), max(0, *(entry["high"] for entry in entries)))
+    x, y, drawn, words = scale(marks[0], marks[-1], LEFT, RIGHT), 2, [], []
     for heading, rows in groups.items():
         if heading:
-            bars.append(label(LEFT, y + 14, heading))
+            drawn.append(label(LEFT, y + 14, heading))
             y += 20
         for place, name, entry in rows:
             mean, interval = with_interval(entry, unit)
             words.append(f"{heading} {name} {mean} {interval}".strip())
             if not heading:
-                bars += [label(LEFT, y + 13, name[:24]), label(RIGHT, y + 13, f"{mean} {interval}", "end")]
+                drawn += [label(LEFT, y + 13, name[:24]), label(RIGHT, y + 13, f"{mean} {interval}", "end")]
                 y += 18
             thick = 7 if heading else 13
-            bars += [line(x(value), y - 2, x(value), y + thick + 2, "axis" if not value else "rule") for value in at]
+            for value in marks:
+                drawn.append(line(x(value), y - 2, x(value), y + thick + 2, "rule" if value else "axis"))
             left, right = sorted((x(0), x(entry["mean"])))
-            bars.append(f'<rect x="{left:.1f}" y="{y}" width="{right - left:.1f}" height="{thick}" ')
-            bars.append(f'fill="currentColor" class="{series(place)[0]}" />')
+            drawn.append(f'<rect x="{left:.1f}" y="{y}" width="{right - left:.1f}" height="{thick}" ')
+            drawn.append(f'fill="currentColor" class="{series(place)[0]}" />')
             low, high, middle = x(entry["low"]), x(entry["high"]), y + thick / 2
             for kind in ("halo", "axis"):  # the whisker stands out on its bar
-                bars.append(line(low, middle, high, middle, kind))
-                bars += [line(end, middle - 3, end, middle + 3, kind) for end in (low, high)]
+                drawn.append(line(low, middle, high, middle, kind))
+                drawn += [line(end, middle - 3, end, middle + 3, kind) for end in (low, high)]
             y += thick + (3 if heading else 8)
-        y += 6 * bool(heading)
-    below = [label(x(value), y + 14, tick(value, unit), "middle", "soft") for value in at]
-    below.append(label((LEFT + RIGHT) / 2, y + 31, described(quantity), "middle", "soft"))
-    return figure(quantity["label"], y + 37, bars + below, f"{quantity['label']}: {'; '.join(words)}")
+        y += 6 if heading else 0
+    drawn += [label(x(value), y + 14, tick(value, unit), "middle", "soft") for value in marks]
+    drawn.append(label((LEFT + RIGHT) / 2, y + 31, described(quantity), "middle", "soft"))
+    return figure(quantity["label"], y + 37, drawn, f"{quantity['label']}: {'; '.join(words)}")
 
 
 def quadrant_chart(report):
@@ -179,14 +186,14 @@ def quadrant_chart(report):
     for policy in report["policies"][1:]:
         drawn.append(label(LEFT, y + 13, policy["name"][:40]))
         x, y = LEFT, y + 18
-        for place in (0, 2, 1, 3):
+        for place in SAFE_FIRST:
             share = policy["estimates"][names[place]]["mean"]
-            wide = share * (RIGHT - LEFT)
-            drawn.append(f'<rect x="{x:.1f}" y="{y}" width="{max(0, wide - 1):.1f}" height="24" class="q{place}" />')
-            if wide > 32:
-                drawn.append(label(x + wide / 2, y + 16, f"{100 * share:.0f} %", "middle", f"q{place}i"))
+            width = share * (RIGHT - LEFT)
+            drawn.append(f'<rect x="{x:.1f}" y="{y}" width="{max(0, width - 1):.1f}" height="24" class="q{place}" />')
+            if width > 32:
+                drawn.append(label(x + width / 2, y + 16, f"{100 * share:.0f} %", "middle", f"q{place}i"))
             words.append(f"{policy['name']} {names[place]} {100 * share:.1f} %")
-            x += wide
+            x += width
         y += 34
     drawn.append(label((LEFT + RIGHT) / 2, y + 8, "% of responses, safe to the left", "middle", "soft"))
     return figure("Quadrants against the base", y + 16, drawn, "; ".join(words))
@@ -197,19 +204,28 @@ def quadrant_chart(report):
 
 def bars(report):
     """Bars of each quantity over all prompts; and by category of those of which more or less is better."""
-    places, overall, by_category = list(enumerate(report["policies"])), [], []
+    overall, by_category = [], []
     for name, quantity in report["quantities"].items():
         if name in report["quadrants"] or name.startswith("harmless_score_"):
             continue
-        parts = {"": [(place, policy["name"], policy["estimates"].get(name)) for place, policy in places]}
+        overall.append(bar_chart(quantity, {"": rows_of_bars(report, name)}))
+        groups = {}
         for category in report["categories"] if quantity["better"] else ():
-            estimates = [policy["by_category"][category]["estimates"] for policy in report["policies"]]
-            parts[category] = [(place, policy["name"], estimates[place].get(name)) for place, policy in places]
-        parts = {heading: [row for row in rows if row[2]] for heading, rows in parts.items()}
-        overall.append(bar_chart(quantity, {"": parts.pop("")}))
-        if parts := {heading: rows for heading, rows in parts.items() if rows}:
-            by_category.append(bar_chart(quantity, parts))
+            if rows := rows_of_bars(report, name, category):
+                groups[category] = rows
+        if groups:
+            by_category.append(bar_chart(quantity, groups))
     return grid(overall), grid(by_category)
+
+
+def rows_of_bars(report, name, category=None):
+    """[(place, policy name, entry)] of the policies that have an estimate of the quantity."""
+    rows = []
+    for place, policy in enumerate(report["policies"]):
+        statistics = policy if category is None else policy["by_category"][category]
+        if entry := statistics["estimates"].get(name):
+            rows.append((place, policy["name"], entry))
+    return rows
 
 
 def legend(report):
@@ -217,67 +233,80 @@ def legend(report):
 
 
 def curves(report):
-    drawn = []
+    """A chart for each metric that some policy was trained with."""
+    drawn, trainings = [], [policy.get("training", {}) for policy in report["policies"]]
+    constrained = [training for training in trainings if "lambda" in training]
     for name, unit in report["curves"].items():
-        lines = [
-            Curve(place, policy["name"], bool(prefix), training[prefix + name], threshold(name, training))
-            for place, policy in enumerate(report["policies"])
-            for training in [policy.get("training", {})]
-            for prefix in ("", "eval_")
-            if prefix + name in training
-        ]
-        risen = [above(policy["training"]) for policy in report["policies"] if "lambda" in policy.get("training", ())]
-        drawn += [curve_chart(name, unit, lines, *risen * (name == "lambda" and len(risen) == 1))] if lines else []
+        lines = []
+        for place, (policy, training) in enumerate(zip(report["policies"], trainings, strict=True)):
+            for prefix in ("", "eval_"):
+                if prefix + name in training:
+                    points, level = training[prefix + name], threshold(name, training)
+                    lines.append(Curve(place, policy["name"], bool(prefix), points, level))
+        shades = above(constrained[0]) if name == "lambda" and len(constrained) == 1 else ()
+        if lines:
+            drawn.append(curve_chart(name, unit, lines, shades))
+    if not drawn:
+        return ""
     words = "Lines with points are of held-out pairs, with 95 % intervals."
-    if any("lambda" in policy.get("training", ()) for policy in report["policies"]):
+    if constrained:
         words += (
             " Lambda rises, shaded where it is of one run, while the expected cost is above its threshold (dotted)."
         )
-    return drawn and f"{legend(report)}<p>{words}</p>{grid(drawn)}"
+    return f"{legend(report)}<p>{words}</p>{grid(drawn)}"
 
 
-def sample(found):
-    """One prompt and what each policy said."""
-    rows = list(found["rows"].values())
-    parts = [f'<div class="sample"><span class="muted">{shown(found["why"])}</span>']
+def sample(shown_sample):
+    """One prompt and what each policy said: an entry of report["samples"]."""
+    rows = list(shown_sample["rows"].values())
+    parts = [f'<div class="sample"><span class="muted">{shown(shown_sample["why"])}</span>']
     parts.append(f'<p class="text prompt" dir="auto">{shown(rows[0]["prompt"])}</p><div class="responses">')
     for place, row in enumerate(rows):
-        facts = [f"{words} {number(row[name], digits=2)}" for name, words in SAID.items() if row.get(name) is not None]
-        facts += [row["quadrant"]] if row["quadrant"] else []
-        facts += [] if row["finished"] else [f"cut at {row['tokens']} tokens"]
+        remarks = [
+            f"{words} {number(row[name], digits=2)}" for name, words in SAID.items() if row.get(name) is not None
+        ]
+        if row["quadrant"]:
+            remarks.append(row["quadrant"])
+        if not row["finished"]:
+            remarks.append(f"cut at {row['tokens']} tokens")
         parts.append(f'<div class="response {series(place)[0]}"><strong class="name">{shown(row["policy"])}</strong>')
         parts.append(f'<p class="text" dir="auto">{shown(row["response"])}</p>')
-        parts.append(f'<div class="muted">{shown(", ".join(facts))}</div></div>')
+        parts.append(f'<div class="muted">{shown(", ".join(remarks))}</div></div>')
     return "".join(parts) + "</div></div>"
 
 
 def samples(report):
-    categories = dict.fromkeys(found["category"] for found in report["samples"])
-    return "".join(
-        f"<details{OPEN * (not place)}><summary>{shown(category)}</summary>"
-        + "".join(sample(found) for found in report["samples"] if found["category"] == category)
-        + "</details>"
-        for place, category in enumerate(categories)
-    )
+    """The samples of each category, of which the first is open."""
+    by_category = {}
+    for shown_sample in report["samples"]:
+        by_category.setdefault(shown_sample["category"], []).append(sample(shown_sample))
+    parts = []
+    for category, drawn in by_category.items():
+        state = "" if parts else OPEN
+        parts.append(f"<details{state}><summary>{shown(category)}</summary>{''.join(drawn)}</details>")
+    return "".join(parts)
 
 
 def settings_list(report):
     """What the numbers depend on."""
-    facts = report["settings"] | report["versions"]
-    facts |= {"base, sha256": report["base_sha256"], "prompts, sha256": report["prompts_sha256"]}
-    facts |= {f"{task} reward model": judge for task, judge in report["reward_models"].items()}
-    facts |= {policy["name"]: f"{policy['folder']}, sha256 {policy['sha256']}" for policy in report["policies"][1:]}
-    words = (
-        (name, fact if isinstance(fact, str) else json.dumps(fact, ensure_ascii=False)) for name, fact in facts.items()
-    )
-    return f"<dl>{''.join(f'<dt>{shown(name)}</dt><dd>{shown(fact)}</dd>' for name, fact in words)}</dl>"
+    settings = report["settings"] | report["versions"]
+    settings |= {"base, sha256": report["base_sha256"], "prompts, sha256": report["prompts_sha256"]}
+    settings |= {f"{task} reward model": judge for task, judge in report["reward_models"].items()}
+    settings |= {policy["name"]: f"{policy['folder']}, sha256 {policy['sha256']}" for policy in report["policies"][1:]}
+    parts = []
+    for name, value in settings.items():
+        words = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+        parts.append(f"<dt>{shown(name)}</dt><dd>{shown(words)}</dd>")
+    return f"<dl>{''.join(parts)}</dl>"
 
 
 def page(report):
     """The whole page."""
     overall, by_category = bars(report)
-    swatch, names = '<rect width="34" height="12" class="q{}" />', report["quadrants"]
-    swatches = charts.legend([(swatch.format(place), names[place]) for place in (0, 2, 1, 3)])
+    names = report["quadrants"]
+    swatches = charts.legend(
+        [(f'<rect width="34" height="12" class="q{place}" />', names[place]) for place in SAFE_FIRST]
+    )
     sections = {
         "Summary": summary_table(report) + f"<ul>{''.join(f'<li>{shown(note)}</li>' for note in report['notes'])}</ul>",
         "Samples": samples(report),

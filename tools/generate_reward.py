@@ -5,6 +5,8 @@ import traceback
 from pathlib import Path
 from types import ModuleType
 
+from tools.prompts import text_of
+
 
 class RewardFunctionError(ValueError):
     """A reward function that cannot be used: one sentence for the user."""
@@ -24,6 +26,13 @@ def load(name):
     if not callable(getattr(module, function, None)):
         raise RewardFunctionError(f"--reward-fn: {file} has no function {function}: check the name")
     return getattr(module, function)
+
+
+def scores(function, prompts, texts):
+    """Its reward for each text, a response to the Prompt beside it.  Raises RewardFunctionError."""
+    return [
+        call(function, text_of(prompt.prompt), text, prompt.where) for prompt, text in zip(prompts, texts, strict=True)
+    ]
 
 
 def call(function, prompt, response, where):

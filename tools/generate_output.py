@@ -9,12 +9,20 @@ import hashlib
 import json
 import os
 from pathlib import Path
+from typing import NamedTuple
 
 from formats import written_files
 
 
 class OutputError(ValueError):
     """An output file that cannot be used: one sentence for the user."""
+
+
+class Record(NamedTuple):
+    """What FILE.jsonl.args.json says."""
+
+    identity: dict  # what the rows depend on, {name: value}
+    progress: dict  # "bytes" and "batches" written, whether "finished", and what else is counted
 
 
 class BatchFile:
@@ -32,59 +40,57 @@ class BatchFile:
             if any(written_files.is_same(path, source) for source in inputs):
                 raise OutputError(f"{path} would be read and written at once: choose another --output")
         parent = next(folder for folder in self.path.absolute().parents if folder.exists())
-        if self.path.is_dir() or not parent.is_dir() or not os.access(parent, os.W_OK):
-            what = self.path if self.path.is_dir() else parent
-            reason = "is a folder" if self.path.is_dir() else "is not a folder you can write to"
-            raise OutputError(f"--output {self.path} cannot be written: {what} {reason}")
+        if self.path.is_dir():
+            raise OutputError(f"--output {self.path} cannot be written: {self.path} is a folder")
+        if not parent.is_dir() or not os.access(parent, os.W_OK):
+            raise OutputError(f"--output {self.path} cannot be written: {parent} is not a folder you can write to")
         if self.path.exists() and not self.record.exists():
             raise OutputError(f"{self.path} is there already, with no {self.record.name}: choose another --output")
-        if self.path.exists() and self.overwrite and not self._is_as_left(self._read()[1]):
+        if self.path.exists() and self.overwrite and not self._is_as_left(self._read().progress):
             raise OutputError(f"{self.path} was changed since it was written: move it away, or choose another --output")
 
-    def begun(self):
-        """(identity, progress) of the file that is gone on with; ({}, {}) where one begins.  Raises OutputError."""
-        return ({}, {}) if self.overwrite or not self.record.exists() else self._read()
-
     def check(self, identity):
-        """Progress (a dict) of a file that `identity`, or the rest of what it is a part of, has begun; None: no file.
+        """The Record of a file that `identity`, or the rest of what it is a part of, has begun; None: no file.
 
         Raises OutputError, naming the first difference, for a file begun otherwise, and for one that is finished.
         """
-        began, progress = self.begun()
-        if not progress:
+        if self.overwrite or not self.record.exists():
             return None
+        record = self._read()
         instead = "choose another --output, make it the same, or begin anew with --overwrite"
         for name, here in identity.items():
-            if began.get(name) != here:
-                raise OutputError(f"{self.path} was begun with {name} {began.get(name)}, now it is {here}: {instead}")
-        if progress.get("finished"):
+            there = record.identity.get(name)
+            if there != here:
+                raise OutputError(f"{self.path} was begun with {name} {there}, now it is {here}: {instead}")
+        if record.progress.get("finished"):
             raise OutputError(f"{self.path} is finished: choose another --output, or begin anew with --overwrite")
-        if not self._is_as_left(progress):
+        if not self._is_as_left(record.progress):
             raise OutputError(f"{self.path} was changed since it was written: move it away, or choose another --output")
-        return progress
+        return record
 
     def _read(self):
-        """(identity, progress) of the record.  Raises OutputError."""
+        """The Record on the disk.  Raises OutputError."""
         try:
-            record = json.loads(self.record.read_text(encoding="utf-8"))
-            began, progress = dict(record["identity"]), dict(record["progress"])
-            if not isinstance(progress["bytes"], int) or progress["bytes"] < 0:
+            content = json.loads(self.record.read_text(encoding="utf-8"))
+            record = Record(dict(content["identity"]), dict(content["progress"]))
+            if not isinstance(record.progress["bytes"], int) or record.progress["bytes"] < 0:
                 raise ValueError("no number of bytes")
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise OutputError(f"{self.record} cannot be read ({error}): choose another --output") from None
-        return began, progress
+        return record
 
     def _is_as_left(self, progress):
         """Whether the file begins with what was written; behind that a killed run may have left half a batch."""
         written, size = progress["bytes"], self.path.stat().st_size if self.path.exists() else 0
         if written > size or (progress.get("finished") and written < size):
             return False
-        known = progress.get("sha256")  # outputs of before it was recorded have none
-        return known is None or not written or known == written_files.sha256(self.path, written)
+        sha256 = progress.get("sha256")  # outputs of before it was recorded have none
+        return sha256 is None or not written or sha256 == written_files.sha256(self.path, written)
 
     def begin(self, identity):
         """Open the file behind its last whole batch; its progress, a dict to count in and to hand to `write`."""
-        self.identity, progress = identity, self.check(identity) or {"batches": 0, "bytes": 0, "finished": False}
+        record, self.identity = self.check(identity), identity
+        progress = record.progress if record else {"batches": 0, "bytes": 0, "finished": False}
         self.path.parent.mkdir(parents=True, exist_ok=True)
         written_files.remove_drafts(self.path.parent, f".{self.record.name}.")
         self._save(progress)
@@ -109,8 +115,31 @@ class BatchFile:
         os.replace(draft, self.record)
 
 
+# -- what the rows depend on -----------------------------------------------------------------------------------------
+
+FLAGS = "pairs num_responses min_reward max_new_tokens temperature top_p batch_size seed".split()
+
+
+def identity(args, prompts):
+    """What the rows depend on, {name: value}, as far as it is known before the weights are read."""
+    flags = {f"--{name.replace('_', '-')}": getattr(args, name) for name in FLAGS}
+    asked = [(prompt.prompt, prompt.fields, prompt.ids, prompt.end) for prompt in prompts]
+    prompts_sha256 = hashlib.sha256(json.dumps(asked, default=str).encode()).hexdigest()[:16]
+    return flags | {"prompts": prompts_sha256, "reward": reward_identity(args)}
+
+
+def reward_identity(args):
+    if args.reward_fn:
+        file, _, function = args.reward_fn.rpartition(":")
+        return f"{function} {files_sha256([file])}"
+    if args.reward_model:
+        folder = Path(args.reward_model)
+        return files_sha256([folder / "reward_model.json", *sorted(folder.glob("*.safetensors"))])
+    return None
+
+
 def files_sha256(paths):
-    """sha256 of the bytes of files, for an identity; shortened."""
+    """sha256 of the bytes of files, shortened."""
     digest = hashlib.sha256()
     for path in paths:
         with open(path, "rb") as file:

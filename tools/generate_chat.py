@@ -2,6 +2,7 @@
 
 import re
 import sys
+from typing import NamedTuple
 
 from transformers import TextStreamer
 
@@ -15,23 +16,33 @@ COMMANDS = """/base   what the base without the adapter answers to the last mess
 /quit   end, as /exit and Ctrl-D do; Ctrl-C stops an answer"""
 
 
+class Draws(NamedTuple):
+    """How an answer is drawn."""
+
+    temperature: float  # 0: the likeliest token each time
+    top_p: float = 1.0  # from the likeliest tokens that make up this much
+    top_k: int = 0  # from so many of the likeliest; 0: from all
+
+
 def draws_of(args, own):
-    """((temperature, top_p, top_k), a line that says whose they are) of a chat.
+    """(Draws, a line that says whose they are) of a chat.
 
     Flags where either was given, else the model's own generation settings (GenerationConfig) where it samples by them.
     Else the likeliest token: drawn at temperature 1, every second answer of a small model is wrong.
     """
     change = "--temperature and --top-p change that"
     if {"temperature", "top_p"} & set(args.given):
-        return (args.temperature, args.top_p, 0), f"temperature {args.temperature:g}, top-p {args.top_p:g}"
-    if own.do_sample:
-        draws = [own.temperature, own.top_p, own.top_k]
-        temperature, top_p, top_k = (
-            usual if value is None else value for value, usual in zip(draws, (1.0, 1.0, 0), strict=True)
-        )
-        words = f"temperature {temperature:g}, top-p {top_p:g}, top-k {top_k}: the model's generation_config.json"
-        return (temperature, top_p, top_k), f"{words}; {change}"
-    return (0.0, 1.0, 0), f"temperature 0, the likeliest token each time: the model names no settings; {change}"
+        draws = Draws(args.temperature, args.top_p)
+        return draws, f"temperature {draws.temperature:g}, top-p {draws.top_p:g}"
+    if not own.do_sample:
+        return Draws(0.0), f"temperature 0, the likeliest token each time: the model names no settings; {change}"
+    draws = Draws(
+        temperature=1.0 if own.temperature is None else own.temperature,
+        top_p=1.0 if own.top_p is None else own.top_p,
+        top_k=0 if own.top_k is None else own.top_k,
+    )
+    words = f"temperature {draws.temperature:g}, top-p {draws.top_p:g}, top-k {draws.top_k}"
+    return draws, f"{words}: the model's generation_config.json; {change}"
 
 
 class Said(TextStreamer):
@@ -49,11 +60,10 @@ class Said(TextStreamer):
 def answer(model, tokenizer, adapter, ids, max_new_tokens, seed, draws):
     """Print what the model says to `ids` with the adapter (None: the base); its text, as far as it came."""
     streamer, ends = Said(tokenizer), end_tokens(model, tokenizer)
-    temperature, top_p, top_k = draws
-    settings = max_new_tokens, seed, temperature, top_p
+    settings = max_new_tokens, seed, draws.temperature, draws.top_p
     try:
         with lora.use_adapter(model, adapter):
-            (response,) = sample(model, tokenizer, [ids], *settings, streamer=streamer, top_k=top_k)
+            (response,) = sample(model, tokenizer, [ids], *settings, streamer=streamer, top_k=draws.top_k)
     except KeyboardInterrupt:
         response = streamer.ids or []
         streamer.end()  # the words that it held back, and the end of the line

@@ -40,7 +40,8 @@ def wrapped(text, width, most):
         elif size(word) <= width:
             lines.append(word)
         else:  # Chinese text has no blanks
-            lines[-1] += " " * bool(lines[-1])
+            if lines[-1]:
+                lines[-1] += " "
             for letter in word:
                 if size(lines[-1] + letter) > width:
                     lines.append("")
@@ -65,51 +66,63 @@ def verdict(row):
         return "= harmful" if row["harmful"] > 0 else "= refuses" if row["refuses"] else "= harmless"
     if "kind" in row:
         return "= refuses" if row["refuses"] else f"= help {row['helpful']:.2f}"
-    scores = (("reward", "helpful_reward"), ("harmless", "harmless_score"))
-    known = [f"{word} {row[name]:.2f}" for word, name in scores if name in row]
-    return f"= {', '.join(known)}" if known else ""
+    names = (("reward", "helpful_reward"), ("harmless", "harmless_score"))
+    scores = [f"{word} {row[name]:.2f}" for word, name in names if name in row]
+    return f"= {', '.join(scores)}" if scores else ""
 
 
-def sample(found):
-    """One prompt and what each policy said."""
-    rows = list(found["rows"].values())
-    lines = wrapped(f"A prompt {ASKS[rows[0].get('kind')]} {found['category']} ({found['why']})", WIDTH, most=2)
+def sample(shown):
+    """One prompt and what each policy said: an entry of report["samples"]."""
+    rows = list(shown["rows"].values())
+    lines = wrapped(f"A prompt {ASKS[rows[0].get('kind')]} {shown['category']} ({shown['why']})", WIDTH, most=2)
     lines += [f"  {line}" for line in wrapped(rows[0]["prompt"], WIDTH - 2, most=4)] + [""]
     width = (WIDTH - GAP * (len(rows) - 1)) // len(rows)
-    narrow = width < LEAST
-    width = WIDTH if narrow else width
+    is_narrow = width < LEAST
+    width = WIDTH if is_narrow else width
     heads = [[*wrapped(row["policy"], width, most=1), "-" * width] for row in rows]
     bodies = [wrapped(row["response"], width, most=12) for row in rows]
     ends = [wrapped(verdict(row), width, most=2) for row in rows]
-    if narrow:
-        return lines + sum(([*head, *body, *end, ""] for head, body, end in zip(heads, bodies, ends, strict=True)), [])
+    if is_narrow:
+        for head, body, end in zip(heads, bodies, ends, strict=True):
+            lines += [*head, *body, *end, ""]
+        return lines
     return [*lines, *beside(heads, width), *beside(bodies, width), *beside(ends, width), ""]
 
 
 def samples(report):
     """A prompt that is not known to be benign, and one that is; by the rule one that does not even sound harmful."""
-    bases = [next(iter(found["rows"].values())) for found in report["samples"]]
-    kinds = [row.get("kind", "harm" if row.get("over_refusal") is None else "benign") for row in bases]
-    return sum((sample(report["samples"][kinds.index(kind)]) for kind in ("harm", "benign") if kind in kinds), [])
+    first_of_kind = {}
+    for shown in report["samples"]:
+        base_row = next(iter(shown["rows"].values()))
+        by_phrases = "harm" if base_row.get("over_refusal") is None else "benign"
+        first_of_kind.setdefault(base_row.get("kind", by_phrases), shown)
+    lines = []
+    for kind in ("harm", "benign"):
+        if kind in first_of_kind:
+            lines += sample(first_of_kind[kind])
+    return lines
 
 
 def table(report):
     """The four numbers of each policy; of more policies than fit the width, further tables below."""
     names = [clean(policy["name"]) for policy in report["policies"]]
     cell = min(max(map(size, names)), 24) + GAP
-    chosen = [next(((key, row[key]) for key in row if key in report["quantities"]), None) for row in ROWS]
-    chosen = [found for found in chosen if found]
-    label = max([len(words) for _, words in chosen] + [len("means over 1,000,000 prompts")])
-    at_once, lines = max(1, (WIDTH - label) // cell), []
+    labels = {}  # of each line of the table, by its quantity
+    for row in ROWS:
+        measured = [key for key in row if key in report["quantities"]]
+        if measured:
+            labels[measured[0]] = row[measured[0]]
+    label_width = max([len(words) for words in labels.values()] + [len("means over 1,000,000 prompts")])
+    at_once, lines = max(1, (WIDTH - label_width) // cell), []
     for start in range(0, len(names), at_once):
-        some = range(start, min(start + at_once, len(names)))
-        titles = [wrapped(names[place], cell - GAP, most=1)[0] for place in some]
-        heading = f"means over {report['prompts']:,} prompts".ljust(label)
+        titles = [wrapped(name, cell - GAP, most=1)[0] for name in names[start : start + at_once]]
+        heading = f"means over {report['prompts']:,} prompts".ljust(label_width)
         lines.append(heading + "".join(" " * (cell - size(title)) + title for title in titles))
-        for key, words in chosen:
-            found = [report["policies"][place]["estimates"].get(key) for place in some]
+        for key, words in labels.items():
             unit = report["quantities"][key]["unit"]
-            lines.append(words.ljust(label) + "".join(number(entry, unit).rjust(cell) for entry in found))
+            policies = report["policies"][start : start + at_once]
+            entries = [policy["estimates"].get(key) for policy in policies]
+            lines.append(words.ljust(label_width) + "".join(number(entry, unit).rjust(cell) for entry in entries))
         lines.append("")
     return lines
 

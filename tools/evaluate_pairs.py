@@ -11,7 +11,7 @@ from formats.row_files import DataError, Malformed, parse_row, read_rows
 from harness.flags import NonFinite
 from packing import pack, passes
 from preference_data import load_pairs
-from tools import evaluation_numbers
+from tools import evaluate_numbers
 
 
 def read_pairs(source, tokenizer, args):
@@ -28,18 +28,18 @@ def read_pairs(source, tokenizer, args):
 @torch.no_grad()
 def log_ratios(model, adapter, pairs, batch_size):
     """log pi/base of the responses of pairs, (chosen, rejected) (N, 2).  Raises NonFinite."""
-    logps = torch.zeros(2, 2, len(pairs), dtype=torch.float64)  # (base and policy, chosen and rejected, N)
+    base_logps, logps = (torch.zeros(2, len(pairs), dtype=torch.float64) for _ in range(2))  # (chosen and rejected, N)
     for indices in passes(range(len(pairs)), batch_size):
         batch = pack([pairs[i] for i in indices], model.device)
-        for place, name in enumerate((None, adapter)):
+        for name, by_side in ((None, base_logps), (adapter, logps)):
             with lora.use_adapter(model, name):
-                logps[place][:, indices] = torch.stack(model.packed_logps(batch)).cpu().double()
-    if not logps.isfinite().all():
+                by_side[:, indices] = torch.stack(model.packed_logps(batch)).cpu().double()
+    if not (logps - base_logps).isfinite().all():
         raise NonFinite("a model gives numbers that are not finite: try --dtype fp32, or look for broken weights")
-    return (logps[1] - logps[0]).T
+    return (logps - base_logps).T
 
 
 def accuracy(ratios, seed):
     """{mean, low, high, prompts}: the share of pairs whose chosen response has the higher ratio; a tie is not."""
     right = (ratios[:, 0] > ratios[:, 1]).double().numpy()
-    return evaluation_numbers.estimate(np.stack((right, np.ones(len(right))), axis=1), seed)
+    return evaluate_numbers.estimate(np.stack((right, np.ones(len(right))), axis=1), seed)

@@ -1,0 +1,373 @@
+"""A training run around its method: where it computes, what it reads and loads, what it is, and what it leaves behind.
+
+run = Run(args, __file__, TOY)                      ranks and device; the checkpoint to go on from; `toy` -> files
+tokenizer = run.load_tokenizer()
+pairs, train, held_out = run.read_pairs(...)
+data = run.plan(pairs, train, held_out)             updates and passes of every epoch; the ranks have to agree
+policy = run.load(args.model)
+parameters = run.add_adapter(policy, "policy")
+run.prepare(policy)                                 packed pairs, gradient checkpointing
+parameters = run.begin(policy, parameters, {"reference": reference})     from here on it is what it is
+ref_logps = run.cached("reference", reference)      what a frozen model says of the pairs, once and for all
+training = Training(run, ...)                       the updates: training.py
+run.save_policy(training, policy, tokenizer, "DPO") weights, tokenizer, card, record; ends the exchange of ranks
+"""
+
+import gc
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import distributed
+import lora
+import lora_targets
+import toy_world
+from formats import model_files
+from formats.model_files import ModelError, enable_checkpointing, load_model, load_skeleton, save_whole
+from harness import checkpoints, device, flags, memory_report, optimizers, run_files, score_cache, sharding, speed
+from harness.memory_estimate import Estimate, EstimateError
+from packed_model import prepare_model
+from packing import epoch_plan, hold_out, largest_pass, pack, passes_of_rank, rows_of_run
+from preference_data import DataError, fingerprint, load_pairs
+
+TOY_FOLDER = "outputs/toy_world"
+CHECKPOINT_LAYOUT = 2  # of what `begin` and Training put into a checkpoint; another layout is refused
+
+USER_ERRORS = (DataError, ModelError, lora.AdapterError, distributed.DeviceError, run_files.RunFolderError)
+USER_ERRORS += checkpoints.CheckpointError, EstimateError, optimizers.OptimizerError
+
+
+@dataclass(eq=False)
+class Frozen:
+    """A model that stays as it is: asked for the log-probs of responses or, with the head of a reward model, scores."""
+
+    model: Any
+    adapter: str | None = None  # the one of its adapters that is on
+    head: torch.Tensor | None = None  # (1, H) of a reward model
+    sha256: str = ""  # of all its numbers depend on; Run.begin sets it on rank 0
+
+    def __call__(self, batch):
+        """Of chosen and of rejected, (B,) each."""
+        with lora.use_adapter(self.model, self.adapter):
+            return self.model.packed_logps(batch) if self.head is None else self.model.packed_scores(batch, self.head)
+
+
+def pair_length(pair):
+    """Tokens of a packed pair, which has its prompt once."""
+    return len(pair.prompt_ids) + len(pair.chosen_ids) + len(pair.rejected_ids)
+
+
+class Data:
+    """The pairs of a run, the places of those to train on and of those held out, and how they are cut into passes."""
+
+    def __init__(self, pairs, train, held_out, args, world):
+        self.pairs, self.train, self.held_out, self.world = pairs, train, held_out, world
+        self.lengths = [pair_length(pair) for pair in pairs]  # tokens
+        self.cut = {"ranks": world.size, "batch_size": args.batch_size, "budget": args.tokens_per_microbatch}
+        self.shuffle = {"seed": args.seed, "accumulation": args.gradient_accumulation_steps}
+        self.updates_per_epoch = len(self.updates(0))
+        self.num_updates = args.epochs * self.updates_per_epoch
+        if args.max_steps:
+            self.num_updates = min(self.num_updates, args.max_steps)
+        self.needed = rows_of_run(self.updates, self.num_updates, held_out)  # of these a frozen model is asked
+        self.train_sha256 = fingerprint([pairs[i] for i in train])
+
+    def batch(self, indices):
+        """The pairs at these places, packed, on the device."""
+        return pack([self.pairs[i] for i in indices], self.world.device)
+
+    def updates(self, epoch):
+        """Of one epoch: [(pairs in the update, passes of each rank)]."""
+        return epoch_plan(self.train, epoch, **self.shuffle, **self.cut, lengths=self.lengths)
+
+    def passes(self, indices, lengths=None):
+        """This rank's share of the pairs at these places, cut into passes."""
+        return passes_of_rank(indices, self.world.rank, **self.cut, lengths=lengths or self.lengths)
+
+
+class Run:
+    """One run of a training script.  toy: {flag: its file in the toy world} of flags that may be `toy`, as --model may.
+
+    Raises what USER_ERRORS has, each with one sentence for the user, before anything is written.
+    """
+
+    def __init__(self, args, script, toy):
+        self.args, self.script = args, Path(script)
+        self.full = getattr(args, "lora_r", None) == 0  # all weights are trained
+        self.world = distributed.start(args.device, args.ddp_timeout)
+        self.sharded = self.full and self.world.size > 1  # weights, gradients and optimiser, over the ranks
+        optimizers.check(args, self.world.device.type, self.sharded)
+        self.watch = speed.Stopwatch(self.world.device, "start")
+        self.checkpoint = checkpoints.find(args.output_dir, args.resume, self.say)  # a folder or None
+        run_files.check_output(args, self.checkpoint)
+        self.has_adapter = bool(getattr(args, "lora_r", 0))
+        self.adapter_name = "policy"
+        if self.world.size > 1:
+            self.say(f"Distributed training initialized: world_size={self.world.size}")
+        toy = {"model": "model"} | toy
+        if names := [name for name in toy if getattr(args, name) == "toy"]:
+            folder = distributed.main_first(self.world, lambda: toy_world.build(TOY_FOLDER))
+            for name in names:
+                setattr(args, name, str(folder / toy[name]))
+
+    def say(self, *text, sep=" "):
+        """Print, on rank 0."""
+        distributed.print0(self.world, *text, sep=sep)
+
+    # -- data --------------------------------------------------------------------------------------------------------
+
+    def load_tokenizer(self):
+        path = getattr(self.args, "tokenizer_name", None) or self.args.model
+        return model_files.load_tokenizer(path, self.args.trust_remote_code)
+
+    def skeleton(self, tokenizer, scores=False):
+        """The model without its weights: what does not fit it shows before gigabytes are read."""
+        return load_skeleton(self.args.model, tokenizer, self.args, scores)
+
+    def estimate_memory(self, skeleton, tokenizer, reward_folders=None, vectors=0):
+        """Whether --estimate-memory was asked for, which is then answered: the run ends there."""
+        other = getattr(self.args, "ref_model_path", None)
+        reference = load_skeleton(other, tokenizer, self.args) if other else None
+        self.estimate = Estimate(skeleton, self.world.size, reference, reward_folders, vectors)
+        if self.args.estimate_memory:
+            self.say(memory_report.report(self.estimate, self.args))
+            distributed.stop()
+        return self.args.estimate_memory
+
+    def read(self, source, tokenizer, limit, prefer=None, by_default=False):
+        """(pairs, lines to print) of a file, a folder or a dataset on a hub; prefer, by_default: see load_pairs."""
+        self.watch.phase("tokenise")
+        args = self.args
+        return load_pairs(
+            source,
+            tokenizer=tokenizer,
+            max_length=args.max_length,
+            max_prompt_length=args.max_prompt_length,
+            limit=limit,
+            skip_invalid=args.skip_invalid,
+            chat_template_strings=args.chat_template_strings,
+            prefer=prefer,
+            by_default=by_default,
+        )
+
+    def read_pairs(self, source, held_out_source, tokenizer, prefer=None):
+        """(pairs, places of those to train on, places of those held out): of another source, or a part of this one."""
+        args = self.args
+        pairs, report = self.read(source, tokenizer, args.num_samples, prefer, "num_samples" not in args.given)
+        train, held_out = list(range(len(pairs))), []
+        if args.eval_samples == 0:
+            pass
+        elif held_out_source:
+            try:
+                more, more_report = self.read(held_out_source, tokenizer, args.eval_samples or 0, prefer)
+            except DataError as error:
+                raise DataError(f"{error} (without validation: --eval-samples 0)") from None
+            held_out = list(range(len(pairs), len(pairs) + len(more)))
+            pairs, report = pairs + more, report + more_report
+        else:
+            wanted = min(100, len(pairs) // 10) if args.eval_samples is None else args.eval_samples
+            train, held_out = hold_out(pairs, wanted, args.seed)
+            if len(held_out) < (args.eval_samples or 0):
+                raise DataError(f"--eval-samples {args.eval_samples} leaves nothing to train on: make it smaller")
+            report.append(f"  held out {len(held_out):,} pairs by whole prompts, {len(train):,} to train on")
+        self.say(*report, sep="\n")
+        return pairs, train, held_out
+
+    def plan(self, pairs, train, held_out, **facts):
+        """The Data of the run.  Raises DeviceError unless all ranks have the same flags, pairs and `facts`."""
+        args = self.args
+        data = self.data = Data(pairs, train, held_out, args, self.world)
+        budget, longest = args.tokens_per_microbatch, max(data.lengths)
+        if 0 < budget < longest:
+            self.say(f"Pairs of more than {budget} tokens take a pass each; the longest has {longest}")
+        if self.world.size > 1:
+            facts |= {"data": fingerprint(pairs), "checkpoint": self.checkpoint and self.checkpoint.name}
+            distributed.check_same_on_all_ranks(run_files.flags_of_a_run(args) | facts, self.world)
+        return data
+
+    # -- models ------------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def dtype(self):
+        """What is computed with; a run that goes on takes what it began with."""
+        return device.pick_dtype(self.args.dtype, self.world, checkpoints.begun_in(self.checkpoint))
+
+    @property
+    def weights_dtype(self):
+        return torch.float32 if self.full else self.dtype  # weights that are trained are fp32
+
+    @property
+    def autocast(self):
+        return torch.autocast(self.world.device.type, self.dtype, enabled=self.weights_dtype != self.dtype)
+
+    def load(self, path, scores=False):
+        """A causal language model, or one with a scalar head; on the CPU where it will be sharded."""
+        self.watch.phase("load")
+        place = "cpu" if self.sharded else self.world.device
+        return load_model(path, self.weights_dtype, place, self.args.trust_remote_code, scores)
+
+    def add_adapter(self, model, name):
+        """What is trained: the parameters of a new LoRA adapter; with --lora-r 0 all there are."""
+        args = self.args
+        if self.full:
+            return list(model.parameters())
+        self.adapter_name = name
+        distributed.seed_everything(args.seed)  # the same A on every rank
+        return lora.add_adapter(model, name, args.lora_r, args.lora_alpha, args.lora_dropout, args.lora_target_modules)
+
+    def prepare(self, model, prepare=prepare_model):
+        """Packed pairs where they are exact, gradient checkpointing where memory asks for it; says both."""
+        self.say(f"{prepare(model)} ({self.world.device}, {str(self.dtype).removeprefix('torch.')})")
+        tokens = largest_pass(**self.data.cut, lengths=self.data.lengths)
+        room = device.room(self.world)
+        self.checkpointing = self.estimate.checkpointing(self.args, room, tokens, model.packs_pairs)
+        if self.checkpointing:
+            enable_checkpointing(model)
+            self.say("gradient checkpointing: on")
+
+    def begin(self, model, parameters, frozen=None, **facts):
+        """Fix what the run is; raise CheckpointError where it would go on as another.  Returns the parameters, sharded
+        where they have to be.
+
+        frozen: {role: Frozen}; with other weights in one of them, or other `facts`, it is another run.
+        """
+        frozen = frozen or {}
+        self.identity = {"layout": CHECKPOINT_LAYOUT, "script": self.script.name, "dtype": str(self.dtype)}
+        self.identity |= run_files.flags_that_matter(self.args, self.world.size)
+        self.identity |= {"data": self.data.train_sha256} | facts
+        if self.world.is_main:
+            bases = {}  # of models that several roles share once
+            for one in [model, *(role.model for role in frozen.values())]:
+                if one not in bases:
+                    bases[one] = score_cache.frozen_sha256(one)
+            self.identity["base model"] = bases[model]
+            for name, role in frozen.items():
+                weights = lora.adapter_state(role.model, role.adapter)
+                if role.head is not None:
+                    weights["head"] = role.head
+                role.sha256 = bases[role.model]
+                if weights:
+                    role.sha256 += score_cache.weights_sha256(weights.items())
+                self.identity[name] = role.sha256
+            if self.checkpoint:
+                checkpoints.check_identity(self.checkpoint, self.identity)
+        if self.sharded:
+            reference = frozen["reference"].model if "reference" in frozen else model
+            offload = self.args.optimizer_offload
+            parameters = sharding.shard(model, reference, self.world, self.dtype, self.say, offload)
+        self.termination = checkpoints.Termination()
+        self.watch.phase("other")
+        return parameters
+
+    def cached(self, role, frozen, pairs=None, needed=None, depends_on=""):
+        """What a frozen model gives to chosen and rejected of each pair, (N, 2) on the CPU: from --cache-dir, or now.
+
+        pairs: others than those of the run; needed: the places of those that are asked for (default: all that the run
+        needs), the others are NaN; depends_on: what else than weights, tokens and type the numbers depend on.
+        """
+        self.watch.phase("cache")
+        args, pairs = self.args, self.data.pairs if pairs is None else pairs
+        needed = self.data.needed if needed is None else needed
+        lengths = [pair_length(pair) for pair in pairs]
+        what = f"{role} {'log-probs' if frozen.head is None else 'scores'} of {len(needed):,} pairs"
+        path = score_cache.cache_path(
+            args.cache_dir or f"{args.output_dir}/cache",
+            role,
+            weights=frozen.sha256 + depends_on,
+            pairs=fingerprint(pairs),
+            dtype=f"{self.dtype}{' sharded' if self.sharded else ''}",  # shards round elsewhere than autocast does
+        )
+        with self.autocast:
+            scores = score_cache.pair_scores(
+                path,
+                len(pairs),
+                needed,
+                lambda indices: self.data.passes(indices, lengths),
+                lambda indices: frozen(pack([pairs[i] for i in indices], self.world.device)),
+                self.world,
+                self.termination,
+                lambda sentence: self.say(f"{what}: {sentence}"),
+            )
+        self._check_scores(scores[needed].isfinite().all(1), what, path)
+        self.watch.phase("other")
+        asked_for = torch.full_like(scores, torch.nan)
+        asked_for[needed] = scores[needed]  # the file may have more, of other runs
+        return asked_for
+
+    def _check_scores(self, known, what, path):
+        """End the run where a signal asked for it, or where a number is missing: known (N,) bool."""
+        if signal := distributed.on_any_rank(self.termination.asked, self.world):
+            kept = f"ended with {int(known.sum()):,} of the {what}, kept in {path}"
+            self.termination.end(signal, f"{kept}: the same command goes on from there", self.say)
+        if not known.all():
+            raise FloatingPointError(f"{what} are not all finite: nothing is saved; look for broken weights or data")
+
+    # -- the end -----------------------------------------------------------------------------------------------------
+
+    def whole_state(self, model):
+        """All weights on the CPU of rank 0 where all are trained, else None; every rank has to ask."""
+        return sharding.whole_state(model, self.dtype, self.world) if self.full else None
+
+    def write_adapter(self, folder, model):
+        """The LoRA adapter in PEFT's format, a reward model's head beside it."""
+        head = model.score.weight if self.adapter_name == "reward" else None
+        lora.save_adapter(model, self.adapter_name, folder, self.args.model, head)
+
+    def _write_policy(self, folder, model, tokenizer, state):
+        if self.full:
+            save_whole(model, folder, state)
+        else:
+            self.write_adapter(folder, model)
+        model_files.save_tokenizer(tokenizer, folder)
+
+    def save_epoch(self, training, policy, tokenizer):
+        """The policy after an epoch, in epoch_N."""
+        flags.check_weights(training.parameters, training.step_number)
+        state, name = self.whole_state(policy), f"epoch_{training.epoch}"
+        if self.world.is_main:
+            with run_files.whole_files(self.args.output_dir) as folder:
+                self._write_policy(folder / name, policy, tokenizer, state)
+        self.say(f"Saved epoch {training.epoch} checkpoint to {self.args.output_dir}/{name}")
+
+    def save_policy(self, training, policy, tokenizer, method):
+        """The end of a run that has trained a policy."""
+        state = self.whole_state(policy)
+        with self.saving(training, policy, method) as folder:
+            if folder:
+                self._write_policy(folder, policy, tokenizer, state)
+            if folder and self.args.save_merged:
+                lora.merge_adapter(policy, self.adapter_name)
+                policy.save_pretrained(folder / "merged")
+                model_files.save_tokenizer(tokenizer, folder / "merged")
+
+    @contextmanager
+    def saving(self, training, model, method, until=None):
+        """The end of a run: a folder to write to on rank 0, None on the others.  Card and record go beside what is
+        written, and all of it to --output-dir at once.
+
+        method: its name, for the card; until: the update that what is written is from, if it is not the last.
+        """
+        flags.check_weights(training.parameters, training.step_number)
+        distributed.assert_same_on_all_ranks(training.parameters, self.world)
+        training.log_file.close()
+        if self.world.is_main:
+            with run_files.whole_files(self.args.output_dir) as folder:
+                yield folder
+                history = [entry for entry in training.log_file.history if until is None or entry["step"] <= until]
+                left_out = None if self.full else lora_targets.left_out(model) or []
+                data = self.data.train_sha256
+                card = run_files.model_card(self.args, self.script, method, history, data, left_out)
+                run_files.save_run_record(folder, training.log_file, self.args, self.script, card)
+            self.say(f"saved to {self.args.output_dir}")
+        else:
+            yield None
+        distributed.stop()
+
+
+def forget():
+    """Let models go that nothing holds any more: a sharded one has methods that hold it."""
+    gc.collect()

@@ -1,0 +1,79 @@
+"""What a policy says to the prompts, and what models say of that: log-probs, KL to the base, scores."""
+
+import torch
+
+import lora
+from harness.flags import NonFinite
+from packed_model import logps_of
+from packing import pack, passes
+from reward_models import as_pairs
+from sampling import response_text, sample
+from tools import models
+
+
+@torch.no_grad()
+def sampled(model, tokenizer, adapter, prompts, args, bar):
+    """Responses (ids) of one policy, args.num_responses to each prompt in turn; adapter None: the base."""
+    asked, responses = [prompt.ids for prompt in prompts for _ in range(args.num_responses)], []
+    with lora.use_adapter(model, adapter):
+        for batch in passes(asked, args.batch_size):
+            draws = range(len(responses), len(responses) + len(batch))  # the same for each policy, where they agree
+            settings = args.max_new_tokens, args.seed, args.temperature, args.top_p, draws
+            responses += sample(model, tokenizer, batch, *settings)
+            bar.update(len(batch))
+    return responses
+
+
+def measured(model, adapter, judges, prompts, responses, ends, args):
+    """Numbers of one policy's responses {name: [one for each]}: log-probs under policy and base and the KL of the two,
+    summed over its tokens (nats), and the scores of `judges` {name: RewardModel}.  Raises NonFinite.
+
+    Log-probs are of the tokens as they were sampled, scores of the response with the end that is trained.
+    """
+    groups = passes(responses, args.num_responses)
+    numbers = log_probs(model, adapter, prompts, groups, args.batch_size)
+    for name, judge in judges.items():
+        numbers[name] = models.scores(judge, prompts, groups, ends, args.batch_size)
+    return numbers
+
+
+@torch.no_grad()
+def log_probs(model, adapter, prompts, responses, batch_size):
+    """{"logp", "base_logp", "kl"}, a list each; responses: for each prompt a list of responses (ids)."""
+    pairs, places = as_pairs([prompt.ids for prompt in prompts], responses)
+    by_pair = {name: torch.zeros(2, len(pairs), dtype=torch.float64) for name in ("logp", "base_logp", "kl")}
+    for indices in passes(range(len(pairs)), batch_size):
+        batch = pack([pairs[i] for i in indices], model.device)
+        with lora.use_adapter(model, None):
+            reference = model.response_states(batch)
+            base_logps = logps_of(batch, *reference)
+        if adapter is None:
+            logps, kl = base_logps, [torch.zeros_like(side) for side in base_logps]
+        else:
+            with lora.use_adapter(model, adapter):
+                *logps, chosen_kl, rejected_kl = model.packed_logps(batch, reference)
+                kl = chosen_kl, rejected_kl
+        for name, sides in (("logp", logps), ("base_logp", base_logps), ("kl", kl)):
+            by_pair[name][:, indices] = torch.stack(tuple(sides)).cpu().double()
+    if not all(numbers.isfinite().all() for numbers in by_pair.values()):
+        raise NonFinite("a model gives numbers that are not finite: try --dtype fp32, or look for broken weights")
+    return {
+        name: [numbers[side, pair].item() for group in places for side, pair in group]
+        for name, numbers in by_pair.items()
+    }
+
+
+def response_rows(name, prompts, responses, numbers, tokenizer, ends):
+    """A row per response: who said what to which prompt, and the numbers of `measured`."""
+    groups, rows = passes(responses, len(responses) // len(prompts)), []
+    for prompt_index, (prompt, group) in enumerate(zip(prompts, groups, strict=True)):
+        for response_index, ids in enumerate(group):
+            row = {"policy": name, "prompt_index": prompt_index, "response_index": response_index}
+            row |= {"category": prompt.fields["category"], "prompt": prompt.text}
+            row |= {"response": response_text(prompt.ids, ids, ends, tokenizer), "tokens": len(ids)}
+            row["finished"] = ids[-1] in ends
+            rows.append(row)
+    for field, values in numbers.items():
+        for row, value in zip(rows, values, strict=True):
+            row[field] = value
+    return rows
