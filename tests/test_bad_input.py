@@ -66,7 +66,8 @@ def test_a_data_file_that_is_missing(fails, tmp_path):
 
 
 def test_an_eval_file_that_is_missing(fails, tmp_path):
-    assert fails("--eval-dataset", tmp_path / "none.jsonl") == f"there is no file {tmp_path}/none.jsonl: check the path"
+    missing = f"there is no file {tmp_path}/none.jsonl: check the path"
+    assert fails("--eval-dataset", tmp_path / "none.jsonl") == f"{missing} (without validation: --eval-samples 0)"
 
 
 def test_line_17_of_3000_that_is_not_json(fails, tmp_path):
