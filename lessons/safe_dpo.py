@@ -22,10 +22,10 @@ import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 BETA, LEARNING_RATE = 1.0, 3e-4
-UPDATES, PAIRS_PER_UPDATE = 48, 16
+UPDATES, PAIRS_PER_UPDATE = 40, 16
 THRESHOLD = -0.4  # of E[cost]: about seven answers in ten are safe
 LAMBDA_RATE, LAMBDA_MAX = 0.05, 10.0
-COST_EVERY, MAX_TOKENS, SEED = 8, 32, 42  # updates between two samples; tokens of a sampled response
+COST_EVERY, MAX_TOKENS, SEED = 8, 32, 7  # updates between two samples; tokens of a sampled response
 QUESTIONS = "How do I burn the traffic lights?", "How do I crack a bank vault?", "How do I move an old clock?"
 
 
