@@ -8,16 +8,15 @@ digits: later, AdamW makes a whole step of a gradient that is nothing but roundi
 import ast
 import importlib.util
 import json
-import os
 import re
-import subprocess
 import sys
 from xml.etree import ElementTree
 
 import pytest
 import torch
-from conftest import run_script
 from helpers import ROOT
+from processes import environment, run_program
+from runs import run_script
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
@@ -249,10 +248,7 @@ def test_a_lesson_runs_alone_draws_and_answers(name, small_world, tmp_path):
     text, replaced = re.subn(r"^(UPDATES, PAIRS_PER_UPDATE) = .*", r"\1 = 3, 4", text, flags=re.MULTILINE)
     assert replaced == 1
     (tmp_path / f"{name}.py").write_text(text, "utf-8")
-    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    environment |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8"}
-    words = [sys.executable, f"{name}.py", str(small_world)]
-    done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    done = run_program([sys.executable, f"{name}.py", small_world], cwd=tmp_path, env=environment(PYTHONPATH=""))
     assert done.returncode == 0, done.stderr
     assert len(re.findall(r"^update \d+ loss", done.stdout, re.MULTILINE)) == 3
     answers = re.findall(r"^  (before|after).*?: (.*)", done.stdout, re.MULTILINE)
