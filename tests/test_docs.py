@@ -12,7 +12,8 @@ from helpers import READMES, ROOT, SCRIPTS, parser_actions
 
 from harness import flag_names
 
-DOCUMENTS = [*READMES, *sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("docs/*.md"))]
+LESSONS = [f"lessons/{name}" for name in READMES]
+DOCUMENTS = [*READMES, *LESSONS, *sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("docs/*.md"))]
 SHELL = sorted(str(path.relative_to(ROOT)) for folder in ("", "scripts/") for path in ROOT.glob(f"{folder}*.sh"))
 # Flags of other programs that the READMEs may name.
 FOREIGN_FLAGS = {
@@ -132,7 +133,7 @@ def test_every_file_that_is_named_exists(name):
     text = "\n".join(line for line in text_of(name).splitlines() if not re.search("lesson5/|code/|not here yet", line))
     files = set(re.findall(r"(?<![\w/.*-])((?:[\w-]+/)*[\w-]+\.(?:py|sh))\b", text))
     missing = {
-        file for file in files if not any((ROOT / folder / file).exists() for folder in ("", "tests", "scripts"))
+        file for file in files if not any((ROOT / folder / file).exists() for folder in ("", "tests", "scripts", "lessons"))
     }
     assert missing == set()
 
