@@ -108,7 +108,7 @@ def draw(file, lines):
     low, high = min(map(min, lines.values())), max(map(max, lines.values()))
     svg = '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 640 240" font-family="sans-serif" font-size="13">'
     for (name, values), colour in zip(lines.items(), ("#2f81f7", "#808080", "#db6d28")):
-        heights = [220 - 200 * (value - low) / (high - low) for value in values]
+        heights = [220 - 200 * (value - low) / (high - low or 1) for value in values]
         points = " ".join(f"{10 + 480 * n / len(values):.0f},{height:.0f}" for n, height in enumerate(heights))
         svg += f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="2"/>'
         svg += f'<text x="500" y="{heights[-1] + 4:.0f}" fill="{colour}">{name} {values[-1]:+.2f}</text>'
