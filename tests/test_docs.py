@@ -133,7 +133,9 @@ def test_every_file_that_is_named_exists(name):
     text = "\n".join(line for line in text_of(name).splitlines() if not re.search("lesson5/|code/|not here yet", line))
     files = set(re.findall(r"(?<![\w/.*-])((?:[\w-]+/)*[\w-]+\.(?:py|sh))\b", text))
     missing = {
-        file for file in files if not any((ROOT / folder / file).exists() for folder in ("", "tests", "scripts", "lessons"))
+        file
+        for file in files
+        if not any((ROOT / folder / file).exists() for folder in ("", "tests", "scripts", "lessons"))
     }
     assert missing == set()
 
