@@ -22,6 +22,8 @@ import toy_world
 
 transformers.utils.logging.set_verbosity_error()
 logging.getLogger("transformers").setLevel(logging.ERROR)
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell's `&` has it: tests send it, and wait for its effect
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 LIMIT = 600  # seconds for a test, and for its fixtures: what waits for ever fails, and shows where it waits
 
 
