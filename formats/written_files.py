@@ -192,6 +192,8 @@ def replace(folder, made):
     Returns the path of one that is in the way, and then has changed nothing; else None.
     """
     new, old = entries(made), read(folder)
+    if os.path.lexists(folder) and not folder.is_dir():
+        return folder
     names = [*new, *(parent.as_posix() for name in new for parent in PurePosixPath(name).parents[:-1])]
     for name in names if old else [*names, NAME]:
         path = folder / name

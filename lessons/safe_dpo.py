@@ -110,7 +110,7 @@ def train(policy, reference, cost_head, rows, prompts, end):
             cost = expected_cost(policy, reference, cost_head, prompts, end, SEED + update)
         violations.append(cost - THRESHOLD)
         multiplier = next_multiplier(multiplier, violations)
-        history.append((float(losses["helpful"]), float(losses["harmless"]), cost, multiplier))
+        history.append((losses["helpful"].item(), losses["harmless"].item(), cost, multiplier))
         print("update {} loss_H={:.4f} loss_S={:.4f} E_cost={:+.3f} lambda={:.3f}".format(update, *history[-1]))
     return history
 

@@ -73,5 +73,5 @@ def test_a_run_says_where_its_time_went(tmp_path, capsys):
     assert all(re.search(r" pairs/s=\d+\.\d\d TFLOP/s=[\d.e-]+$", line) for line in lines)
     (line,) = (line for line in out.splitlines() if line.startswith("Seconds: "))
     phases = dict(part.rsplit(" ", 1) for part in line.removeprefix("Seconds: ").split(", "))
-    assert list(phases) == ["start", "tokenise", "load", "cache", "other", "forward", "backward", "communicate", "step"]
+    assert list(phases) == ["start", "tokenise", "load", "other", "cache", "forward", "backward", "communicate", "step"]
     assert all(float(seconds) >= 0 for seconds in phases.values())
