@@ -27,13 +27,15 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
+from formats.user_errors import UserError
+
 # What launchers set, and from what to what; any machine has fewer ranks.
 VARIABLES = {"RANK": (0, 999_999), "WORLD_SIZE": (1, 10**6), "LOCAL_RANK": (0, 999_999)}
 VARIABLES |= {"LOCAL_WORLD_SIZE": (1, 10**6), "MASTER_PORT": (0, 65_535)}
 START = "start with torchrun (accelerate, deepspeed), which sets these, or unset them for one process"
 
 
-class DeviceError(ValueError):
+class DeviceError(UserError):
     """A device or number type that this machine lacks, or ranks that do not agree: one sentence for the user."""
 
 

@@ -16,7 +16,7 @@ Copy with: formats/ harness/ distributed.py lora.py lora_targets.py losses.py pa
     packed_probe.py packing.py preference_data.py toy_world.py
 """
 
-from harness import flags, training_flags
+from harness import endings, flags, training_flags
 
 TOY = {"dataset": "train/helpful_pairs.jsonl", "eval_dataset": "test/helpful_pairs.jsonl"}  # what `toy` stands for
 
@@ -56,7 +56,7 @@ if __name__ == "__main__":
     ARGS = get_args()  # before torch is loaded, which takes seconds: --help and a wrong flag are answered at once
 
 import lora
-from harness.run import USER_ERRORS, Frozen, Run, forget
+from harness.run import Frozen, Run, forget
 from harness.training import Training
 from losses import PAIR_METRICS, displacement, dpo_loss, nll_loss, pair_metrics
 from packed_model import prepare_model
@@ -152,4 +152,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    flags.run(main, ARGS, *USER_ERRORS)
+    endings.run(main, ARGS)

@@ -19,7 +19,7 @@ Copy with: formats/ harness/ tools/ distributed.py lora.py lora_targets.py packe
 
 from functools import partial
 
-from harness import flags
+from harness import endings, flags
 from tools.evaluate_adapters import named_folder
 
 
@@ -76,11 +76,9 @@ from tqdm import tqdm
 
 import distributed
 import lora
-import reward_models
 import toy_world
-from formats.model_files import ModelError, base_of, load_tokenizer
-from formats.row_files import DataError
-from harness import device, run_files, score_cache
+from formats.model_files import base_of, load_tokenizer
+from harness import device, score_cache
 from packed_model import prepare_model
 from sampling import end_tokens
 from tools import (
@@ -192,8 +190,5 @@ def main(args):
     say(f"saved to {args.output_dir}")
 
 
-USER_ERRORS = (DataError, ModelError, lora.AdapterError, distributed.DeviceError, run_files.RunFolderError)
-USER_ERRORS += (reward_models.RewardModelError,)
-
 if __name__ == "__main__":
-    flags.run(main, ARGS, *USER_ERRORS)
+    endings.run(main, ARGS)

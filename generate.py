@@ -18,7 +18,7 @@ import re
 import time
 from functools import partial
 
-from harness import flags
+from harness import endings, flags
 
 NOT_IN_CHAT = """prompts output num_samples num_responses pairs reward_model reward_fn min_reward batch_size
     overwrite""".split()
@@ -91,10 +91,8 @@ if __name__ == "__main__":
 
 import distributed
 import lora
-import reward_models
 from formats import written_files
-from formats.model_files import ModelError, base_of, load_tokenizer
-from formats.row_files import DataError, Malformed, Unusable
+from formats.model_files import base_of, load_tokenizer
 from harness import device, score_cache
 from packed_model import prepare_model
 from packing import passes
@@ -187,8 +185,5 @@ def main(args):
     say(f"saved to {output.path}")
 
 
-USER_ERRORS = (DataError, Malformed, Unusable, ModelError, lora.AdapterError, distributed.DeviceError)
-USER_ERRORS += (generate_output.OutputError, reward_models.RewardModelError, generate_reward.RewardFunctionError)
-
 if __name__ == "__main__":
-    flags.run(main, ARGS, *USER_ERRORS)
+    endings.run(main, ARGS)

@@ -16,7 +16,7 @@ Copy with: formats/ harness/ distributed.py lora.py lora_targets.py losses.py pa
     packed_probe.py packing.py preference_data.py preference_prompt.py toy_world.py
 """
 
-from harness import flags, training_flags
+from harness import endings, flags, training_flags
 
 TOY = {"dataset_path": "train/polite_pairs.jsonl", "test_dataset_path": "test/polite_pairs.jsonl"}  # `toy`
 
@@ -61,7 +61,7 @@ from functools import partial
 import torch
 
 from formats.model_files import check_positions
-from harness.run import USER_ERRORS, Frozen, Run
+from harness.run import Frozen, Run
 from harness.training import Training
 from losses import PAIR_METRICS, dpo_loss, pair_metrics
 from packing import send
@@ -166,7 +166,5 @@ def main(args):
             save_soft_prompt(vectors, folder, args.model, args.preference_position)
 
 
-USER_ERRORS += (PromptError,)
-
 if __name__ == "__main__":
-    flags.run(main, ARGS, *USER_ERRORS)
+    endings.run(main, ARGS)

@@ -13,6 +13,8 @@ from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 from transformers.pytorch_utils import Conv1D
 
+from formats.user_errors import UserError
+
 OF_EXPERTS = "gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"
 REASONS = {
     "names of experts": "PEFT takes their names for those of the experts, and would load an adapter in part",
@@ -21,7 +23,7 @@ REASONS = {
 }
 
 
-class AdapterError(ValueError):
+class AdapterError(UserError):
     """An adapter that does not fit: one sentence for the user."""
 
 

@@ -21,12 +21,13 @@ from safetensors import SafetensorError, safe_open
 from formats import written_files
 from formats.model_files import check_positions
 from formats.tensor_files import save_file
+from formats.user_errors import UserError
 
 VECTOR_POSITIONS = "prefix", "before-response"
 KEYS = "prompt_embeddings", "embeddings", "weight"  # where a file may hold the vectors
 
 
-class PromptError(ValueError):
+class PromptError(UserError):
     """A preference prompt that cannot be used: one sentence for the user."""
 
 

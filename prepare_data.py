@@ -27,7 +27,7 @@ import os
 from collections import Counter
 
 from formats.row_files import DataError
-from harness import flags
+from harness import endings, flags
 from tools import prepare_account, prepare_pairs
 from tools.prepare_files import check_files, write_whole
 from tools.prepare_pairs import DIMENSIONS, SPLITS
@@ -132,7 +132,5 @@ def main(args):
     print(f"saved to {args.output_dir}")
 
 
-USER_ERRORS = (DataError, OSError)
-
 if __name__ == "__main__":
-    flags.run(main, get_args(), *USER_ERRORS)
+    endings.run(main, get_args())

@@ -15,10 +15,11 @@ import torch
 import lora
 from formats import written_files
 from formats.model_files import load_model, load_skeleton, load_tokenizer
+from formats.user_errors import UserError
 from packed_model import prepare_scores
 
 
-class RewardModelError(ValueError):
+class RewardModelError(UserError):
     """A reward model that cannot be used here: one sentence for the user."""
 
 

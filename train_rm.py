@@ -20,7 +20,7 @@ Copy with: formats/ harness/ distributed.py lora.py lora_targets.py losses.py pa
 
 import json
 
-from harness import flags, training_flags
+from harness import endings, flags, training_flags
 
 TASKS = "helpful", "harmless"
 TOY = {f"{part}_{task}_path": f"{part}/{task}_pairs.jsonl" for part in ("train", "val") for task in TASKS}
@@ -69,7 +69,7 @@ import lora
 import reward_models
 from formats.model_files import pad_unlike_ends, save_whole
 from harness import run_files, sharding
-from harness.run import USER_ERRORS, Run
+from harness.run import Run
 from harness.score_cache import base_sha256
 from harness.training import Training
 from losses import harm_label_loss, reward_loss
@@ -253,4 +253,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    flags.run(main, ARGS, *USER_ERRORS)
+    endings.run(main, ARGS)

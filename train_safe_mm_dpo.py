@@ -24,7 +24,7 @@ Copy with: formats/ harness/ distributed.py expected_cost.py lora.py lora_target
 import math
 from typing import NamedTuple
 
-from harness import flags, training_flags
+from harness import endings, flags, training_flags
 
 TASKS = "helpful", "harmless"
 TOY = {f"{part}_{task}_path": f"{part}/{task}_pairs.jsonl" for part in ("train", "val") for task in TASKS}
@@ -69,7 +69,7 @@ def get_args(argv=None):
         parser.error(f"--lambda-init {args.lambda_init:g} is not within --lambda-min and --lambda-max")
     if args.combine != "additive" and (args.w or args.kl_coeff):
         what = f"--w {args.w or 0:g} and --kl-coeff {args.kl_coeff or 0:g}"
-        flags.say(f"note: {what}: --combine {args.combine} is exact for ref exp((r - lambda c) / beta) with both 0")
+        endings.say(f"note: {what}: --combine {args.combine} is exact for ref exp((r - lambda c) / beta) with both 0")
     training_flags.take_toy(args, *TOY)
     args.w = args.w if args.w is not None else 0.5 * (args.combine == "additive")
     args.kl_coeff = args.kl_coeff if args.kl_coeff is not None else 0.1 * (args.combine == "additive")
@@ -85,7 +85,7 @@ import distributed
 import lora
 import reward_models
 from expected_cost import Constraint
-from harness.run import USER_ERRORS, Frozen, Run, forget
+from harness.run import Frozen, Run, forget
 from harness.score_cache import base_sha256
 from harness.training import Training
 from losses import (
@@ -360,7 +360,5 @@ def main(args):
     run.save_policy(training, policy, tokenizer, "Safe-MM-DPO")
 
 
-USER_ERRORS += (reward_models.RewardModelError,)
-
 if __name__ == "__main__":
-    flags.run(main, ARGS, *USER_ERRORS)
+    endings.run(main, ARGS)

@@ -25,7 +25,7 @@ import math
 from functools import partial
 from typing import NamedTuple
 
-from harness import flags, training_flags
+from harness import endings, flags, training_flags
 
 TOY = {"dataset_path": "train/polite_pairs.jsonl", "test_dataset_path": "test/polite_pairs.jsonl"}  # `toy`
 TEXT_POSITIONS, VECTOR_POSITIONS = ("system", "user"), ("prefix", "before-response")
@@ -81,7 +81,7 @@ if __name__ == "__main__":
 import torch
 
 import lora
-from harness.run import USER_ERRORS, Frozen, Run, forget
+from harness.run import Frozen, Run, forget
 from harness.score_cache import weights_sha256
 from harness.training import Training
 from losses import PAIR_METRICS, aligned_loss, displacement, dpo_loss, nll_loss, pair_metrics
@@ -289,7 +289,5 @@ def main(args):
     run.save_policy(training, policy, tokenizer, "preference-guided DPO")
 
 
-USER_ERRORS += (PromptError,)
-
 if __name__ == "__main__":
-    flags.run(main, ARGS, *USER_ERRORS)
+    endings.run(main, ARGS)

@@ -29,7 +29,7 @@ from trl_trainers import DTYPES, token_ids
 
 import distributed
 import lora
-from formats.model_files import ModelError, load_skeleton, load_tokenizer
+from formats.model_files import load_skeleton, load_tokenizer
 from formats.row_files import read_rows
 from harness import device, flags, speed
 from packing import epoch_plan
@@ -38,7 +38,6 @@ from preference_data import DataError, fingerprint, load_pairs
 CONTENDERS = "ours trl-defaults trl-best ours-fp32 trl-fp32".split()
 COLUMNS = ["contender", "s per update", "pairs/s", "x of trl-defaults", "peak memory GB", "x of trl-defaults"]
 COLUMNS += ["useful TFLOP/s", "share of measured matmul peak"]
-USER_ERRORS = DataError, ModelError, lora.AdapterError, distributed.DeviceError
 
 
 class Benchmark(NamedTuple):

@@ -21,7 +21,7 @@ import distributed
 import dpo_hf_run
 import lora
 from formats.model_files import load_model
-from harness import flags
+from harness import endings
 from preference_data import Pair
 
 
@@ -64,4 +64,4 @@ BENCHMARK = contenders.Benchmark(
 
 if __name__ == "__main__":
     args = contenders.get_args(BENCHMARK, __doc__, batch_size=2, accumulation=4)
-    flags.run(partial(contenders.compare, BENCHMARK), args, *contenders.USER_ERRORS)
+    endings.run(partial(contenders.compare, BENCHMARK), args)

@@ -17,13 +17,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the scripts lie one folder up
 
-import distributed
 import dpo_hf_run
 import toy_world
-from formats.model_files import ModelError
 from formats.preference_rows import recognise, row_texts
 from formats.row_files import DataError, Malformed, Unusable, parse_row, read_rows
-from harness import flags, optimizers
+from harness import endings, flags
 from harness.run import TOY_FOLDER
 
 BASE = "--batch-size 4 --gradient-accumulation-steps 1 --max-length 512 --lora-r 16 --gradient-checkpointing off"
@@ -124,4 +122,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    flags.run(main, get_args(), DataError, ModelError, distributed.DeviceError, optimizers.OptimizerError)
+    endings.run(main, get_args())

@@ -24,7 +24,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import dpo_hf_run
 import train_with_preference_prompt
-from harness import flags
+from harness import endings, flags
 
 RUNS = {
     "dpo_hf_run.py": None,
@@ -94,4 +94,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    flags.run(main, get_args())
+    endings.run(main, get_args())

@@ -32,10 +32,10 @@ import torch.nn.functional as F
 
 import distributed
 import lora
-from formats.model_files import ModelError, load_model, load_tokenizer
+from formats.model_files import load_model, load_tokenizer
 from formats.row_files import DataError, Malformed, Unusable, parse_row, read_rows
 from formats.row_shapes import chosen_and_rejected
-from harness import device, flags
+from harness import device, endings, flags
 from packed_model import prepare_scores
 from packing import hold_out, pack, passes
 from preference_data import load_pairs
@@ -198,4 +198,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    flags.run(main, get_args(), DataError, ModelError, lora.AdapterError, distributed.DeviceError)
+    endings.run(main, get_args())

@@ -25,7 +25,7 @@ import distributed
 import lora
 import train_rm
 from formats.model_files import load_model, load_skeleton, load_tokenizer, pad_unlike_ends
-from harness import flags
+from harness import endings
 
 
 def words(args, plan, name):
@@ -71,4 +71,4 @@ BENCHMARK = contenders.Benchmark(
 
 if __name__ == "__main__":
     args = contenders.get_args(BENCHMARK, __doc__, batch_size=4, accumulation=2)
-    flags.run(partial(contenders.compare, BENCHMARK), args, *contenders.USER_ERRORS)
+    endings.run(partial(contenders.compare, BENCHMARK), args)

@@ -26,11 +26,11 @@ import torch
 
 import distributed
 import lora
-from formats.model_files import ModelError, load_model, load_tokenizer
-from harness import device, flags
+from formats.model_files import load_model, load_tokenizer
+from harness import device, endings, flags
 from packed_model import prepare_model
 from packing import pack, passes
-from preference_data import DataError, load_pairs
+from preference_data import load_pairs
 
 ROOT = Path(__file__).resolve().parent.parent
 TASKS = "helpful", "harmless"
@@ -142,4 +142,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    flags.run(main, get_args(), DataError, ModelError, lora.AdapterError, distributed.DeviceError)
+    endings.run(main, get_args())

@@ -37,11 +37,10 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import distributed
 import lora
-import reward_models
 import train_safe_mm_dpo
 from formats.model_files import load_model, load_tokenizer, pad_unlike_ends
 from formats.row_files import read_rows
-from harness import flags, score_cache
+from harness import endings, flags, score_cache
 from losses import Multiplier, dpo_loss, dynamic_beta
 from packing import epoch_plan, joined
 from preference_data import fingerprint
@@ -49,7 +48,6 @@ from preference_data import fingerprint
 TASKS = train_safe_mm_dpo.TASKS
 COMPUTATIONS = "ours", "four-models"
 COLUMNS = ["contender", "s per update", "pairs/s", "x of four-models", "peak memory GB", "x of four-models"]
-USER_ERRORS = *contenders.USER_ERRORS, reward_models.RewardModelError
 
 
 def get_args(argv=None):
@@ -262,4 +260,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    flags.run(main, get_args(), *USER_ERRORS)
+    endings.run(main, get_args())

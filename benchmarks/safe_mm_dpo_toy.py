@@ -27,7 +27,7 @@ import torch
 import lora
 import toy_world
 from formats.model_files import load_model, load_tokenizer
-from harness import flags
+from harness import endings, flags
 
 ROOT = Path(__file__).resolve().parent.parent
 ALL = "--model toy --batch-size 16 --gradient-accumulation-steps 1 --dtype fp32 --report-to none --overwrite".split()
@@ -268,4 +268,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    flags.run(main, get_args(), lora.AdapterError)
+    endings.run(main, get_args())

@@ -14,6 +14,8 @@ import sys
 import threading
 from pathlib import Path
 
+from formats.user_errors import UserError
+
 HUBS = "huggingface", "modelscope"
 SECONDS = 5  # that a hub may take for its first answer
 WEIGHTS = ["*.safetensors", "*.bin"]
@@ -22,7 +24,7 @@ NEVER_READ = ["*.gguf", "*.onnx", "*.pth", "*.pt", "*.h5", "*.msgpack", "origina
 _hub = HUBS[0]
 
 
-class HubError(ValueError):
+class HubError(UserError):
     """A name that no hub gives files for: one sentence for the user."""
 
 

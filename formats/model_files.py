@@ -19,9 +19,10 @@ from transformers.utils import logging as transformers_logging
 
 from formats import hub_files, written_files
 from formats.chat_text import turn_end
+from formats.user_errors import UserError
 
 
-class ModelError(ValueError):
+class ModelError(UserError):
     """A model that cannot be loaded or used: one sentence for the user."""
 
 

@@ -14,17 +14,18 @@ import zlib
 from pathlib import Path
 
 from formats import hub_files
+from formats.user_errors import UserError
 
 
-class DataError(ValueError):
+class DataError(UserError):
     """Data the user has to mend: one sentence saying what, where (file:line) and what to do."""
 
 
-class Malformed(ValueError):
+class Malformed(UserError):
     """A row that is not JSON or lacks a field: stops the run unless --skip-invalid."""
 
 
-class Unusable(ValueError):
+class Unusable(UserError):
     """A well-formed row that can teach nothing: skipped and counted."""
 
 

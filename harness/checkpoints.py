@@ -26,9 +26,10 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 import distributed
 from formats import written_files
 from formats.tensor_files import save_file
+from formats.user_errors import UserError
 
 
-class CheckpointError(ValueError):
+class CheckpointError(UserError):
     """A checkpoint that cannot be used: one sentence for the user."""
 
 
@@ -238,7 +239,7 @@ class Termination:
     """Ctrl-C (SIGINT) or SIGTERM asks the run to save and end: `asked` turns into the signal's number, which the loops
     look at after each update and each pass of a frozen model.  A Ctrl-C after that ends at once, by KeyboardInterrupt.
 
-    flags.run puts the handlers back.
+    endings.run puts the handlers back.
     """
 
     def __init__(self):

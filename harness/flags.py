@@ -4,19 +4,16 @@ user's mistake is one sentence and exit code 2 (3 when a run goes non-finite), w
 
 import argparse
 import difflib
-import glob
 import math
-import os
 import re
 import shutil
-import signal
 import sys
 import textwrap
-import time
 
 import yaml
 
 from formats import hub_files
+from harness import endings
 from harness.flag_names import INSTEAD, SAME, VALUES
 
 MOST = {int: 2**31 - 1, float: 1e30}  # of a flag that names no bound of its own: what no run has, and fp32 still holds
@@ -58,7 +55,7 @@ class Parser(argparse.ArgumentParser):
     def parse_args(self, argv=None):
         """Namespace of the flags; `args.typed` names those on the command line, `args.given` those in the file too."""
         if argv is None:  # a script of its own, which loads torch from here on
-            sys.excepthook = _uncaught
+            endings.begin_program()
         argv = self._ours(map(str, sys.argv[1:] if argv is None else argv))
         args, words = argparse.Namespace(), []
         for index, word in enumerate(argv):
@@ -172,7 +169,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message):
         message = re.sub(r"^argument (--[^/:]+)[^:]*", r"\1", message)  # the canonical name, without the aliases
-        say(f"{self.prog}: {self.where}{message}")
+        endings.say(f"{self.prog}: {self.where}{message}")
         sys.exit(2)
 
 
@@ -288,72 +285,3 @@ def check_held_out(loss, step):
     """Raise NonFinite for a held-out loss that is not finite."""
     if not math.isfinite(loss):
         raise NonFinite(f"the held-out loss is {loss} at step {step}: {ADVICE}")
-
-
-# -- exit codes ----------------------------------------------------------------------------------------------------
-
-
-def say(sentence):
-    """One line on standard error, from one process per machine."""
-    if os.environ.get("LOCAL_RANK", "0") == "0":
-        print(" ".join(sentence.split()), file=sys.stderr, flush=True)
-
-
-def run(main, args, *user_errors):
-    """main(args); one of `user_errors` becomes its sentence and exit code 2, NonFinite 3, a rank that is gone 1."""
-    prog = os.path.basename(sys.argv[0])
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        main(args)
-    except user_errors as error:
-        _end(f"{prog}: {error}", 2)
-    except FloatingPointError as error:
-        _end(f"{prog}: {error}", 3)
-    except RuntimeError as error:
-        if not _rank_is_gone(error):
-            raise
-        # From every rank: the one that speaks for this machine may be the one that is gone.
-        reason = re.sub(r"\[[^]]*gloo[^]]*\] ?", "", str(error)).partition(". ")[0].splitlines()[0]
-        sentence = f"rank {os.environ.get('RANK')} cannot reach another ({reason}): see what that one said last"
-        print(f"{prog}: {sentence}{_way_on(args)}", file=sys.stderr)
-        sys.exit(1)
-    except KeyboardInterrupt:
-        say(f"{prog}: interrupted{_way_on(args)}")
-        sys.exit(130)
-    finally:
-        for number, handler in handlers.items():  # checkpoints.Termination's are of the run
-            if signal.getsignal(number) is not handler:
-                signal.signal(number, handler)
-
-
-def _uncaught(kind, error, trace):
-    """Ctrl-C before `run` is there, in the seconds that torch takes to load, is one line too."""
-    if kind is not KeyboardInterrupt:
-        return sys.__excepthook__(kind, error, trace)
-    say(f"{os.path.basename(sys.argv[0])}: interrupted")
-    os._exit(130)
-
-
-def _way_on(args):
-    """What a sentence about an early end adds where the output folder has checkpoints."""
-    checkpoints = glob.glob(f"{glob.escape(str(getattr(args, 'output_dir', None)))}/checkpoint-*")
-    return "; --resume auto goes on from the last checkpoint" if checkpoints else ""
-
-
-def _end(sentence, code):
-    """Say why, and exit.  A rank that fails alone has to speak for itself; where the first process of the machine fails
-    too, the launcher ends the others before they have waited for so long.
-    """
-    if os.environ.get("LOCAL_RANK", "0") != "0":
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        time.sleep(3)
-    print(" ".join(sentence.split()), file=sys.stderr, flush=True)
-    sys.exit(code)
-
-
-def _rank_is_gone(error):
-    """Whether an exchange failed because another rank died or does not answer: torch has no class for it."""
-    text = str(error)
-    of_exchange = "gloo" in text.lower() or type(error).__name__.startswith("Dist")
-    words = "closed|closure|reset|refused|roken pipe|imed out|remote process exited"
-    return of_exchange and bool(re.search(words, text))

@@ -22,6 +22,7 @@ from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 import lora
+from formats.user_errors import UserError
 from harness.device import DTYPES
 from harness.optimizers import moments_bytes
 from harness.pass_memory import blocks_of, head_bytes, measure
@@ -34,7 +35,7 @@ MANY = 16 * HEAD_CHUNK  # tokens that are counted chunk by chunk
 SOME = 1024  # tokens that are measured: with fused attention memory grows in line with them
 
 
-class EstimateError(ValueError):
+class EstimateError(UserError):
     """A model whose passes cannot be run without its weights, in one sentence for the user."""
 
 

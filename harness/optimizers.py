@@ -17,10 +17,12 @@ import math
 import torch
 from transformers.optimization import get_scheduler
 
+from formats.user_errors import UserError
+
 WIDE = 4  # bytes of fp32
 
 
-class OptimizerError(ValueError):
+class OptimizerError(UserError):
     """An optimiser that cannot step here, in one sentence for the user."""
 
 

@@ -27,18 +27,15 @@ import lora
 import lora_targets
 import toy_world
 from formats import model_files
-from formats.model_files import ModelError, enable_checkpointing, load_model, load_skeleton, save_whole
+from formats.model_files import enable_checkpointing, load_model, load_skeleton, save_whole
 from harness import checkpoints, device, flags, memory_report, optimizers, run_files, score_cache, sharding, speed
-from harness.memory_estimate import Estimate, EstimateError
+from harness.memory_estimate import Estimate
 from packed_model import prepare_model
 from packing import epoch_plan, hold_out, largest_pass, pack, passes_of_rank, rows_of_run
 from preference_data import DataError, fingerprint, load_pairs
 
 TOY_FOLDER = "outputs/toy_world"
 CHECKPOINT_LAYOUT = 2  # of what `begin` and Training put into a checkpoint; another layout is refused
-
-USER_ERRORS = (DataError, ModelError, lora.AdapterError, distributed.DeviceError, run_files.RunFolderError)
-USER_ERRORS += checkpoints.CheckpointError, EstimateError, optimizers.OptimizerError
 
 
 @dataclass(eq=False)
@@ -92,7 +89,7 @@ class Data:
 class Run:
     """One run of a training script.  toy: {flag: its file in the toy world} of flags that may be `toy`, as --model may.
 
-    Raises what USER_ERRORS has, each with one sentence for the user, before anything is written.
+    Raises UserErrors before anything is written.
     """
 
     def __init__(self, args, script, toy):

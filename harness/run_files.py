@@ -23,6 +23,7 @@ from transformers.trainer_callback import TrainerState
 
 from formats import written_files
 from formats.tensor_files import open_to_others
+from formats.user_errors import UserError
 from harness import trackers, training_curves
 
 # What marks a folder as a run's: a run replaces it.  So do epoch_1 and checkpoint-5.
@@ -44,7 +45,7 @@ MAY_DIFFER_ON_RESUME = """num_samples eval_samples max_length max_prompt_length 
 NOT_FLAGS = "config given typed full_rate local_rank estimate_memory".split()
 
 
-class RunFolderError(ValueError):
+class RunFolderError(UserError):
     """An output folder that cannot be used: one sentence for the user."""
 
 

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 import dpo_hf_run
-from harness import flags
+from harness import endings
 
 RESULTS = "metrics.jsonl", "adapter_model.safetensors"  # that two runs alike have alike, byte for byte
 LN2 = 0.6931471805599453
@@ -25,7 +25,7 @@ def run_script(argv, script=dpo_hf_run):
     """A script as its last line runs it, under its own name; a user error is SystemExit(2)."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [f"{script.__name__}.py"])
-        flags.run(script.main, script.get_args([str(word) for word in argv]), *script.USER_ERRORS)
+        endings.run(script.main, script.get_args([str(word) for word in argv]))
 
 
 def as_words(changes):

@@ -252,7 +252,7 @@ TWO_RANKS = '''
 """Two gloo ranks of each case, forked from a process that has imported the scripts once."""
 import importlib, json, os, signal, socket, sys, time, traceback
 import torch, transformers
-from harness import flags
+from harness import endings
 
 torch.set_num_threads(1)
 
@@ -272,7 +272,7 @@ def rank(number, script, words, folder, port, stalls):
     if stalls and number == 1:
         transformers.AutoTokenizer.from_pretrained = lambda *_, **__: time.sleep(60)
     try:
-        flags.run(module.main, module.get_args(words), *module.USER_ERRORS)
+        endings.run(module.main, module.get_args(words))
     except SystemExit as exit:
         code = exit.code
     except BaseException:
@@ -424,7 +424,7 @@ def test_a_rank_waits_for_the_others_as_long_as_it_is_told(ended):
 DIES = """
 import os, signal, sys
 import dpo_hf_run, torch
-from harness import flags
+from harness import endings
 
 plain, calls = torch.optim.AdamW.step, []
 def step(*given, **named):
@@ -434,7 +434,7 @@ def step(*given, **named):
         os.kill(os.getpid(), signal.SIGKILL)
     return plain(*given, **named)
 torch.optim.AdamW.step = step
-flags.run(dpo_hf_run.main, dpo_hf_run.get_args(), *dpo_hf_run.USER_ERRORS)
+endings.run(dpo_hf_run.main, dpo_hf_run.get_args())
 """
 
 

@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from formats import written_files
+from formats.user_errors import UserError
 
 
-class OutputError(ValueError):
+class OutputError(UserError):
     """An output file that cannot be used: one sentence for the user."""
 
 

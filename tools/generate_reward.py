@@ -5,10 +5,11 @@ import traceback
 from pathlib import Path
 from types import ModuleType
 
+from formats.user_errors import UserError
 from tools.prompts import text_of
 
 
-class RewardFunctionError(ValueError):
+class RewardFunctionError(UserError):
     """A reward function that cannot be used: one sentence for the user."""
 
 

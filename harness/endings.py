@@ -1,0 +1,129 @@
+"""How a script ends: what each kind of exception says, and with which exit code.
+
+0    all is written
+1    another rank is gone; or a fault of ours, with its traceback and where to report it
+2    the user's, in one sentence: a mistake (UserError), a file that cannot be read or written, too little memory
+3    numbers that are not finite (FloatingPointError), in one sentence
+129, 130, 143    asked to end by SIGHUP, SIGINT (Ctrl-C), SIGTERM; what was done is saved (checkpoints.Termination)
+"""
+
+import errno
+import glob
+import os
+import re
+import signal
+import sys
+import time
+import traceback
+
+from formats.user_errors import UserError
+from harness import locks
+
+SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+ADVICE = {
+    errno.ENOSPC: "make room there, or choose another place",
+    errno.EDQUOT: "make room there, or choose another place",
+    errno.EROFS: "choose another place to write to",
+    errno.EACCES: "choose a place that you may use",
+    errno.EPERM: "choose a place that you may use",
+    errno.ENAMETOOLONG: "choose a shorter name",
+}
+NO_MEMORY = "out of memory", "not enough memory", "can't allocate memory"  # torch on GPUs, on Windows, on CPUs
+
+
+def run(main, args):
+    """main(args), and the end of the process for what it raises, as above; our own faults stay exceptions."""
+    prog = os.path.basename(sys.argv[0])
+    handlers = {number: signal.getsignal(number) for number in SIGNALS}
+    try:
+        main(args)
+    except FloatingPointError as error:
+        _end(f"{prog}: {error}", 3)
+    except KeyboardInterrupt:
+        say(f"{prog}: interrupted{_way_on(args)}")
+        sys.exit(130)
+    except Exception as error:
+        if sentence := sentence_of(error):
+            _end(f"{prog}: {sentence}", 2)
+        if not _rank_is_gone(error):
+            raise
+        # From every rank: the one that speaks for this machine may be the one that is gone.
+        reason = re.sub(r"\[[^]]*gloo[^]]*\] ?", "", str(error)).partition(". ")[0].splitlines()[0]
+        sentence = f"rank {os.environ.get('RANK')} cannot reach another ({reason}): see what that one said last"
+        print(f"{prog}: {sentence}{_way_on(args)}", file=sys.stderr)
+        sys.exit(1)
+    finally:
+        locks.release()
+        for number, handler in handlers.items():  # checkpoints.Termination's are of the run
+            if signal.getsignal(number) is not handler:
+                signal.signal(number, handler)
+
+
+def sentence_of(error):
+    """What to tell the user of an exception that is the user's or the machine's; None for a fault of ours."""
+    text = " ".join(str(error).split())
+    if isinstance(error, UserError):
+        return text
+    if isinstance(error, MemoryError) or any(words in text for words in NO_MEMORY):
+        first = re.split(r"\. (?=[A-Z])", text)[0]
+        return (
+            f"there is not enough memory ({first or 'MemoryError'}): try a smaller --batch-size, or see what a run "
+            "needs with --estimate-memory"
+        )
+    if isinstance(error, OSError) and error.errno:
+        place = "" if error.filename is None else f"{os.fsdecode(error.filename)}: "
+        return f"{place}{os.strerror(error.errno)}: {ADVICE.get(error.errno, 'check the path')}"
+    if type(error).__name__ == "SafetensorError":  # its library is not loaded for --help
+        code = int((re.search(r"os error (\d+)", text) or [0, 0])[1])
+        return f"{text}: {ADVICE.get(code, 'a file of weights is damaged, or cannot be written')}"
+    return None
+
+
+def say(sentence):
+    """One line on standard error, from one process per machine."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        print(" ".join(sentence.split()), file=sys.stderr, flush=True)
+
+
+def begin_program():
+    """For a process that is a script of ours and nothing else: no output can end it, and its faults say what to do."""
+    sys.excepthook = _uncaught
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # a terminal that has no Chinese
+
+
+def _uncaught(kind, error, trace):
+    """Of a Ctrl-C in the seconds that torch takes to load, before `run` is there; and of a fault of ours."""
+    prog = os.path.basename(sys.argv[0])
+    if kind is KeyboardInterrupt:
+        say(f"{prog}: interrupted")
+        os._exit(130)
+    traceback.print_exception(kind, error, trace)
+    what = "the lines above, the command, and args.json of the output folder if it is there"
+    print(f"{prog}: this is a fault of the program, not yours: please report it with {what}", file=sys.stderr)
+
+
+def _way_on(args):
+    """What a sentence about an early end adds where the output folder has checkpoints."""
+    checkpoints = glob.glob(f"{glob.escape(str(getattr(args, 'output_dir', None)))}/checkpoint-*")
+    return "; --resume auto goes on from the last checkpoint" if checkpoints else ""
+
+
+def _end(sentence, code):
+    """Say why, and exit.  A rank that fails alone has to speak for itself; where the first process of the machine fails
+    too, the launcher ends the others before they have waited for so long.
+    """
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(3)
+    print(" ".join(sentence.split()), file=sys.stderr, flush=True)
+    sys.exit(code)
+
+
+def _rank_is_gone(error):
+    """Whether an exchange failed because another rank died or does not answer: torch has no class for it."""
+    text = str(error)
+    of_exchange = "gloo" in text.lower() or type(error).__name__.startswith("Dist")
+    words = "closed|closure|reset|refused|roken pipe|imed out|remote process exited"
+    return isinstance(error, RuntimeError) and of_exchange and bool(re.search(words, text))
