@@ -98,11 +98,12 @@ def train(policy, reference, cost_head, rows, prompts, end):
     history, violations = [], []
     for update in range(1, len(rows) // PAIRS_PER_UPDATE + 1):
         batch = rows[(update - 1) * PAIRS_PER_UPDATE : update * PAIRS_PER_UPDATE]
-        losses, counts = Counter(), Counter(kind for kind, *_ in batch)
+        losses = {"helpful": torch.zeros(()), "harmless": torch.zeros(())}
+        counts = Counter(kind for kind, *_ in batch)
         for kind, prompt, chosen, rejected, _ in batch:
             ref_margin = log_prob(reference, prompt, chosen) - log_prob(reference, prompt, rejected)
             margin = log_prob(policy, prompt, chosen) - log_prob(policy, prompt, rejected)
-            losses[kind] -= F.logsigmoid(BETA * (margin - ref_margin)) / counts[kind]
+            losses[kind] = losses[kind] - F.logsigmoid(BETA * (margin - ref_margin)) / counts[kind]
         optimizer.zero_grad()
         ((losses["helpful"] + multiplier * losses["harmless"]) / (1 + multiplier)).backward()
         optimizer.step()
@@ -135,7 +136,6 @@ def main(world):
     harmless = read_rows(world / "train/harmless_pairs.jsonl", tokenizer)
     rows = random.Random(SEED).sample(helpful + harmless, UPDATES * PAIRS_PER_UPDATE)
     prompts, end = [prompt for _, prompt, *_ in harmless], tokenizer.eos_token_id
-
     _, _, costs, multipliers = zip(*train(policy, reference, fit_cost(reference, harmless[:400]), rows, prompts, end))
     draw(world / "safe_dpo.svg", {"E[cost]": costs, "threshold": [THRESHOLD] * len(costs), "lambda": multipliers})
     for question in QUESTIONS:
