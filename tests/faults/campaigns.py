@@ -1,0 +1,216 @@
+"""What the campaigns share: programs in forks of this process, which are killed or get a signal at a counted event, and
+what they leave.
+
+An event is what a program does to the files below its folder (open to write, write of a whole safetensors file, rename,
+remove, mkdir, rmdir, truncate, fsync), and on demand each forward pass of a module.  The same command has the same
+events, so that a number says where it was; FAULTS_SEED moves the numbers, and a failure says which they were.
+"""
+
+import atexit
+import functools
+import json
+import os
+import random
+import shlex
+import signal
+import sys
+import traceback
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import safetensors.torch
+import torch
+from processes import fork
+from runs import run_script
+
+SEED = int(os.environ.get("FAULTS_SEED", 0))
+WRITES = os.O_WRONLY | os.O_RDWR
+CHANGES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "os.link", "os.symlink"}
+DRAFTS = ".saving-*", "*.unfinished", ".prepare_data-*", ".toy_world-*", ".manifest.json.*", ".*.args.json.*"
+
+
+class Ended(NamedTuple):
+    """A program in a fork that has ended."""
+
+    code: int  # negative: the signal that killed it
+    out: str
+    err: str
+    events: list  # what each was, in words
+    folder: Path
+    words: str  # the command
+
+    @property
+    def command(self):
+        return f"cd {self.folder}; {self.words}"
+
+    @property
+    def last(self):
+        """The last event, before which or at which it ended."""
+        return self.events[-1].replace(f"{self.folder}/", "") if self.events else "the first"
+
+    def __str__(self):
+        return f"exit code {self.code}; {self.err[-1500:]}"
+
+
+def run(script, words, folder, at_event=None, forwards=False, limit=120, prepare=None):
+    """A script (a module) with `words` in a fork that stands in `folder`; Ended.
+
+    at_event(number, what) is called before each event, from 1.  forwards: forward passes are events too.
+    prepare(): called in the fork before the script.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    logs = [folder / name for name in ("out.log", "err.log", "events.log")]
+    words = [str(word) for word in words]
+    code = fork(functools.partial(_be_program, script, words, folder, logs, at_event, forwards, prepare), limit)
+    out, err, events = (log.read_text("utf-8", "replace") for log in logs)
+    return Ended(code, out, err, events.splitlines(), folder, f"{script.__name__}.py {shlex.join(words)}")
+
+
+def _be_program(script, words, folder, logs, at_event, forwards, prepare):
+    atexit._clear()  # of the tests' own process
+    handles = [os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC) for log in logs]
+    os.dup2(handles[0], 1)
+    os.dup2(handles[1], 2)
+    sys.stdout, sys.stderr = open(1, "w", 1, "utf-8", closefd=False), open(2, "w", 1, "utf-8", closefd=False)
+    os.chdir(folder)
+    torch.set_num_threads(1)
+    code = 1
+    try:
+        if prepare:
+            prepare()
+        watch(folder, handles[2], at_event, forwards)
+        run_script(words, script)
+        code = 0
+    except SystemExit as end:
+        code = end.code or 0
+    except BaseException:
+        traceback.print_exc()
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    os._exit(code)
+
+
+def watch(folder, log, at_event, forwards):
+    """Count the events of this process below `folder`, write each to the open file `log`, and call at_event."""
+    folder, number, is_ours = str(folder.resolve()), 0, False
+    quiet = {str(Path(folder) / name) for name in ("out.log", "err.log", "events.log")}
+
+    def event(what, path, handle=-1):
+        nonlocal number, is_ours
+        if is_ours:  # what at_event does itself
+            return
+        if path is not None:
+            beside = os.readlink(f"/proc/self/fd/{handle}") if handle not in (-1, None) else ""
+            path = os.path.abspath(os.path.join(beside, os.fsdecode(path)))
+            if not path.startswith(folder + os.sep) or path in quiet:
+                return
+        number += 1
+        os.write(log, f"{what} {path or ''}\n".encode())
+        if at_event:
+            is_ours = True
+            at_event(number, what, path)
+            is_ours = False
+
+    def hook(name, given):
+        if name == "open" and isinstance(given[0], str | bytes | os.PathLike) and given[2] & WRITES:
+            event("open", given[0])
+        elif name in CHANGES and not isinstance(given[0], int):
+            event(name[3:], given[0], -1 if name == "os.truncate" else given[-1])  # the last is the folder's handle
+
+    def fsync(handle, plain=os.fsync):
+        event("fsync", os.readlink(f"/proc/self/fd/{handle}"))
+        plain(handle)
+
+    def serialize_file(tensors, path, *more, plain=safetensors.torch.serialize_file, **named):
+        event("open", path)  # its library writes past Python
+        plain(tensors, path, *more, **named)
+
+    os.fsync, safetensors.torch.serialize_file = fsync, serialize_file
+    if forwards:
+        torch.nn.modules.module.register_module_forward_pre_hook(lambda *_: event("forward", None))
+    sys.addaudithook(hook)
+
+
+def kill_at(number, torn=False):
+    """at_event: SIGKILL before event `number`; torn: and the file that was just opened has half of what came to it."""
+    last = []
+
+    def at_event(here, what, path):
+        if here == number:
+            if torn and last and os.path.isfile(last[0]):
+                os.truncate(last[0], (last[1] + os.path.getsize(last[0])) // 2)
+            os.kill(os.getpid(), signal.SIGKILL)
+        last[:] = [path, os.path.getsize(path) if os.path.exists(path) else 0] if what == "open" else []
+
+    return at_event
+
+
+def signal_at(number, *signals):
+    """at_event: the signals, at event `number`."""
+
+    def at_event(here, *_):
+        if here == number:
+            for asked in signals:
+                os.kill(os.getpid(), asked)
+
+    return at_event
+
+
+def points(count, most, name):
+    """Some `most` numbers of 1 .. count + 1, at equal distances, the first drawn by the seed and the campaign's name."""
+    step = max(1.0, (count + 1) / most)
+    first = random.Random(f"{SEED} {name}").uniform(0, step)
+    return sorted({int(first + place * step) + 1 for place in range(most) if first + place * step < count + 1})
+
+
+def contents(folder, but=()):
+    """{name: bytes} of all files below a folder, without those of these names."""
+    paths = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name not in but]
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
+
+
+def difference(one, other):
+    """The first name that two `contents` do not have alike, in words; None where they are the same."""
+    for name in sorted(one.keys() | other.keys()):
+        if one.get(name) != other.get(name):
+            return f"{name} is {'missing' if name not in one else 'new' if name not in other else 'another'}"
+    return None
+
+
+def drafts(folder):
+    """What an ended run may not leave: files and folders that were to become others."""
+    return [str(path.relative_to(folder)) for pattern in DRAFTS for path in folder.rglob(pattern)]
+
+
+def is_sentence(ended):
+    """Whether it ended as a mistake of the user's does: exit code 2 and one line."""
+    return ended.code == 2 and len(ended.err.splitlines()) == 1
+
+
+class Tally:
+    """The cases of a campaign; `done` fails with all that went wrong, and says the counts at the end of the tests."""
+
+    def __init__(self, request):
+        self.request, self.counts, self.failures, self.command = request, {}, [], ""
+
+    def count(self, what, number=1):
+        self.counts[what] = self.counts.get(what, 0) + number
+
+    def fail(self, sentence):
+        self.failures.append(sentence)
+
+    def done(self):
+        self.request.node.user_properties.append(("counts", json.dumps(self.counts)))
+        if self.failures:
+            shown = "\n\n".join(self.failures[:12])
+            text = f"{len(self.failures)} failures of {self.counts}, FAULTS_SEED={SEED}: {self.command}\n{shown}"
+            pytest.fail(text, pytrace=False)
+
+
+def damaged(content, kind, draw):
+    """Bytes with one bit changed, or cut."""
+    place = draw.randrange(len(content))
+    if kind == "cut":
+        return content[:place]
+    return content[:place] + bytes([content[place] ^ (1 << draw.randrange(8))]) + content[place + 1 :]
