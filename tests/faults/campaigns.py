@@ -2,7 +2,7 @@
 what they leave.
 
 An event is what a program does to the files below its folder (open to write, write of a whole safetensors file, rename,
-remove, mkdir, rmdir, truncate, fsync), and on demand each forward pass of a module.  The same command has the same
+remove, mkdir, rmdir, truncate, fsync), and on demand each forward pass of a model.  The same command has the same
 events, so that a number says where it was; FAULTS_SEED moves the numbers, and a failure says which they were.
 """
 
@@ -23,10 +23,13 @@ import safetensors.torch
 import torch
 from processes import fork
 from runs import run_script
+from worlds import QUICK, words_of
 
 SEED = int(os.environ.get("FAULTS_SEED", 0))
 WRITES = os.O_WRONLY | os.O_RDWR
 CHANGES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "os.link", "os.symlink"}
+LOGS = "out.log", "err.log", "events.log"
+NOT_THE_SAME = "args.json", "manifest.json", *LOGS  # of a run that goes on: it names --resume
 DRAFTS = ".saving-*", "*.unfinished", ".prepare_data-*", ".toy_world-*", ".manifest.json.*", ".*.args.json.*"
 
 
@@ -60,7 +63,7 @@ def run(script, words, folder, at_event=None, forwards=False, limit=120, prepare
     prepare(): called in the fork before the script.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    logs = [folder / name for name in ("out.log", "err.log", "events.log")]
+    logs = [folder / name for name in LOGS]
     words = [str(word) for word in words]
     code = fork(functools.partial(_be_program, script, words, folder, logs, at_event, forwards, prepare), limit)
     out, err, events = (log.read_text("utf-8", "replace") for log in logs)
@@ -72,7 +75,11 @@ def _be_program(script, words, folder, logs, at_event, forwards, prepare):
     handles = [os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC) for log in logs]
     os.dup2(handles[0], 1)
     os.dup2(handles[1], 2)
-    sys.stdout, sys.stderr = open(1, "w", 1, "utf-8", closefd=False), open(2, "w", 1, "utf-8", closefd=False)
+    sys.stdout = os.fdopen(1, "w", 1, encoding="utf-8", closefd=False)
+    sys.stderr = os.fdopen(2, "w", 1, encoding="utf-8", closefd=False)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     os.chdir(folder)
     torch.set_num_threads(1)
     code = 1
@@ -94,7 +101,7 @@ def _be_program(script, words, folder, logs, at_event, forwards, prepare):
 def watch(folder, log, at_event, forwards):
     """Count the events of this process below `folder`, write each to the open file `log`, and call at_event."""
     folder, number, is_ours = str(folder.resolve()), 0, False
-    quiet = {str(Path(folder) / name) for name in ("out.log", "err.log", "events.log")}
+    quiet = {str(Path(folder) / name) for name in LOGS}
 
     def event(what, path, handle=-1):
         nonlocal number, is_ours
@@ -128,7 +135,8 @@ def watch(folder, log, at_event, forwards):
 
     os.fsync, safetensors.torch.serialize_file = fsync, serialize_file
     if forwards:
-        torch.nn.modules.module.register_module_forward_pre_hook(lambda *_: event("forward", None))
+        first = lambda module, _: event("forward", None) if isinstance(module, torch.nn.Embedding) else None  # noqa: E731
+        torch.nn.modules.module.register_module_forward_pre_hook(first)
     sys.addaudithook(hook)
 
 
@@ -158,7 +166,7 @@ def signal_at(number, *signals):
 
 
 def points(count, most, name):
-    """Some `most` numbers of 1 .. count + 1, at equal distances, the first drawn by the seed and the campaign's name."""
+    """Some `most` numbers of 1 .. count + 1, equally far apart; the first is drawn by the seed and a campaign's name."""
     step = max(1.0, (count + 1) / most)
     first = random.Random(f"{SEED} {name}").uniform(0, step)
     return sorted({int(first + place * step) + 1 for place in range(most) if first + place * step < count + 1})
@@ -168,6 +176,12 @@ def contents(folder, but=()):
     """{name: bytes} of all files below a folder, without those of these names."""
     paths = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name not in but]
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
+
+
+def visible(folder):
+    """`contents` without drafts, which nobody reads, and locks."""
+    files = contents(folder, LOGS)
+    return {name: content for name, content in files.items() if not any(part[0] == "." for part in name.split("/"))}
 
 
 def difference(one, other):
@@ -186,6 +200,30 @@ def drafts(folder):
 def is_sentence(ended):
     """Whether it ended as a mistake of the user's does: exit code 2 and one line."""
     return ended.code == 2 and len(ended.err.splitlines()) == 1
+
+
+# -- what is run -------------------------------------------------------------------------------------------------------
+
+SAMPLE = "--max-new-tokens 6 --num-samples 12 --device cpu --dtype fp32".split()
+SIZE = "--batch-size 4 --gradient-accumulation-steps 2 --learning-rate 1e-3 --max-steps 4 --num-samples 24".split()
+SAVES = "--save-steps 2 --save-total-limit 1 --eval-steps 2".split()
+
+
+def words_of_run(script, world):
+    """A run of four updates with dropout, two checkpoints and three evaluations, into out/."""
+    words = ["--model", world / "model", *words_of(script, world, dropout=0.1), *QUICK, *SIZE, *SAVES]
+    return [*words, "--output-dir", "out"]
+
+
+def raw_rows(count, seed):
+    """Raw rows of random letters, for prepare_data.py."""
+    draw = random.Random(f"{SEED} {seed}")
+    word = lambda: "".join(draw.choices("abcdefgh", k=6))  # noqa: E731
+    ids = {"better_response_id": 0, "safer_response_id": 1, "is_response_0_safe": False, "is_response_1_safe": True}
+    return [{"prompt": word(), "response_0": word(), "response_1": word(), **ids} for _ in range(count)]
+
+
+# -- what is said ------------------------------------------------------------------------------------------------------
 
 
 class Tally:

@@ -2,11 +2,10 @@
 leaves, and the same command again leaves the latter.
 """
 
-import random
 import types
 
 import pytest
-from campaigns import SEED, contents, difference, drafts, is_sentence, kill_at, points, run
+from campaigns import SAMPLE, difference, drafts, is_sentence, kill_at, points, raw_rows, run, visible
 from runs import snapshot
 from worlds import write_rows
 
@@ -16,13 +15,6 @@ import prepare_data
 import toy_world
 
 POINTS = 30  # of each tool
-LOGS = "out.log", "err.log", "events.log"
-
-
-def visible(folder):
-    """`contents` without drafts, which nobody reads, and locks."""
-    files = contents(folder, LOGS)
-    return {name: content for name, content in files.items() if not any(part[0] == "." for part in name.split("/"))}
 
 
 def campaign(tally, script, words, folder, most=POINTS, before=None, is_at_once=True, prepare=None):
@@ -65,13 +57,6 @@ def campaign(tally, script, words, folder, most=POINTS, before=None, is_at_once=
     tally.done()
 
 
-def raw_rows(count, seed):
-    draw = random.Random(f"{SEED} {seed}")
-    word = lambda: "".join(draw.choices("abcdefgh", k=6))  # noqa: E731
-    ids = {"better_response_id": 0, "safer_response_id": 1, "is_response_0_safe": False, "is_response_1_safe": True}
-    return [{"prompt": word(), "response_0": word(), "response_1": word(), **ids} for _ in range(count)]
-
-
 BENCHMARK = "--safety-benchmark data/bench.jsonl --output-dir data".split()
 
 
@@ -91,9 +76,6 @@ def test_prepare_data_overwrites(fewer, tmp_path, tally):
 
     words = ["--input", new, *BENCHMARK, *ratios, "--overwrite"]
     campaign(tally, prepare_data, words, tmp_path, most=200, before=before)
-
-
-SAMPLE = "--max-new-tokens 6 --num-samples 12 --device cpu --dtype fp32".split()
 
 
 @pytest.mark.parametrize("kind", ["rows", "pairs"])

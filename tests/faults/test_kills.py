@@ -3,22 +3,16 @@
 import importlib
 
 import pytest
-from campaigns import contents, difference, drafts, kill_at, points, run
+from campaigns import NOT_THE_SAME, contents, difference, drafts, kill_at, points, run, words_of_run
 from helpers import TRAINERS
-from worlds import QUICK, words_of
 
 POINTS = 24  # of each trainer
-SIZE = "--batch-size 4 --gradient-accumulation-steps 2 --learning-rate 1e-3 --max-steps 4 --num-samples 24".split()
-SAVES = "--save-steps 2 --save-total-limit 1 --eval-steps 2".split()
-# What names the resume, and what says when it was.
-NOT_THE_SAME = "args.json", "manifest.json", "out.log", "err.log", "events.log"
 MERGED = {"dpo_hf_run": ["--save-merged"], "train_safe_mm_dpo": ["--epochs", 2, "--max-steps", 0]}
 
 
 @pytest.mark.parametrize("script", TRAINERS)
 def test_trainers(script, labelled_world, tmp_path, tally):
-    words = ["--model", labelled_world / "model", *words_of(script, labelled_world, dropout=0.1), *QUICK, *SIZE, *SAVES]
-    words += [*MERGED.get(script, []), "--output-dir", "out", "--resume", "auto"]
+    words = [*words_of_run(script, labelled_world), *MERGED.get(script, []), "--resume", "auto"]
     module = importlib.import_module(script)
     whole = run(module, words, tmp_path / "whole")
     assert whole.code == 0, whole
