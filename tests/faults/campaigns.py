@@ -166,7 +166,7 @@ def signal_at(number, *signals):
 
 
 def points(count, most, name):
-    """Some `most` numbers of 1 .. count + 1, equally far apart; the first is drawn by the seed and a campaign's name."""
+    """Some `most` numbers of 1 .. count + 1, equally far apart, drawn by the seed and a name."""
     step = max(1.0, (count + 1) / most)
     first = random.Random(f"{SEED} {name}").uniform(0, step)
     return sorted({int(first + place * step) + 1 for place in range(most) if first + place * step < count + 1})
@@ -198,8 +198,9 @@ def drafts(folder):
 
 
 def is_sentence(ended):
-    """Whether it ended as a mistake of the user's does: exit code 2 and one line."""
-    return ended.code == 2 and len(ended.err.splitlines()) == 1
+    """Whether it ended as a mistake of the user's does: exit code 2 and one line, but for what the toy world says."""
+    lines = [line for line in ended.err.splitlines() if not line.startswith("toy world: building ")]
+    return ended.code == 2 and len(lines) == 1
 
 
 # -- what is run -------------------------------------------------------------------------------------------------------
