@@ -93,7 +93,7 @@ def one_message(value):
 def instruction(row):
     more = [text(row["input"])] if row.get("input") else []
     return (
-        "\n\n".join([text(row["instruction"]), *more]) + "\n\n",
+        "\n\n".join(filter(None, [text(row["instruction"]), *more])) + "\n\n",
         text(row["chosen"]),
         row["rejected"],
     )
@@ -167,7 +167,7 @@ SHAPES = {  # name: (a row of it, the plain reading)
         lambda t, p, c, r: {"question": p, "response_j": c, "response_k": r},
         strings("question", "response_j", "response_k", "Question: {}\n\nAnswer: "),
     ),
-    "instruction": (lambda t, p, c, r: {"instruction": p, "input": "in " + p, C: c, R: r}, instruction),
+    "instruction": (lambda t, p, c, r: {"instruction": p, "input": p[::-1], C: c, R: r}, instruction),
     "pku": (lambda t, p, c, r: {"prompt": p, "response_0": r, "response_1": c, "better_response_id": 1}, pku),
     "rated": (
         lambda t, p, c, r: {
