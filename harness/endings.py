@@ -44,7 +44,8 @@ def run(main, args):
         sys.exit(130)
     except Exception as error:
         if sentence := sentence_of(error):
-            _end(f"{prog}: {sentence}", 2)
+            way_on = "" if isinstance(error, UserError) else _way_on(args)
+            _end(f"{prog}: {sentence}{way_on}", 2)
         if not _rank_is_gone(error):
             raise
         # From every rank: the one that speaks for this machine may be the one that is gone.

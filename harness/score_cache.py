@@ -19,6 +19,7 @@ from tqdm import tqdm
 import distributed
 from formats import written_files
 from formats.tensor_files import save_file
+from harness import locks
 
 
 def weights_sha256(named_tensors, dtype=None):
@@ -82,9 +83,10 @@ def save_scores(path, scores):
     """Add rows to the file, (N, 2), NaN in those that are not known; returns all that it has now.
 
     A row that is there already stays: a run on it goes on with the numbers it began with, whoever else shares the file.
-    The file appears whole or not at all.
+    The file appears whole or not at all; who shares the folder waits for the moment that this takes.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = path.with_name(".lock")
+    locks.hold(lock, f"--cache-dir {path.parent}", waits=True)
     there, _ = load_scores(path, len(scores))
     scores = scores if there is None else torch.where(there.isnan(), scores, there)
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
@@ -94,6 +96,7 @@ def save_scores(path, scores):
             os.replace(unfinished, path)
     finally:
         unfinished.unlink(missing_ok=True)
+        locks.release(lock)
     return scores
 
 

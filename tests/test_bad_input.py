@@ -24,7 +24,7 @@ from worlds import BROKEN, char_tokenizer, edit, strings, write_model, write_row
 import dpo_hf_run
 import reward_models
 from formats.model_files import ModelError, load_model
-from harness import run_files
+from harness import metrics_log, run_files
 from packing import hold_out
 from preference_data import fingerprint, load_pairs
 
@@ -491,7 +491,7 @@ def test_numbers_that_are_not_finite_are_null_in_the_log(fails, tmp_path):
     fails(*words, "--eval-samples", "0", "--logging-steps", "1", code=3)
     lines = (tmp_path / "out/metrics.jsonl").read_text().splitlines()
     assert [json.loads(line, parse_constant=pytest.fail)["step"] for line in lines] == [1]
-    log = run_files.MetricsLog(
+    log = metrics_log.MetricsLog(
         dpo_hf_run.get_args(["--output-dir", str(tmp_path / "log"), "--report-to", "none"]), is_main=True
     )
     log.write(1, 0.5, {"loss": math.nan, "grad_norm": math.inf, "beta": 0.1})
