@@ -1,6 +1,5 @@
 """Models and tokenizers from a folder or a hub, with every failure as one sentence."""
 
-import json
 import re
 import sys
 from functools import partial
@@ -19,6 +18,7 @@ from transformers.utils import logging as transformers_logging
 
 from formats import hub_files, written_files
 from formats.chat_text import turn_end
+from formats.json_files import read_object
 from formats.user_errors import UserError
 
 
@@ -42,12 +42,14 @@ def base_of(adapters):
     bases = {}  # the base, by its place on the disk where it has one: (as it is named, the adapter)
     for folder in adapters:
         try:
-            name = json.loads((Path(folder) / "adapter_config.json").read_text("utf-8"))["base_model_name_or_path"]
-            place = Path(name).resolve() if _exists(name) else name
+            name = read_object(Path(folder) / "adapter_config.json").get("base_model_name_or_path")
         except (FileNotFoundError, NotADirectoryError):
             raise ModelError(f"{folder} is not an adapter folder: adapter_config.json is missing") from None
-        except (OSError, ValueError, KeyError, TypeError, RecursionError):
-            raise ModelError(f"{folder}/adapter_config.json names no base model: name it with --model") from None
+        except (OSError, ValueError):
+            name = None
+        if not name or not isinstance(name, str):
+            raise ModelError(f"{folder}/adapter_config.json names no base model: name it with --model")
+        place = Path(name).resolve() if _exists(name) else name
         bases.setdefault(place, (name, folder))
     (base, first), *others = bases.values()
     if others:
@@ -184,7 +186,7 @@ def _loaded(kind, path, load):
 def _exists(path):
     try:
         return Path(path).exists()
-    except OSError:  # too long for a path, or in a folder that is not to be entered
+    except (OSError, ValueError):  # too long for a path, or in a folder that is not to be entered
         return False
 
 

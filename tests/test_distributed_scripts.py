@@ -318,7 +318,8 @@ def world(tmp_path_factory):
         rm.mkdir()
         for file in (folder / "model").glob("tok*"):
             (rm / file.name).write_bytes(file.read_bytes())
-        record = {"task": "helpful", "base_sha256": "", "calibrated": False, "validation": {"score_std": number}}
+        record = {"task": "helpful", "base_model": "a", "base_sha256": "", "calibrated": False}
+        record |= {"validation": {"score_std": number}}
         (rm / "reward_model.json").write_text(json.dumps(record))
     with new_checkpoint(folder / "resumed", 3, 0) as checkpoint:
         for name in ("training.safetensors", "state.json"):
