@@ -79,9 +79,15 @@ def sentence_of(error):
     return None
 
 
+def speaks():
+    """Whether this process speaks for its machine; one that no launcher started does, whatever LOCAL_RANK says."""
+    alone = os.environ.get("WORLD_SIZE", "1") in ("", "1")
+    return alone or os.environ.get("LOCAL_RANK", "0") in ("", "0")
+
+
 def say(sentence):
     """One line on standard error, from one process per machine."""
-    if os.environ.get("LOCAL_RANK", "0") == "0":
+    if speaks():
         print(" ".join(sentence.split()), file=sys.stderr, flush=True)
 
 
@@ -114,7 +120,7 @@ def _end(sentence, code):
     """Say why, and exit.  A rank that fails alone has to speak for itself; where the first process of the machine fails
     too, the launcher ends the others before they have waited for so long.
     """
-    if os.environ.get("LOCAL_RANK", "0") != "0":
+    if not speaks():
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(3)
     print(" ".join(sentence.split()), file=sys.stderr, flush=True)

@@ -519,7 +519,41 @@ def test_flags_that_cannot_go_together(capsys, words, sentence):
     assert refused(capsys, *words).startswith(f"dpo_hf_run.py: {sentence}")
 
 
+TEXTS = {  # the flags of each script that take a text: paths, names
+    script: [
+        action
+        for action in parser_actions(script)
+        if action.nargs != 0 and action.type is None and not action.choices and action.dest != "preference_text"
+    ]
+    for script in ALL_SCRIPTS
+}
+
+
+@pytest.mark.parametrize(
+    "text, fault", [("", "is empty: "), ("a\0b", "has a zero byte"), ("o\udcff", "has bytes that are no UTF-8")]
+)
+@pytest.mark.parametrize("script", ALL_SCRIPTS, ids=lambda script: script.__name__)
+def test_a_text_that_names_nothing(capsys, monkeypatch, script, text, fault):
+    """--output-dir "$OUT" with a variable that is not set, and what no file is called."""
+    needed = {generate: ["--prompts", "x", "--output", "y"], evaluate_alignment: ["--prompts", "x"]}
+    assert len(TEXTS[script]) > 3
+    for action in TEXTS[script]:
+        name = action.option_strings[0]
+        monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py"])
+        with pytest.raises(SystemExit) as exit:
+            script.get_args([*needed.get(script, []), name, text])
+        assert exit.value.code == 2
+        assert one_line(capsys).startswith(f"{script.__name__}.py: {name} {fault}")
+
+
+@pytest.mark.parametrize("rank", ["1", "x", ""])
+def test_a_stray_local_rank_silences_nobody(capsys, monkeypatch, rank):
+    monkeypatch.setenv("LOCAL_RANK", rank)
+    assert refused(capsys, "--beta", "0") == "dpo_hf_run.py: --beta: has to be above 0, got 0"
+
+
 def test_only_the_first_process_of_a_machine_speaks(capsys, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("LOCAL_RANK", "1")
     with pytest.raises(SystemExit) as exit:
         parse("--beta", "0")
@@ -631,6 +665,21 @@ def test_a_later_file_wins_over_an_earlier_one(tmp_path):
         ("output_dir: !!python/name:os.system\n", "cannot be read"),
         ("? [a]\n: b\n", "cannot be read"),
         ("beta: --\n", "--beta: expected a value, got '--'"),
+        ("beta: 0.1\nseed: 1\nbeta: 0.2\n", "cannot be read (beta stands twice in"),
+        ("lora: {r: 4, r: 8}\n", "cannot be read (r stands twice in"),
+        ("lora_rank: 4\nlora-r: 8\n", "lora_rank and lora-r both are --lora-r: keep one of them"),
+        ("lora: {r: 4}\nlora_r: 8\n", "lora_r and lora_r both are --lora-r: keep one of them"),
+        ("model_name_or_path: a\nmodel: b\n", "model_name_or_path and model both are --model: keep one of them"),
+        ("config: other.yaml\n", "config: a file cannot name another: give both on the command line"),
+        ("dataset: {path: a}\n", "dataset: a block of keys is no value for it"),
+        ("dataset: [[a]]\n", "dataset: pick one of ['a']"),
+        ("lora_target_modules: [q_proj, --overwrite]\n", "lora_target_modules: --overwrite is no value for it"),
+        ("lora_target_modules: [[q_proj]]\n", "lora_target_modules: ['q_proj'] is no value for it"),
+        ("lora_target_modules: [q_proj, {a: b}]\n", "lora_target_modules: {'a': 'b'} is no value for it"),
+        ("lora_target_modules: [q_proj, '']\n", "--lora-target-modules is empty: give it a value, or leave it out"),
+        ("output_dir: ''\n", "--output-dir is empty: give it a value, or leave it out"),
+        ("adapter: ''\n", "--adapter is empty: give it a value, or leave it out"),
+        ('cache_dir: "a\\0b"\n', "--cache-dir has a zero byte in it, which no name has"),
     ],
 )
 def test_a_mistake_in_the_file_names_the_file(capsys, config, tmp_path, text, sentence):
