@@ -21,14 +21,13 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import nn
 from torch.autograd.function import once_differentiable
 from transformers.pytorch_utils import Conv1D
 
 from formats import written_files
 from formats.json_files import is_number, read_object, wrong_value
-from formats.tensor_files import save_file
+from formats.tensor_files import load_file, save_file
 from lora_targets import AdapterError, adaptable_linears, matches, select_targets
 from lora_targets import left_out as left_out  # for scripts
 

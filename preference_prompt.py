@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from formats import written_files
 from formats.json_files import read_object
 from formats.model_files import check_positions
-from formats.tensor_files import save_file
+from formats.tensor_files import load_file, save_file
 from formats.user_errors import UserError
 
 VECTOR_POSITIONS = "prefix", "before-response"
@@ -142,7 +142,7 @@ def _read_safetensors(path):
     try:
         with safe_open(file, "pt") as tensors:
             position = (tensors.metadata() or {}).get("preference_position", "prefix" if path.is_dir() else None)
-            return {name: tensors.get_tensor(name) for name in tensors.keys()}, position  # noqa: SIM118 (no dict)
+        return load_file(file), position
     except (OSError, SafetensorError) as error:
         raise PromptError(f"{file} cannot be read as safetensors ({error}): write it again") from None
 

@@ -19,6 +19,7 @@ from transformers.utils import logging as transformers_logging
 from formats import hub_files, written_files
 from formats.chat_text import turn_end
 from formats.json_files import read_object
+from formats.tensor_files import unmap
 from formats.user_errors import UserError
 
 
@@ -98,7 +99,7 @@ def load_model(path, dtype, device, trust_remote_code=False, scores=False, max_l
         head.float()
         if loading_info["missing_keys"]:
             nn.init.zeros_(head.weight)
-    return model.to(device)
+    return unmap(model.to(device))
 
 
 def load_skeleton(path, tokenizer, args, scores=False):
@@ -178,7 +179,9 @@ def _loaded(kind, path, load):
         if reason := hub_files.unanswered(path):
             raise ModelError(f"no {kind} at {path}: {reason}") from None
         advice = "check the name; without a hub name a folder, a mirror in HF_ENDPOINT, or --hub modelscope"
-        if _exists(path):
+        if type(error).__name__ == "SafetensorError":
+            advice = "a file of weights there is cut off or damaged: copy or download it again"
+        elif _exists(path):
             advice = "a model folder holds config.json, model.safetensors and the tokenizer's files"
         raise ModelError(f"no {kind} at {path} ({_first_sentence(error)}): {advice}") from None
 
