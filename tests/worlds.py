@@ -140,7 +140,8 @@ def make_reward_model(base, folder, whole=False):
     """What train_rm.py leaves, with random weights; the same ones each time."""
     model, tokenizer = load_model(str(base), torch.float32, "cpu", scores=True), load_tokenizer(str(base))
     randomize([*lora.add_adapter(model, "reward", 4, 8), model.score.weight], seed=12)
-    record = {"task": "helpful", "base_model": str(base), "base_sha256": score_cache.base_sha256(model)}
+    record = {"task": "helpful", "calibrated": False, "base_model": str(base)}
+    record |= {"base_sha256": score_cache.base_sha256(model), "validation": None}
     folder.mkdir(parents=True)
     if whole:
         lora.merge_adapter(model, "reward")
