@@ -17,7 +17,7 @@ import time
 import traceback
 
 from formats.user_errors import UserError
-from harness import locks
+from harness import interrupted, locks, speaks
 
 SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 ADVICE = {
@@ -34,6 +34,8 @@ NO_MEMORY = "out of memory", "not enough memory", "can't allocate memory"  # tor
 def run(main, args):
     """main(args), and the end of the process for what it raises, as above; our own faults stay exceptions."""
     prog = os.path.basename(sys.argv[0])
+    if signal.getsignal(signal.SIGINT) is interrupted:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     handlers = {number: signal.getsignal(number) for number in SIGNALS}
     try:
         main(args)
@@ -79,12 +81,6 @@ def sentence_of(error):
     return None
 
 
-def speaks():
-    """Whether this process speaks for its machine; one that no launcher started does, whatever LOCAL_RANK says."""
-    alone = os.environ.get("WORLD_SIZE", "1") in ("", "1")
-    return alone or os.environ.get("LOCAL_RANK", "0") in ("", "0")
-
-
 def say(sentence):
     """One line on standard error, from one process per machine."""
     if speaks():
@@ -94,17 +90,17 @@ def say(sentence):
 def begin_program():
     """For a process that is a script of ours and nothing else: no output can end it, and its faults say what to do."""
     sys.excepthook = _uncaught
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # what is ignored stays so
+        signal.signal(signal.SIGINT, interrupted)  # `run` puts it back.  C++ that is loaded may die of an exception
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # a terminal that has no Chinese
 
 
 def _uncaught(kind, error, trace):
-    """Of a Ctrl-C in the seconds that torch takes to load, before `run` is there; and of a fault of ours."""
-    prog = os.path.basename(sys.argv[0])
     if kind is KeyboardInterrupt:
-        say(f"{prog}: interrupted")
-        os._exit(130)
+        interrupted()
+    prog = os.path.basename(sys.argv[0])
     traceback.print_exception(kind, error, trace)
     what = "the lines above, the command, and args.json of the output folder if it is there"
     print(f"{prog}: this is a fault of the program, not yours: please report it with {what}", file=sys.stderr)

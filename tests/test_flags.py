@@ -39,6 +39,16 @@ SCRIPT = "dpo_hf_run.py"
 pytestmark = pytest.mark.usefixtures("script_name")
 
 
+NEEDED = {  # flags without which a script does not begin
+    train_rm: ["--task", "helpful"],
+    generate: ["--prompts", "x", "--output", "y"],
+    evaluate_alignment: ["--prompts", "x"],
+    prepare_data: ["--input", "x"],
+    learn_prompt: ["--preference-text", "x"],
+    train_with_preference_prompt: ["--preference-text", "x"],
+}
+
+
 def parse(*words):
     return dpo_hf_run.get_args([str(word) for word in words])
 
@@ -279,13 +289,26 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
-@pytest.mark.parametrize("words", ["dpo_hf_run.py", "train_rm.py --task helpful", "generate.py --prompts x --output y"])
-def test_ctrl_c_while_torch_is_loaded_is_one_line(words, tmp_path):
-    (tmp_path / "torch.py").write_text("import os, signal; os.kill(os.getpid(), signal.SIGINT)")
-    script, *words = words.split()
-    program = [sys.executable, "-c", INTERRUPTED, tmp_path, ROOT, ROOT / script, *words]
-    done = run_program(program)
-    assert (done.returncode, done.stdout, done.stderr) == (130, "", f"{script}: interrupted\n")
+@pytest.mark.parametrize("library", ["yaml", "torch"])  # of the first tenth of a second, and of the seconds after it
+@pytest.mark.parametrize("script", ALL_SCRIPTS, ids=lambda script: script.__name__)
+def test_ctrl_c_while_libraries_are_loaded_is_one_line(script, library, tmp_path):
+    if script is prepare_data and library == "torch":
+        pytest.skip("it has no use for torch")
+    (tmp_path / f"{library}.py").write_text("import os, signal; os.kill(os.getpid(), signal.SIGINT)")
+    words = NEEDED.get(script, [])
+    done = run_program([sys.executable, "-c", INTERRUPTED, tmp_path, ROOT, script.__file__, *words])
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", f"{script.__name__}.py: interrupted\n")
+
+
+@pytest.mark.parametrize("library", ["yaml", "torch"])
+def test_an_ignored_ctrl_c_stays_ignored_while_libraries_are_loaded(library, tmp_path):
+    """As a shell's `&` and nohup have it."""
+    (tmp_path / f"{library}.py").write_text(
+        "import os, signal; os.kill(os.getpid(), signal.SIGINT); raise SystemExit(7)"
+    )
+    ignored = INTERRUPTED.replace("signal.default_int_handler", "signal.SIG_IGN")
+    done = run_program([sys.executable, "-c", ignored, tmp_path, ROOT, ROOT / "dpo_hf_run.py"])
+    assert (done.returncode, done.stderr) == (7, "")
 
 
 @pytest.mark.parametrize("words", [["--help"], ["--no-such-flag"]])
@@ -313,12 +336,11 @@ EXAMPLES |= {"--learning-rate": "0.5", "--lr-scheduler": "cosine", "--optimizer"
 EXAMPLES |= {"--lora-target-modules": "x"}
 TAKERS = {"--reward-model": generate, "--max-new-tokens": generate, "--num-responses": generate}
 TAKERS |= {"--tokenizer-name": train_rm, "--temperature": generate}
-NEEDED = {train_rm: ["--task", "helpful"], generate: ["--prompts", "p", "--output", "o"], dpo_hf_run: []}
 
 
 def differences(script, words):
     """Flags with other values than without the words."""
-    plain, args = (vars(script.get_args([*NEEDED[script], *some])) for some in ([], words))
+    plain, args = (vars(script.get_args([*NEEDED.get(script, []), *some])) for some in ([], words))
     return {name: value for name, value in args.items() if value != plain[name] and name not in ("given", "typed")}
 
 
@@ -456,7 +478,7 @@ RATES |= {train_with_preference_prompt: (5e-4, 5e-6), learn_prompt: (1e-2, 1e-2)
 def test_the_rate_where_none_is_given(tmp_path, script):
     needed = {train_rm: ["--task", "helpful"], train_with_preference_prompt: ["--preference-text", "x"]}
     needed |= {learn_prompt: ["--preference-text", "x"]}
-    rate = lambda *words: script.get_args([*needed.get(script, []), *words]).learning_rate
+    rate = lambda *words: script.get_args([*NEEDED.get(script, []), *words]).learning_rate
     (tmp_path / "c.yaml").write_text("learning_rate: 3e-5\n")
     assert (rate(), rate("--learning-rate", "7e-7"), rate("--config", str(tmp_path / "c.yaml"))) == (
         RATES[script][0],
@@ -535,13 +557,12 @@ TEXTS = {  # the flags of each script that take a text: paths, names
 @pytest.mark.parametrize("script", ALL_SCRIPTS, ids=lambda script: script.__name__)
 def test_a_text_that_names_nothing(capsys, monkeypatch, script, text, fault):
     """--output-dir "$OUT" with a variable that is not set, and what no file is called."""
-    needed = {generate: ["--prompts", "x", "--output", "y"], evaluate_alignment: ["--prompts", "x"]}
     assert len(TEXTS[script]) > 3
     for action in TEXTS[script]:
         name = action.option_strings[0]
         monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py"])
         with pytest.raises(SystemExit) as exit:
-            script.get_args([*needed.get(script, []), name, text])
+            script.get_args([*NEEDED.get(script, []), name, text])
         assert exit.value.code == 2
         assert one_line(capsys).startswith(f"{script.__name__}.py: {name} {fault}")
 
