@@ -92,6 +92,9 @@ def load_model(path, dtype, device, trust_remote_code=False, scores=False, max_l
     if unexpected and not scores:  # a reward model has no place for the language-model head of its base
         extra = f"{len(unexpected)} weights (first: {min(unexpected)})"
         print(f"{path} has {extra} that its config.json has no place for: they are left out", file=sys.stderr)
+    ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    if not all(end is None or type(end) is int for end in (ends if isinstance(ends, list) else [ends])):
+        raise ModelError(f"generation_config.json of {path} says eos_token_id={ends!r}, and it has to be ids of tokens")
     if scores:
         head = getattr(model, "score", None)
         if type(head) is not nn.Linear or head.bias is not None:

@@ -221,7 +221,24 @@ BROKEN = {  # what is done to a good model folder, and what the sentence has to 
     "no config.json": (lambda d: (d / "config.json").unlink(), "config.json"),
     "no model.safetensors": (lambda d: (d / "model.safetensors").unlink(), "model.safetensors"),
     "no tokenizer.json": (lambda d: (d / "tokenizer.json").unlink(), "no tokenizer at"),
-    "weights cut off": (lambda d: os.truncate(d / "model.safetensors", 30_000), "no model at"),
+    "weights cut off": (lambda d: os.truncate(d / "model.safetensors", 30_000), "is cut off or damaged: copy"),
+    "weights that lack 8 bytes": (
+        lambda d: os.truncate(d / "model.safetensors", (d / "model.safetensors").stat().st_size - 8),
+        "is cut off or damaged: copy",
+    ),
+    "weights of 0 bytes": (lambda d: os.truncate(d / "model.safetensors", 0), "is cut off or damaged: copy"),
+    "an index nested deep": (
+        lambda d: (
+            (d / "model.safetensors").rename(d / "part.safetensors"),
+            (d / "model.safetensors.index.json").write_text("[" * 9999),
+        ),
+        "recursion",
+    ),
+    "an end of a response that is a word": (
+        lambda d: (d / "generation_config.json").write_text('{"eos_token_id": "</s>"}'),
+        "says eos_token_id='</s>', and it has to be ids of tokens",
+    ),
+    "sizes beyond any machine": (lambda d: edit(d / "config.json", hidden_size=10**18), "no model at"),
     "weights of another size": (
         lambda d: (write_model(d, seed=0, hidden_size=48), edit(d / "config.json", hidden_size=32)),
         "model.embed_tokens.weight of ",
