@@ -15,21 +15,19 @@ Files are PEFT's (adapter_config.json, adapter_model.safetensors), read strictly
 import json
 import math
 import re
-from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import nn
 from torch.autograd.function import once_differentiable
 from transformers.pytorch_utils import Conv1D
 
 from formats import written_files
-from formats.tensor_files import save_file
+from formats.json_files import is_number, read_object, wrong_value
+from formats.tensor_files import load_file, save_file
 from lora_targets import AdapterError, adaptable_linears, matches, select_targets
 from lora_targets import left_out as left_out  # for scripts
 
@@ -318,10 +316,6 @@ def load_adapter(model, folder, name, trainable=False, with_head=False):
     return (parameters, head.float()) if with_head else parameters
 
 
-def _is_number(value):
-    return type(value) in (int, float) and math.isfinite(value)
-
-
 def _is_pattern(value):
     """Whether target_modules are names, or one regular expression; None: PEFT left it to its own table."""
     if not isinstance(value, str):
@@ -334,18 +328,13 @@ def _is_pattern(value):
         return False
 
 
-class Setting(NamedTuple):
-    default: int | float | None  # PEFT's own
-    words: str  # what it has to be
-    is_right: Callable  # whether a value is that
-
-
-SETTINGS = {  # of adapter_config.json
-    "r": Setting(8, "a whole number from 1", lambda value: type(value) is int and value >= 1),
-    "lora_alpha": Setting(8, "a number above 0", lambda value: _is_number(value) and value > 0),
-    "lora_dropout": Setting(0.0, "a number from 0 to below 1", lambda value: _is_number(value) and 0 <= value < 1),
-    "use_rslora": Setting(False, "true or false", lambda value: value in (None, True, False)),
-    "target_modules": Setting(None, "a list of names or a regular expression", _is_pattern),
+PEFTS_DEFAULTS = {"r": 8, "lora_alpha": 8, "lora_dropout": 0.0, "use_rslora": False, "target_modules": None}
+EXPECTED = {  # of adapter_config.json
+    "r": ("a whole number from 1 to 65536", lambda value: type(value) is int and 1 <= value <= 65536),
+    "lora_alpha": ("a number above 0, at most 1e30", lambda value: is_number(value) and value > 0),
+    "lora_dropout": ("a number from 0 to below 1", lambda value: is_number(value) and 0 <= value < 1),
+    "use_rslora": ("true or false", lambda value: value is None or type(value) is bool),
+    "target_modules": ("a list of names or a regular expression", _is_pattern),
 }
 
 
@@ -353,15 +342,14 @@ def _read_adapter_files(folder, with_head):
     if damage := written_files.damage(folder, *written_files.ADAPTER):
         raise AdapterError(damage)
     try:
-        config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        config = PEFTS_DEFAULTS | read_object(folder / "adapter_config.json")
         state = load_file(folder / "adapter_model.safetensors")
     except (FileNotFoundError, NotADirectoryError) as error:
         raise AdapterError(
             f"{folder} is not an adapter folder: {Path(error.filename or error.args[0]).name} is missing"
         ) from None
-    except (OSError, ValueError, RecursionError, SafetensorError) as error:  # ValueError: not JSON, not UTF-8
+    except (OSError, ValueError, SafetensorError) as error:  # ValueError: no record
         raise AdapterError(f"{folder} cannot be read as an adapter ({error}): save it again") from None
-    config = config if isinstance(config, dict) else {}
     if config.get("peft_type") != "LORA":
         raise AdapterError(f"{folder} holds a {config.get('peft_type')} adapter, only LORA is read here")
     has_head = HEAD_KEY in state
@@ -386,8 +374,9 @@ def _read_adapter_files(folder, with_head):
     for key, allowed in plain.items():
         if config.get(key) not in allowed:
             raise AdapterError(f"{folder} uses {key}={config[key]!r}, which this loader does not do")
-    for key, setting in SETTINGS.items():
-        if not setting.is_right(config.setdefault(key, setting.default)):
-            wrong = f"{key}={config[key]!r}"
-            raise AdapterError(f"{folder} says {wrong} in adapter_config.json, and it has to be {setting.words}")
+    if wrong := wrong_value(config, EXPECTED):
+        raise AdapterError(f"{folder}/adapter_config.json says {wrong}")
+    for key, tensor in state.items():
+        if not tensor.is_floating_point():
+            raise AdapterError(f"{folder} holds {key} as {tensor.dtype}, which are no weights: save it again")
     return config, state

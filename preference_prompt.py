@@ -19,8 +19,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from formats import written_files
+from formats.json_files import read_object
 from formats.model_files import check_positions
-from formats.tensor_files import save_file
+from formats.tensor_files import load_file, save_file
 from formats.user_errors import UserError
 
 VECTOR_POSITIONS = "prefix", "before-response"
@@ -133,16 +134,15 @@ def _read_safetensors(path):
     if path.is_dir():
         file = path / "adapter_model.safetensors"
         try:
-            config = json.loads((path / "adapter_config.json").read_text(encoding="utf-8"))
+            kind = read_object(path / "adapter_config.json").get("peft_type")
         except (OSError, ValueError) as error:
             raise PromptError(f"{path} is no folder of a soft prompt (adapter_config.json: {error})") from None
-        kind = config.get("peft_type") if isinstance(config, dict) else None
         if kind != "PROMPT_TUNING":
             raise PromptError(f"{path} holds an adapter of the type {kind}, and a soft prompt is PROMPT_TUNING")
     try:
         with safe_open(file, "pt") as tensors:
             position = (tensors.metadata() or {}).get("preference_position", "prefix" if path.is_dir() else None)
-            return {name: tensors.get_tensor(name) for name in tensors.keys()}, position  # noqa: SIM118 (no dict)
+        return load_file(file), position
     except (OSError, SafetensorError) as error:
         raise PromptError(f"{file} cannot be read as safetensors ({error}): write it again") from None
 
@@ -156,7 +156,7 @@ def _read_pt(path):
         raise PromptError(
             f"{path} holds more than tensors and was not run ({reason}): save the tensor alone, as safetensors"
         ) from None
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError, AttributeError) as error:
+    except Exception as error:  # a pickle with a changed bit can raise anything
         raise PromptError(f"{path} cannot be read as a .pt file ({' '.join(str(error).split())[:200]})") from None
     return content, content.get("preference_position") if isinstance(content, dict) else None
 

@@ -5,7 +5,6 @@ of their own.
 cost of a response is minus its harmless score, and only a model trained with labels (`calibrated`) knows its zero.
 """
 
-import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,6 +13,7 @@ import torch
 
 import lora
 from formats import written_files
+from formats.json_files import is_number, read_object, wrong_value
 from formats.model_files import load_model, load_skeleton, load_tokenizer
 from formats.user_errors import UserError
 from packed_model import prepare_scores
@@ -33,6 +33,24 @@ class RewardModel(NamedTuple):
     line: str  # for the log: whose base, and how much memory
 
 
+def _is_statistics(value):
+    return isinstance(value, dict) and all(map(is_number, value.values()))
+
+
+def _is_digests(value):
+    return isinstance(value, dict) and all(isinstance(digest, str) for digest in value.values())
+
+
+EXPECTED = {  # of reward_model.json
+    "task": ("helpful or harmless", lambda value: value in ("helpful", "harmless")),
+    "base_model": ("a folder or hub id", lambda value: isinstance(value, str) and value != ""),
+    "base_sha256": ("a text", lambda value: isinstance(value, str)),
+    "calibrated": ("true or false", lambda value: type(value) is bool),
+    "validation": ("numbers under names, or null", lambda value: value is None or _is_statistics(value)),
+    "sha256": ("digests of files", lambda value: value is None or _is_digests(value)),
+}
+
+
 def read_record(folder, task, tokenizer, trust_remote_code=False):
     """reward_model.json of a folder of train_rm.py.  Raises RewardModelError: not one, of the other task, other tokens,
     or weights that are not those it was written for, which would give other scores than its statistics are of;
@@ -44,19 +62,22 @@ def read_record(folder, task, tokenizer, trust_remote_code=False):
     if damage := written_files.damage(folder, "reward_model.json"):
         raise RewardModelError(damage)
     try:
-        record = json.loads((folder / "reward_model.json").read_text(encoding="utf-8"))
-        its_task, _ = record["task"], record["base_sha256"]  # KeyError where one is missing
-    except (OSError, ValueError, KeyError, TypeError):
+        record = dict.fromkeys(EXPECTED) | read_object(folder / "reward_model.json")
+    except (OSError, ValueError):
         raise RewardModelError(
             f"{folder} is no reward model (no reward_model.json that can be read): name a folder of train_rm.py"
         ) from None
-    if changed := _unlike(folder, record.get("sha256") or {}):  # older models have none
+    if wrong := wrong_value(record, EXPECTED):
+        raise RewardModelError(f"{folder}/reward_model.json says {wrong}: train it again")
+    if changed := _unlike(folder, record["sha256"] or {}):  # older models have none
         raise RewardModelError(
             f"{folder / changed} is not the file that its reward_model.json was written for: train it again, or "
             "--resume auto if the run was killed"
         )
-    if task is not None and its_task != task:
-        raise RewardModelError(f"{folder} is a {its_task} reward model, and a {task} one is needed: name the other")
+    if task not in (None, record["task"]):
+        raise RewardModelError(
+            f"{folder} is a {record['task']} reward model, and a {task} one is needed: name the other"
+        )
     if load_tokenizer(folder, trust_remote_code).get_vocab() != tokenizer.get_vocab():
         raise RewardModelError(
             f"{folder} was trained with another tokenizer than the policy's: train it on a base with the same one"

@@ -1,6 +1,7 @@
 """How rows, chats, models, tensors and folders stand in files.
 
 rows
+    json_files           JSON, strictly: of rows, and of the records beside adapters and reward models
     row_files            rows of a JSONL, JSON, CSV, parquet file or of a dataset, each with its place
     row_shapes           the shapes of preference rows: which fields hold prompt, chosen and rejected
     row_prompts          all that a row asks: messages, and the columns around a prompt

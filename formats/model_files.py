@@ -1,6 +1,5 @@
 """Models and tokenizers from a folder or a hub, with every failure as one sentence."""
 
-import json
 import re
 import sys
 from functools import partial
@@ -19,6 +18,8 @@ from transformers.utils import logging as transformers_logging
 
 from formats import hub_files, written_files
 from formats.chat_text import turn_end
+from formats.json_files import read_object
+from formats.tensor_files import unmap
 from formats.user_errors import UserError
 
 
@@ -42,12 +43,14 @@ def base_of(adapters):
     bases = {}  # the base, by its place on the disk where it has one: (as it is named, the adapter)
     for folder in adapters:
         try:
-            name = json.loads((Path(folder) / "adapter_config.json").read_text("utf-8"))["base_model_name_or_path"]
-            place = Path(name).resolve() if _exists(name) else name
+            name = read_object(Path(folder) / "adapter_config.json").get("base_model_name_or_path")
         except (FileNotFoundError, NotADirectoryError):
             raise ModelError(f"{folder} is not an adapter folder: adapter_config.json is missing") from None
-        except (OSError, ValueError, KeyError, TypeError, RecursionError):
-            raise ModelError(f"{folder}/adapter_config.json names no base model: name it with --model") from None
+        except (OSError, ValueError):
+            name = None
+        if not name or not isinstance(name, str):
+            raise ModelError(f"{folder}/adapter_config.json names no base model: name it with --model")
+        place = Path(name).resolve() if _exists(name) else name
         bases.setdefault(place, (name, folder))
     (base, first), *others = bases.values()
     if others:
@@ -89,6 +92,9 @@ def load_model(path, dtype, device, trust_remote_code=False, scores=False, max_l
     if unexpected and not scores:  # a reward model has no place for the language-model head of its base
         extra = f"{len(unexpected)} weights (first: {min(unexpected)})"
         print(f"{path} has {extra} that its config.json has no place for: they are left out", file=sys.stderr)
+    ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    if not all(end is None or type(end) is int for end in (ends if isinstance(ends, list) else [ends])):
+        raise ModelError(f"generation_config.json of {path} says eos_token_id={ends!r}, and it has to be ids of tokens")
     if scores:
         head = getattr(model, "score", None)
         if type(head) is not nn.Linear or head.bias is not None:
@@ -96,7 +102,7 @@ def load_model(path, dtype, device, trust_remote_code=False, scores=False, max_l
         head.float()
         if loading_info["missing_keys"]:
             nn.init.zeros_(head.weight)
-    return model.to(device)
+    return unmap(model.to(device))
 
 
 def load_skeleton(path, tokenizer, args, scores=False):
@@ -176,7 +182,9 @@ def _loaded(kind, path, load):
         if reason := hub_files.unanswered(path):
             raise ModelError(f"no {kind} at {path}: {reason}") from None
         advice = "check the name; without a hub name a folder, a mirror in HF_ENDPOINT, or --hub modelscope"
-        if _exists(path):
+        if type(error).__name__ == "SafetensorError":
+            advice = "a file of weights there is cut off or damaged: copy or download it again"
+        elif _exists(path):
             advice = "a model folder holds config.json, model.safetensors and the tokenizer's files"
         raise ModelError(f"no {kind} at {path} ({_first_sentence(error)}): {advice}") from None
 
@@ -184,7 +192,7 @@ def _loaded(kind, path, load):
 def _exists(path):
     try:
         return Path(path).exists()
-    except OSError:  # too long for a path, or in a folder that is not to be entered
+    except (OSError, ValueError):  # too long for a path, or in a folder that is not to be entered
         return False
 
 

@@ -14,6 +14,7 @@ import zlib
 from pathlib import Path
 
 from formats import hub_files
+from formats.json_files import NotJSON, parse_json
 from formats.user_errors import UserError
 
 
@@ -191,33 +192,6 @@ def _parquet_rows(path):
     except (pyarrow.ArrowException, ValueError, OSError) as error:
         reason = textwrap.shorten(str(error), 200, placeholder=" ...")
         raise DataError(f"{path} cannot be read as parquet ({reason}): is it whole?") from None
-
-
-# -- JSON ------------------------------------------------------------------------------------------------------------
-
-
-class NotJSON(ValueError):
-    """JSON to Python's parser, and no row to anybody."""
-
-
-def parse_json(text):
-    """JSON.  Raises json.JSONDecodeError, or NotJSON for what Python cannot hold and for a key that stands twice."""
-
-    def once(pairs):
-        row = dict(pairs)
-        if len(row) < len(pairs):
-            keys = [key for key, _ in pairs]
-            raise NotJSON(f"`{next(key for key in keys if keys.count(key) > 1)}` stands twice")
-        return row
-
-    try:
-        return json.loads(text, object_pairs_hook=once)
-    except RecursionError:
-        raise NotJSON("nested too deeply") from None
-    except ValueError as error:
-        if isinstance(error, json.JSONDecodeError | NotJSON):
-            raise
-        raise NotJSON("a number of thousands of digits") from None
 
 
 def parse_row(row):

@@ -2,7 +2,8 @@
 
 import re
 
-from formats.row_files import Malformed, Unusable, parse_json
+from formats.json_files import parse_json
+from formats.row_files import Malformed, Unusable
 
 # -- messages ------------------------------------------------------------------------------------------------------
 

@@ -21,6 +21,8 @@ class Shape(NamedTuple):
     fits: Callable = lambda row: True  # what else a file's first row has
 
 
+ANSWER = "\n\nAssistant:"  # of HH transcripts
+ONE_TRANSCRIPT = "only one of chosen and rejected is a transcript"
 ASKS, ANSWERS = '{"role": "user", "content": "…"}', '{"role": "assistant", "content": "…"}'
 
 
@@ -33,12 +35,13 @@ def chosen_and_rejected(row):
     that both share, cut back to whole words (a tokenizer's words begin with their blank, so the blank stays behind).
     """
     chosen, rejected = row["chosen"], row["rejected"]
-    turn = "\n\nAssistant:"
-    if turn in chosen and turn in rejected:
-        (prompt, _, chosen), (other, _, rejected) = chosen.rpartition(turn), rejected.rpartition(turn)
+    if ANSWER in chosen and ANSWER in rejected:
+        (prompt, _, chosen), (other, _, rejected) = chosen.rpartition(ANSWER), rejected.rpartition(ANSWER)
         if prompt != other:
             raise Unusable("the prompts of chosen and rejected differ")
-        return prompt + turn, chosen, rejected
+        return prompt + ANSWER, chosen, rejected
+    if ANSWER in chosen or ANSWER in rejected:  # the words of a user would be trained as a response
+        raise Unusable(ONE_TRANSCRIPT)
     same = common_prefix(chosen, rejected)
     same = max(chosen.rfind(" ", 0, same), chosen.rfind("\n", 0, same) + 1, 0)
     return chosen[:same], chosen[same:], rejected[same:]
@@ -51,7 +54,10 @@ def prompt_and_responses(prompt, chosen, rejected):
 
     def texts(row):
         asked, responses = row[prompt], [row[chosen], row[rejected]]
-        if all(text.lstrip().startswith("Human:") and "\n\nAssistant:" in text for text in responses):
+        transcripts = [text for text in responses if text.lstrip().startswith("Human:") and ANSWER in text]
+        if len(transcripts) == 1 and is_within(asked, transcripts[0].rpartition(ANSWER)[0]):
+            raise Unusable(ONE_TRANSCRIPT)
+        if len(transcripts) == 2:
             transcript = chosen_and_rejected({"chosen": responses[0], "rejected": responses[1]})
             if not is_within(asked, transcript[0]):
                 raise Unusable("the prompts of chosen and rejected differ")

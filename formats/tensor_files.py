@@ -1,9 +1,29 @@
-"""safetensors files that others may read as umask says: the library itself writes them for their owner alone (0600)."""
+"""Tensors and files: read into memory of their own, and written so that others may read them as umask says.
+
+On a CPU the libraries give tensors that are a file's bytes, mapped.  Whoever overwrites the file then changes the
+weights of a run, and whoever shortens it ends the run (SIGBUS).  And what they write is for its owner alone (0600).
+"""
 
 import os
 from pathlib import Path
 
 import safetensors.torch
+
+
+def load_file(path):
+    """safetensors' load_file, {name: tensor on the CPU}, that the file can no longer change."""
+    tensors = safetensors.torch.load_file(path)
+    for name in tensors:
+        tensors[name] = tensors[name].clone()
+    return tensors
+
+
+def unmap(model):
+    """Give the weights of a model that are bytes of a file memory of their own, one by one; returns the model."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        if not tensor.untyped_storage().resizable():  # not torch's own memory
+            tensor.data = tensor.data.clone()
+    return model
 
 
 def save_file(tensors, path, metadata=None):

@@ -15,3 +15,27 @@ speed             where the time goes, useful TFLOP/s
 flags             both spellings, --config, errors of one sentence; flag_names: other trainers' names
 training_flags    the flags that all trainers have
 """
+
+import os
+import sys
+
+
+def speaks():
+    """Whether this process speaks for its machine; one that no launcher started does, whatever LOCAL_RANK says."""
+    alone = os.environ.get("WORLD_SIZE", "1") in ("", "1")
+    return alone or os.environ.get("LOCAL_RANK", "0") in ("", "0")
+
+
+def interrupted(*_):
+    """End the process in one line, while nothing is done yet that would have to be saved."""
+    if speaks():
+        os.write(2, f"{os.path.basename(sys.argv[0])}: interrupted\n".encode("utf-8", "backslashreplace"))
+    os._exit(130)
+
+
+def _uncaught(kind, error, trace):
+    interrupted() if kind is KeyboardInterrupt else sys.__excepthook__(kind, error, trace)
+
+
+if os.path.isfile(sys.argv[0]) and os.path.samefile(os.path.dirname(sys.argv[0]) or ".", f"{__path__[0]}/.."):
+    sys.excepthook = _uncaught  # one of our scripts: a Ctrl-C before it has read its flags is no fault of it

@@ -20,12 +20,11 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 import distributed
 from formats import written_files
-from formats.tensor_files import save_file
+from formats.tensor_files import load_file, save_file
 from formats.user_errors import UserError
 from harness import endings
 

@@ -59,7 +59,7 @@ def room(world):
     elif world.device.type == "mps":
         size = torch.mps.recommended_max_memory()
     elif hasattr(os, "sysconf"):  # not on Windows
-        size = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        size = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
     else:
         size = math.inf
     least = torch.tensor(float(size), dtype=torch.float64)

@@ -9,6 +9,7 @@
 
 import errno
 import glob
+import io
 import os
 import re
 import signal
@@ -17,7 +18,7 @@ import time
 import traceback
 
 from formats.user_errors import UserError
-from harness import locks
+from harness import interrupted, locks, speaks
 
 SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 ADVICE = {
@@ -34,6 +35,8 @@ NO_MEMORY = "out of memory", "not enough memory", "can't allocate memory"  # tor
 def run(main, args):
     """main(args), and the end of the process for what it raises, as above; our own faults stay exceptions."""
     prog = os.path.basename(sys.argv[0])
+    if signal.getsignal(signal.SIGINT) is interrupted:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     handlers = {number: signal.getsignal(number) for number in SIGNALS}
     try:
         main(args)
@@ -82,24 +85,44 @@ def sentence_of(error):
 
 def say(sentence):
     """One line on standard error, from one process per machine."""
-    if os.environ.get("LOCAL_RANK", "0") == "0":
+    if speaks():
         print(" ".join(sentence.split()), file=sys.stderr, flush=True)
 
 
 def begin_program():
     """For a process that is a script of ours and nothing else: no output can end it, and its faults say what to do."""
     sys.excepthook = _uncaught
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")  # a terminal that has no Chinese
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # what is ignored stays so
+        signal.signal(signal.SIGINT, interrupted)  # `run` puts it back.  C++ that is loaded may die of an exception
+    sys.stdout, sys.stderr = (_unbroken(stream) for stream in (sys.stdout, sys.stderr))
+
+
+class _Unbroken(io.FileIO):
+    """An output that may end before the program does: `| head`, a closed terminal, a log on a full disk."""
+
+    def write(self, content):
+        try:
+            return super().write(content)
+        except OSError:
+            return len(content)
+
+
+def _unbroken(stream):
+    """The same output, which takes any text and ends nothing; what is none of the system's files stays as it is."""
+    try:
+        file = _Unbroken(stream.fileno(), "w", closefd=False)
+    except (AttributeError, OSError, ValueError):  # none at all, as under pythonw; or a notebook's
+        return stream
+    stream.flush()
+    line_buffering = stream is sys.stderr or stream.isatty()
+    # backslashreplace: a terminal that has no Chinese.
+    return io.TextIOWrapper(io.BufferedWriter(file), stream.encoding, "backslashreplace", line_buffering=line_buffering)
 
 
 def _uncaught(kind, error, trace):
-    """Of a Ctrl-C in the seconds that torch takes to load, before `run` is there; and of a fault of ours."""
-    prog = os.path.basename(sys.argv[0])
     if kind is KeyboardInterrupt:
-        say(f"{prog}: interrupted")
-        os._exit(130)
+        interrupted()
+    prog = os.path.basename(sys.argv[0])
     traceback.print_exception(kind, error, trace)
     what = "the lines above, the command, and args.json of the output folder if it is there"
     print(f"{prog}: this is a fault of the program, not yours: please report it with {what}", file=sys.stderr)
@@ -115,7 +138,7 @@ def _end(sentence, code):
     """Say why, and exit.  A rank that fails alone has to speak for itself; where the first process of the machine fails
     too, the launcher ends the others before they have waited for so long.
     """
-    if os.environ.get("LOCAL_RANK", "0") != "0":
+    if not speaks():
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(3)
     print(" ".join(sentence.split()), file=sys.stderr, flush=True)

@@ -17,6 +17,7 @@ from harness import endings
 from harness.flag_names import INSTEAD, SAME, VALUES
 
 MOST = {int: 2**31 - 1, float: 1e30}  # of a flag that names no bound of its own: what no run has, and fp32 still holds
+MAY_BE_EMPTY = ("preference_text",)  # which then asks for nothing, and is a preference all the same
 NUMBER = r"\d[\d.]*?(?:[eE][-+]?\d+)?"
 ADVICE = "nothing is saved; try a smaller --learning-rate, --dtype fp32, or look for broken weights or data"
 
@@ -61,6 +62,8 @@ class Parser(argparse.ArgumentParser):
         for index, word in enumerate(argv):
             if word.partition("=")[0] == "--config":
                 file = word.partition("=")[2] or "".join(argv[index + 1 : index + 2])
+                if fault := fault_of(file):
+                    self.error(f"--config {fault}")
                 self.where = f"{file}: "
                 in_file = self._read_config(file)
                 args, self.where = self._parse(in_file, args), ""
@@ -120,6 +123,11 @@ class Parser(argparse.ArgumentParser):
         if unknown:
             unknown = [word for word in unknown if word.startswith("--")] or unknown[:1]
             self.error("; ".join(f"unknown flag {word}{self._nearest(word.partition('=')[0])}" for word in unknown))
+        for action in self._actions:
+            given = getattr(args, action.dest, None)
+            for text in given if isinstance(given, list) else [given]:
+                if isinstance(text, str) and (fault := fault_of(text)) and (text or action.dest not in MAY_BE_EMPTY):
+                    self.error(f"{action.option_strings[0]} {fault}")
         return args
 
     def _hint(self, name):
@@ -150,22 +158,39 @@ class Parser(argparse.ArgumentParser):
         lora = config.pop("lora", None) or {}
         if not isinstance(lora, dict):
             self.error("`lora:` is not a block of `r:`, `alpha:`, `dropout:`, `target_modules:`")
-        config |= {f"lora_{key}": value for key, value in lora.items()}
-        if "use_lora" in config:  # behind the block, whose rank it overrules
-            config["use_lora"] = config.pop("use_lora")
-        words, unknown = [], []
-        for key, value in config.items():
+        lines = [*config.items(), *((f"lora_{key}", value) for key, value in lora.items())]
+        lines.sort(key=lambda line: line[0] == "use_lora")  # last: it overrules the rank
+        words, unknown, key_of = [], [], {}  # key_of: the key that sets a flag
+        for key, value in lines:
             name = self._name(f"--{key}")
             action = self._option_string_actions.get(name)
             if not action and not self._values(name):
                 unknown.append(f"unknown key {key}{self._nearest(name)}")
-            elif isinstance(value, list) and not (action and action.nargs):
-                self.error(f"{key}: pick one of {', '.join(map(str, value))}")
             elif value is not None or not action or action.nargs == 0:
-                words += self._ours([name, *map(str, value)] if isinstance(value, list) else [f"{name}={value}"])
+                if action and action.dest in key_of:
+                    self.error(f"{key_of[action.dest]} and {key} both are {name}: keep one of them")
+                if action:
+                    key_of[action.dest] = key
+                words += self._words_of(key, value, name)
         if unknown:
             self.error("; ".join(unknown))
         return words
+
+    def _words_of(self, key, value, name):
+        """A line `key: value` of a file, of the flag `name`, as words of the command line."""
+        action = self._option_string_actions.get(name)
+        if name == "--config":
+            self.error(f"{key}: a file cannot name another: give both on the command line")
+        if isinstance(value, dict):
+            self.error(f"{key}: a block of keys is no value for it")
+        if not isinstance(value, list):
+            return self._ours([f"{name}={value}"])
+        if not (action and action.nargs):
+            self.error(f"{key}: pick one of {', '.join(map(str, value))}")
+        for part in value:
+            if isinstance(part, dict | list) or str(part).startswith("-"):  # "-": it would be a flag of its own
+                self.error(f"{key}: {part} is no value for it")
+        return self._ours([name, *map(str, value)])
 
     def error(self, message):
         message = re.sub(r"^argument (--[^/:]+)[^:]*", r"\1", message)  # the canonical name, without the aliases
@@ -174,12 +199,21 @@ class Parser(argparse.ArgumentParser):
 
 
 class AsWritten(yaml.SafeLoader):
-    """YAML whose values are the words that stand there, or null: `010` is no 8, `1:30` no 90, `yes` no true."""
+    """YAML whose values are the words that stand there, or null: `010` is no 8, `1:30` no 90, `yes` no true; and whose
+    keys stand there once.
+    """
 
     yaml_implicit_resolvers = {
         first: [(tag, shape) for tag, shape in resolvers if tag.rpartition(":")[2] in ("null", "merge")]
         for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
+
+    def construct_mapping(self, node, deep=False):
+        keys = [key for key, _ in node.value]
+        for place, key in enumerate(keys):
+            if key.value in [before.value for before in keys[:place]]:
+                raise yaml.constructor.ConstructorError(None, None, f"{key.value} stands twice", key.start_mark)
+        return super().construct_mapping(node, deep)
 
 
 SWITCHES = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
@@ -224,6 +258,19 @@ def _hyphens(word):
     """--output_dir=a_b -> --output-dir=a_b; values stay as they are."""
     name, equals, value = word.partition("=")
     return name.replace("_", "-") + equals + value if name.startswith("--") else word
+
+
+def fault_of(text):
+    """Why a text is no name of a file or of anything else that a flag asks for, or None."""
+    if not text:
+        return "is empty: give it a value, or leave it out (a variable of the shell that is not set is empty too)"
+    if "\0" in text:
+        return "has a zero byte in it, which no name has"
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return "has bytes that are no UTF-8: rename the file or folder"
+    return None
 
 
 # -- types: ArgumentTypeError's text is shown behind the flag's name ----------------------------------------------

@@ -20,6 +20,7 @@ import transformers
 from transformers.trainer_callback import TrainerState
 
 from formats import written_files
+from formats.json_files import read_object
 from formats.tensor_files import open_to_others
 from formats.user_errors import UserError
 from harness import trackers
@@ -129,9 +130,8 @@ def is_begun(args, found):
     if "args.json" not in found:  # killed between two of its first files
         return set(found) <= {"manifest.json", "metrics.jsonl", "lambda.jsonl", "curves.html"}
     try:
-        flags = json.loads((folder / "args.json").read_text(encoding="utf-8"))
-        there = flags_that_matter(argparse.Namespace(**flags), 1)
-    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
+        there = flags_that_matter(argparse.Namespace(**read_object(folder / "args.json")), 1)
+    except (OSError, ValueError, TypeError, AttributeError):
         return False
     return there == json.loads(json.dumps(flags_that_matter(args, 1)))
 

@@ -71,7 +71,7 @@ def load_scores(path, num_pairs):
         return None, f"computed now and kept in {path}"
     try:
         with safe_open(path, framework="pt") as file:
-            scores, metadata = file.get_tensor("scores"), file.metadata() or {}
+            scores, metadata = file.get_tensor("scores").clone(), file.metadata() or {}  # not the file's own bytes
     except (SafetensorError, OSError) as error:
         return None, f"{path} cannot be read ({error}): computed anew"
     if tuple(scores.shape) != (num_pairs, 2) or metadata.get("sha256") != weights_sha256([("scores", scores)]):

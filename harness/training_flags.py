@@ -1,9 +1,9 @@
 """The flags that every training script has, with its documented defaults, and what no single one of them can see."""
 
-import json
 from pathlib import Path
 
 from formats import written_files
+from formats.json_files import read_object
 from harness.flags import number
 
 
@@ -158,6 +158,6 @@ def _begun_with(args):
     listed = written_files.read(folder).get("args.json")
     if not listed or not written_files.is_as_listed(folder / "args.json", listed):
         return {}
-    flags = json.loads((folder / "args.json").read_text(encoding="utf-8"))
+    flags = read_object(folder / "args.json")
     own = {"resume", "overwrite", "output_dir", "config", "estimate_memory"}
     return {name: value for name, value in flags.items() if name in vars(args).keys() - own}

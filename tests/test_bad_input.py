@@ -23,7 +23,7 @@ from worlds import BROKEN, char_tokenizer, edit, strings, write_model, write_row
 
 import dpo_hf_run
 import reward_models
-from formats.model_files import ModelError, load_model
+from formats.model_files import ModelError, base_of, load_model, load_tokenizer
 from harness import metrics_log, run_files
 from packing import hold_out
 from preference_data import fingerprint, load_pairs
@@ -189,9 +189,66 @@ def test_every_script_refuses_such_a_model_before_it_loads(world, tmp_path, caps
     assert (too_long if "positions" in breaking else BROKEN[breaking][1]) in line
 
 
+RECORD = {"task": "helpful", "base_model": "some/base", "base_sha256": "", "calibrated": True, "sha256": {}}
+RECORD |= {"validation": {"score_std": 0.5, "safe_score": 1.0, "harmful_score": -1.5}}
+WRONG_RECORDS = [
+    dict(task="Helpful"),
+    dict(task=["helpful"]),
+    dict(base_sha256=None),
+    dict(base_model=5),
+    dict(base_model=""),
+    dict(calibrated=None),
+    dict(calibrated="yes"),
+    dict(calibrated=1),
+    dict(validation=5),
+    dict(validation=[0.5]),
+    dict(validation={"score_std": [0.5]}),
+    dict(validation={"score_std": "0.5"}),
+    dict(validation={"score_std": 10**400}),
+    dict(validation={"score_std": math.nan}),
+    dict(validation={"safe_score": math.inf}),
+    dict(sha256="0"),
+    dict(sha256=[1]),
+    dict(sha256={"config.json": 5}),
+]
+
+
+@pytest.mark.parametrize("changes", WRONG_RECORDS, ids=lambda changes: str(changes)[:40])
+def test_a_reward_models_record_of_other_types_is_one_sentence(world, tmp_path, changes):
+    folder, tokenizer = shutil.copytree(world / "model", tmp_path / "rm"), load_tokenizer(world / "model")
+    path = folder / "reward_model.json"
+    path.write_text(json.dumps(RECORD))
+    assert reward_models.read_record(folder, "helpful", tokenizer) == RECORD
+    path.write_text(json.dumps(RECORD | changes))
+    (name,) = changes
+    with pytest.raises(reward_models.RewardModelError, match=f"^{path} says {name}=.*, and it has to be ") as error:
+        reward_models.read_record(folder, "helpful", tokenizer)
+    assert len(str(error.value)) < len(str(path)) + 200  # no 400 digits
+
+
+@pytest.mark.parametrize("name", ["base_sha256", "calibrated", "validation"])
+def test_a_reward_models_record_that_lacks_a_value(world, tmp_path, name):
+    folder, tokenizer = shutil.copytree(world / "model", tmp_path / "rm"), load_tokenizer(world / "model")
+    (folder / "reward_model.json").write_text(json.dumps({key: RECORD[key] for key in RECORD if key != name}))
+    if name == "validation":  # as of a model that was not validated
+        record = reward_models.read_record(folder, "helpful", tokenizer)
+        with pytest.raises(reward_models.RewardModelError, match="needs a harmless model that was validated"):
+            reward_models.threshold("auto", record, 2.0)
+    else:
+        with pytest.raises(reward_models.RewardModelError, match=f"says {name}=None"):
+            reward_models.read_record(folder, "helpful", tokenizer)
+
+
+@pytest.mark.parametrize("text", ["[" * 5000, '{"task": "helpful", "task": "harmless"}', "[]", "5", "1" * 5000, "\xff"])
+def test_a_reward_models_record_that_is_none(tmp_path, text):
+    (tmp_path / "reward_model.json").write_bytes(text.encode("latin-1"))
+    with pytest.raises(reward_models.RewardModelError, match="is no reward model"):
+        reward_models.read_record(tmp_path, "helpful", char_tokenizer())
+
+
 def test_a_reward_models_tokenizer_runs_no_code_that_was_not_allowed(world, tmp_path, monkeypatch):
     folder = shutil.copytree(world / "model", tmp_path / "rm")
-    (folder / "reward_model.json").write_text('{"task": "helpful", "base_sha256": ""}')
+    (folder / "reward_model.json").write_text(json.dumps(RECORD))
     BROKEN["a tokenizer of its own code"][0](folder)
     monkeypatch.setattr("sys.stdin", io.StringIO("y\n" * 9))  # transformers would ask, and take this for a yes
     with pytest.raises(ModelError, match="comes with code of its own: read it, and pass --trust-remote-code"):
@@ -312,6 +369,19 @@ def test_an_adapter_of_another_base(fails, finished, world, tmp_path):
     write_model(other, seed=0, hidden_size=48)
     line = fails("--adapter", finished.folder, "--model", other)
     assert line.startswith(f"{finished.folder} does not fit this model") and "on another base?" in line
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["[" * 5000, "[]", "{}", "\xff"]
+    + [json.dumps({"base_model_name_or_path": name}) for name in (None, 5, "", [], ["a"])]
+    + ['{"base_model_name_or_path": "a", "base_model_name_or_path": "b"}'],
+    ids=range(10),
+)
+def test_an_adapter_that_names_no_base(tmp_path, text):
+    (tmp_path / "adapter_config.json").write_bytes(text.encode("latin-1"))
+    with pytest.raises(ModelError, match="adapter_config.json names no base model: name it with --model"):
+        base_of([tmp_path])
 
 
 def test_an_adapter_folder_that_is_missing(fails, tmp_path):
@@ -498,6 +568,25 @@ def test_numbers_that_are_not_finite_are_null_in_the_log(fails, tmp_path):
     log.close()
     text = (tmp_path / "log/metrics.jsonl").read_text()
     assert text == '{"step": 1, "epoch": 0.5, "loss": null, "grad_norm": null, "beta": 0.1}\n'
+
+
+@pytest.mark.parametrize("output", ["a reader that ends", "a full disk"])
+def test_outputs_that_break_do_not_end_a_run(output, world, tmp_path):
+    """As of `... | head -1`; in the ascii of a machine without a language the prompts are written as escapes."""
+    rows = [strings(n) | {"prompt": f"\u4f60\u597d{n}"} for n in range(20)]
+    write_rows(tmp_path / "rows.jsonl", rows)
+    words = ["--model", world / "model", "--dataset", "rows.jsonl", "--max-steps", "2", "--logging-steps", "1"]
+    words += ["--output-dir", "out", "--device", "cpu", "--dtype", "fp32", "--report-to", "none"]
+    options = dict(cwd=tmp_path, env=environment(PYTHONIOENCODING="ascii"))
+    with open("/dev/full", "w") as full:
+        outputs = dict.fromkeys(("stdout", "stderr"), full) if output == "a full disk" else {}
+        run = start([sys.executable, ROOT / "dpo_hf_run.py", *words], **options, **outputs)
+    if run.stdout:
+        assert run.stdout.readline().startswith("rows.jsonl: prompt/chosen/rejected, 20 rows")
+        run.stdout.close()
+        run.stderr.close()
+    assert run.wait(100) == 0
+    assert (tmp_path / "out/adapter_model.safetensors").exists()
 
 
 # -- what a good run leaves -------------------------------------------------------------------------------------------

@@ -324,7 +324,8 @@ def world(tmp_path_factory):
         rm.mkdir()
         for file in (folder / "model").glob("tok*"):
             (rm / file.name).write_bytes(file.read_bytes())
-        record = {"task": "helpful", "base_sha256": "", "calibrated": False, "validation": {"score_std": number}}
+        record = {"task": "helpful", "base_model": "a", "base_sha256": "", "calibrated": False}
+        record |= {"validation": {"score_std": number}}
         (rm / "reward_model.json").write_text(json.dumps(record))
     shutil.copytree(folder / "model", folder / "other")
     with open(folder / "other/model.safetensors", "r+b") as file:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from distributed import DeviceError, World
-from harness.device import cpu_has_bf16, pick_dtype
+from harness.device import cpu_has_bf16, pick_dtype, room
 
 CPU = World(0, 1, torch.device("cpu"))
 X86 = "processor\t: {}\nmodel name\t: bf16 in a name is none\nflags\t\t: fpu avx2 avx512f {}\nbugs\t\t: spectre_v1\n\n"
@@ -48,3 +48,12 @@ def test_fp16_needs_a_gpu_also_where_a_run_on_one_goes_on():
         with pytest.raises(DeviceError, match="^--dtype fp16 needs a GPU: on a CPU use bf16 or fp32$"):
             pick_dtype(name, CPU, begun_in)
     assert pick_dtype("auto", CPU, "int8") == pick_dtype("auto", CPU)  # no type that a run has
+
+
+def test_ranks_of_a_machine_share_its_memory_and_an_empty_number_of_them_is_one(monkeypatch):
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    whole = room(CPU)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "")
+    assert room(CPU) == whole > 1e9
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert room(CPU) == whole / 4

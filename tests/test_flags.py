@@ -39,6 +39,16 @@ SCRIPT = "dpo_hf_run.py"
 pytestmark = pytest.mark.usefixtures("script_name")
 
 
+NEEDED = {  # flags without which a script does not begin
+    train_rm: ["--task", "helpful"],
+    generate: ["--prompts", "x", "--output", "y"],
+    evaluate_alignment: ["--prompts", "x"],
+    prepare_data: ["--input", "x"],
+    learn_prompt: ["--preference-text", "x"],
+    train_with_preference_prompt: ["--preference-text", "x"],
+}
+
+
 def parse(*words):
     return dpo_hf_run.get_args([str(word) for word in words])
 
@@ -279,13 +289,26 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
-@pytest.mark.parametrize("words", ["dpo_hf_run.py", "train_rm.py --task helpful", "generate.py --prompts x --output y"])
-def test_ctrl_c_while_torch_is_loaded_is_one_line(words, tmp_path):
-    (tmp_path / "torch.py").write_text("import os, signal; os.kill(os.getpid(), signal.SIGINT)")
-    script, *words = words.split()
-    program = [sys.executable, "-c", INTERRUPTED, tmp_path, ROOT, ROOT / script, *words]
-    done = run_program(program)
-    assert (done.returncode, done.stdout, done.stderr) == (130, "", f"{script}: interrupted\n")
+@pytest.mark.parametrize("library", ["yaml", "torch"])  # of the first tenth of a second, and of the seconds after it
+@pytest.mark.parametrize("script", ALL_SCRIPTS, ids=lambda script: script.__name__)
+def test_ctrl_c_while_libraries_are_loaded_is_one_line(script, library, tmp_path):
+    if script is prepare_data and library == "torch":
+        pytest.skip("it has no use for torch")
+    (tmp_path / f"{library}.py").write_text("import os, signal; os.kill(os.getpid(), signal.SIGINT)")
+    words = NEEDED.get(script, [])
+    done = run_program([sys.executable, "-c", INTERRUPTED, tmp_path, ROOT, script.__file__, *words])
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", f"{script.__name__}.py: interrupted\n")
+
+
+@pytest.mark.parametrize("library", ["yaml", "torch"])
+def test_an_ignored_ctrl_c_stays_ignored_while_libraries_are_loaded(library, tmp_path):
+    """As a shell's `&` and nohup have it."""
+    (tmp_path / f"{library}.py").write_text(
+        "import os, signal; os.kill(os.getpid(), signal.SIGINT); raise SystemExit(7)"
+    )
+    ignored = INTERRUPTED.replace("signal.default_int_handler", "signal.SIG_IGN")
+    done = run_program([sys.executable, "-c", ignored, tmp_path, ROOT, ROOT / "dpo_hf_run.py"])
+    assert (done.returncode, done.stderr) == (7, "")
 
 
 @pytest.mark.parametrize("words", [["--help"], ["--no-such-flag"]])
@@ -313,12 +336,11 @@ EXAMPLES |= {"--learning-rate": "0.5", "--lr-scheduler": "cosine", "--optimizer"
 EXAMPLES |= {"--lora-target-modules": "x"}
 TAKERS = {"--reward-model": generate, "--max-new-tokens": generate, "--num-responses": generate}
 TAKERS |= {"--tokenizer-name": train_rm, "--temperature": generate}
-NEEDED = {train_rm: ["--task", "helpful"], generate: ["--prompts", "p", "--output", "o"], dpo_hf_run: []}
 
 
 def differences(script, words):
     """Flags with other values than without the words."""
-    plain, args = (vars(script.get_args([*NEEDED[script], *some])) for some in ([], words))
+    plain, args = (vars(script.get_args([*NEEDED.get(script, []), *some])) for some in ([], words))
     return {name: value for name, value in args.items() if value != plain[name] and name not in ("given", "typed")}
 
 
@@ -456,7 +478,7 @@ RATES |= {train_with_preference_prompt: (5e-4, 5e-6), learn_prompt: (1e-2, 1e-2)
 def test_the_rate_where_none_is_given(tmp_path, script):
     needed = {train_rm: ["--task", "helpful"], train_with_preference_prompt: ["--preference-text", "x"]}
     needed |= {learn_prompt: ["--preference-text", "x"]}
-    rate = lambda *words: script.get_args([*needed.get(script, []), *words]).learning_rate
+    rate = lambda *words: script.get_args([*NEEDED.get(script, []), *words]).learning_rate
     (tmp_path / "c.yaml").write_text("learning_rate: 3e-5\n")
     assert (rate(), rate("--learning-rate", "7e-7"), rate("--config", str(tmp_path / "c.yaml"))) == (
         RATES[script][0],
@@ -519,7 +541,40 @@ def test_flags_that_cannot_go_together(capsys, words, sentence):
     assert refused(capsys, *words).startswith(f"dpo_hf_run.py: {sentence}")
 
 
+TEXTS = {  # the flags of each script that take a text: paths, names
+    script: [
+        action
+        for action in parser_actions(script)
+        if action.nargs != 0 and action.type is None and not action.choices and action.dest != "preference_text"
+    ]
+    for script in ALL_SCRIPTS
+}
+
+
+@pytest.mark.parametrize(
+    "text, fault", [("", "is empty: "), ("a\0b", "has a zero byte"), ("o\udcff", "has bytes that are no UTF-8")]
+)
+@pytest.mark.parametrize("script", ALL_SCRIPTS, ids=lambda script: script.__name__)
+def test_a_text_that_names_nothing(capsys, monkeypatch, script, text, fault):
+    """--output-dir "$OUT" with a variable that is not set, and what no file is called."""
+    assert len(TEXTS[script]) > 3
+    for action in TEXTS[script]:
+        name = action.option_strings[0]
+        monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py"])
+        with pytest.raises(SystemExit) as exit:
+            script.get_args([*NEEDED.get(script, []), name, text])
+        assert exit.value.code == 2
+        assert one_line(capsys).startswith(f"{script.__name__}.py: {name} {fault}")
+
+
+@pytest.mark.parametrize("rank", ["1", "x", ""])
+def test_a_stray_local_rank_silences_nobody(capsys, monkeypatch, rank):
+    monkeypatch.setenv("LOCAL_RANK", rank)
+    assert refused(capsys, "--beta", "0") == "dpo_hf_run.py: --beta: has to be above 0, got 0"
+
+
 def test_only_the_first_process_of_a_machine_speaks(capsys, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("LOCAL_RANK", "1")
     with pytest.raises(SystemExit) as exit:
         parse("--beta", "0")
@@ -631,6 +686,21 @@ def test_a_later_file_wins_over_an_earlier_one(tmp_path):
         ("output_dir: !!python/name:os.system\n", "cannot be read"),
         ("? [a]\n: b\n", "cannot be read"),
         ("beta: --\n", "--beta: expected a value, got '--'"),
+        ("beta: 0.1\nseed: 1\nbeta: 0.2\n", "cannot be read (beta stands twice in"),
+        ("lora: {r: 4, r: 8}\n", "cannot be read (r stands twice in"),
+        ("lora_rank: 4\nlora-r: 8\n", "lora_rank and lora-r both are --lora-r: keep one of them"),
+        ("lora: {r: 4}\nlora_r: 8\n", "lora_r and lora_r both are --lora-r: keep one of them"),
+        ("model_name_or_path: a\nmodel: b\n", "model_name_or_path and model both are --model: keep one of them"),
+        ("config: other.yaml\n", "config: a file cannot name another: give both on the command line"),
+        ("dataset: {path: a}\n", "dataset: a block of keys is no value for it"),
+        ("dataset: [[a]]\n", "dataset: pick one of ['a']"),
+        ("lora_target_modules: [q_proj, --overwrite]\n", "lora_target_modules: --overwrite is no value for it"),
+        ("lora_target_modules: [[q_proj]]\n", "lora_target_modules: ['q_proj'] is no value for it"),
+        ("lora_target_modules: [q_proj, {a: b}]\n", "lora_target_modules: {'a': 'b'} is no value for it"),
+        ("lora_target_modules: [q_proj, '']\n", "--lora-target-modules is empty: give it a value, or leave it out"),
+        ("output_dir: ''\n", "--output-dir is empty: give it a value, or leave it out"),
+        ("adapter: ''\n", "--adapter is empty: give it a value, or leave it out"),
+        ('cache_dir: "a\\0b"\n', "--cache-dir has a zero byte in it, which no name has"),
     ],
 )
 def test_a_mistake_in_the_file_names_the_file(capsys, config, tmp_path, text, sentence):

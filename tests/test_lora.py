@@ -485,6 +485,11 @@ def truncate(folder):
     path.write_bytes(path.read_bytes()[:-100])
 
 
+def say_twice(folder, words):
+    path = folder / "adapter_config.json"
+    path.write_text(path.read_text().rstrip().removesuffix("}") + f", {words}}}")
+
+
 FIRST_A = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
 WRONG = {  # what is done to the folder of a good qwen3 adapter, and what the message must name
     "rank": (lambda d: edit_config(d, r=8), [FIRST_A, "is (4, 32), expected (8, 32) for r=8"]),
@@ -523,6 +528,10 @@ WRONG = {  # what is done to the folder of a good qwen3 adapter, and what the me
     "alpha as a text": (lambda d: edit_config(d, lora_alpha="8"), ["says lora_alpha='8'", "a number above 0"]),
     "no alpha": (lambda d: edit_config(d, lora_alpha=None), ["says lora_alpha=None"]),
     "alpha as a list": (lambda d: edit_config(d, lora_alpha=[]), ["says lora_alpha=[]"]),
+    "alpha of 400 digits": (lambda d: edit_config(d, lora_alpha=10**400), ["lora_alpha=1000", "at most 1e30"]),
+    "alpha beyond fp32": (lambda d: edit_config(d, lora_alpha=1e300), ["says lora_alpha=1e+300", "at most 1e30"]),
+    "rank of 400 digits": (lambda d: edit_config(d, r=10**400), ["says r=1000", "from 1 to 65536"]),
+    "alpha twice": (lambda d: say_twice(d, '"lora_alpha": 64'), ["`lora_alpha` stands twice"]),
     "alpha NaN": (lambda d: edit_config(d, lora_alpha=math.nan), ["says lora_alpha=nan"]),
     "dropout as a text": (lambda d: edit_config(d, lora_dropout="0.1"), ["lora_dropout='0.1'", "from 0 to below 1"]),
     "dropout 2": (lambda d: edit_config(d, lora_dropout=2), ["says lora_dropout=2"]),
@@ -531,6 +540,10 @@ WRONG = {  # what is done to the folder of a good qwen3 adapter, and what the me
     "numbers for targets": (lambda d: edit_config(d, target_modules=[5]), ["says target_modules=[5]"]),
     "no targets": (lambda d: edit_config(d, target_modules=[]), ["says target_modules=[]"]),
     "half a regex": (lambda d: edit_config(d, target_modules="("), ["target_modules='('", "a regular expression"]),
+    "weights that are whole numbers": (
+        lambda d: edit_state(d, lambda s: s.update({FIRST_A: s[FIRST_A].long()})),
+        [f"holds {FIRST_A} as torch.int64"],
+    ),
     "nested 5,000 deep": (
         lambda d: (d / "adapter_config.json").write_text("[" * 5000 + "]" * 5000),
         ["cannot be read as an adapter"],

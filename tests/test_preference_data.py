@@ -16,7 +16,7 @@ from worlds import CHATML, assistant, char_tokenizer, ids, load, strings, system
 import preference_data
 from formats.chat_text import as_messages
 from formats.preference_rows import Texts, recognise, row_texts
-from formats.row_files import DataError, Malformed, parse_row, read_rows
+from formats.row_files import DataError, Malformed, Unusable, parse_row, read_rows
 from packing import hold_out
 from preference_data import Pair, fingerprint
 
@@ -289,6 +289,31 @@ def test_transcripts_beside_a_prompt_part_after_the_last_assistant(tmp_path):
     assert row_texts(row, recognise(row, "file:1")) == Texts(start, " c", " r")
     with pytest.raises(DataError, match=f"1 because {DIFFER}"):
         load(write_rows(tmp_path / "rows.jsonl", [row | {"prompt": "q?"}]))
+
+
+HH = "\n\nHuman: p?\n\nAssistant: a"
+HALVES = {  # a row -> (prompt, chosen, rejected), or None where only one of its responses is a transcript
+    "a word": ({"chosen": "x", "rejected": HH}, None),
+    "a flipped bit": ({"chosen": HH.replace("Assistant", "Assistanv") + " b", "rejected": HH}, None),
+    "the other way": ({"chosen": HH, "rejected": "a"}, None),
+    "beside a prompt": ({"prompt": "p?", "chosen": HH, "rejected": "b"}, None),
+    "beside a question": ({"question": "p?", "chosen": "b", "rejected": HH}, None),
+    "both": ({"chosen": HH, "rejected": HH + " b"}, (HH[:-2], " a", " a b")),
+    "a talk that was asked for": (
+        {"prompt": "Write a talk.", "chosen": HH, "rejected": "b"},
+        ("Write a talk.", HH, "b"),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", HALVES)
+def test_a_transcript_beside_a_response_that_is_none_is_left_out(tmp_path, name):
+    row, texts = HALVES[name]
+    if texts:
+        assert row_texts(row, recognise(row, "file:1")) == Texts(*texts)
+    else:
+        with pytest.raises(Unusable, match="^only one of chosen and rejected is a transcript$"):
+            row_texts(row, recognise(row, "file:1"))
 
 
 # -- columns around the prompt ----------------------------------------------------------------------------------------

@@ -271,7 +271,9 @@ BAD = {  # name of the file -> (how it is made, what the sentence says)
         "adapter of the type LORA, and a soft prompt is PROMPT_TUN",
     ),
     "no JSON": (lambda path: peft_folder(path, "{"), "is no folder of a soft prompt"),
-    "a list": (lambda path: peft_folder(path, "[]"), ""),
+    "a list": (lambda path: peft_folder(path, "[]"), "no object {...}"),
+    "nested": (lambda path: peft_folder(path, "[" * 5000 + "]" * 5000), "adapter_config.json: nested too deeply"),
+    "twice": (lambda path: peft_folder(path, '{"peft_type": 1, "peft_type": "PROMPT_TUNING"}'), "stands twice"),
     "no weights": (
         lambda path: save_soft_prompt(TABLE, path, "", "prefix") or (path / "adapter_model.safetensors").unlink(),
         "adapter_model.safetensors cannot be read",
@@ -288,6 +290,22 @@ def test_a_file_that_is_no_soft_prompt_is_one_sentence(tmp_path, name):
     said = str(error.value)
     assert sentence in said and str(tmp_path / name) in said
     assert "\n" not in said and len(said) < 600
+
+
+def test_a_changed_bit_in_the_pickle_of_a_pt_file_is_one_sentence_or_harmless(tmp_path):
+    path = tmp_path / "soft.pt"
+    torch.save({"prompt_embeddings": TABLE, "preference_position": "prefix"}, path)
+    whole, sentences = path.read_bytes(), 0
+    start = whole.index(b"\x80\x02}")
+    end = whole.index(b"u.", start) + 2
+    for place in range(start, end):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        try:
+            read_soft_prompt(path, 4)
+        except PromptError as error:
+            assert "\n" not in str(error)
+            sentences += 1
+    assert sentences > (end - start) / 2
 
 
 @pytest.mark.parametrize("legacy", [False, True])

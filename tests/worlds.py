@@ -140,7 +140,8 @@ def make_reward_model(base, folder, whole=False):
     """What train_rm.py leaves, with random weights; the same ones each time."""
     model, tokenizer = load_model(str(base), torch.float32, "cpu", scores=True), load_tokenizer(str(base))
     randomize([*lora.add_adapter(model, "reward", 4, 8), model.score.weight], seed=12)
-    record = {"task": "helpful", "base_model": str(base), "base_sha256": score_cache.base_sha256(model)}
+    record = {"task": "helpful", "calibrated": False, "base_model": str(base)}
+    record |= {"base_sha256": score_cache.base_sha256(model), "validation": None}
     folder.mkdir(parents=True)
     if whole:
         lora.merge_adapter(model, "reward")
@@ -220,7 +221,24 @@ BROKEN = {  # what is done to a good model folder, and what the sentence has to 
     "no config.json": (lambda d: (d / "config.json").unlink(), "config.json"),
     "no model.safetensors": (lambda d: (d / "model.safetensors").unlink(), "model.safetensors"),
     "no tokenizer.json": (lambda d: (d / "tokenizer.json").unlink(), "no tokenizer at"),
-    "weights cut off": (lambda d: os.truncate(d / "model.safetensors", 30_000), "no model at"),
+    "weights cut off": (lambda d: os.truncate(d / "model.safetensors", 30_000), "is cut off or damaged: copy"),
+    "weights that lack 8 bytes": (
+        lambda d: os.truncate(d / "model.safetensors", (d / "model.safetensors").stat().st_size - 8),
+        "is cut off or damaged: copy",
+    ),
+    "weights of 0 bytes": (lambda d: os.truncate(d / "model.safetensors", 0), "is cut off or damaged: copy"),
+    "an index nested deep": (
+        lambda d: (
+            (d / "model.safetensors").rename(d / "part.safetensors"),
+            (d / "model.safetensors.index.json").write_text("[" * 9999),
+        ),
+        "recursion",
+    ),
+    "an end of a response that is a word": (
+        lambda d: (d / "generation_config.json").write_text('{"eos_token_id": "</s>"}'),
+        "says eos_token_id='</s>', and it has to be ids of tokens",
+    ),
+    "sizes beyond any machine": (lambda d: edit(d / "config.json", hidden_size=10**18), "no model at"),
     "weights of another size": (
         lambda d: (write_model(d, seed=0, hidden_size=48), edit(d / "config.json", hidden_size=32)),
         "model.embed_tokens.weight of ",
