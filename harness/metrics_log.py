@@ -105,26 +105,35 @@ class MetricsLog:
             self._append(self.folder / "lambda.jsonl", entry)
 
     def _append(self, path, entry):
-        """Add a line.  A full disk is no reason to end a run: what could not be written comes with the next line."""
-        lines = self.unwritten[path] = self.unwritten.get(path, "") + json.dumps(entry) + "\n"
-        size = path.stat().st_size if path.exists() else 0
-        try:
-            if not path.exists():
-                self._note({path.name: b""})
-            with open(path, "a", encoding="utf-8") as file:
-                file.write(lines)
-            self.unwritten[path] = ""
-        except OSError as error:
-            with suppress(OSError):
-                os.truncate(path, size)  # half a line
-            if not self.has_failed:
-                tqdm.write(f"{path} cannot be written ({error.strerror}): training goes on, and it is tried again")
-            self.has_failed = True
+        self.unwritten[path] = self.unwritten.get(path, "") + json.dumps(entry) + "\n"
+        self._catch_up()
+
+    def _catch_up(self):
+        """Write the lines that are not in the logs yet.  A full disk is no reason to end a run: they come later."""
+        for path, lines in list(self.unwritten.items()):
+            size = path.stat().st_size if path.exists() else 0
+            try:
+                if not path.exists():
+                    self._note({path.name: b""})
+                with open(path, "a", encoding="utf-8") as file:
+                    file.write(lines)
+                del self.unwritten[path]
+            except OSError as error:
+                with suppress(OSError):
+                    os.truncate(path, size)  # half a line
+                if not self.has_failed:
+                    tqdm.write(f"{path} cannot be written ({error.strerror}): training goes on, and it is tried again")
+                self.has_failed = True
 
     def marks(self):
         """{name: size and sha256} of the logs as they are, for a checkpoint."""
-        paths = [self.folder / name for name in LOGS] if self.is_main else []
-        return {path.name: written_files.entry(path) for path in paths if path.exists()}
+        if not self.is_main:
+            return {}
+        self._catch_up()
+        paths = [path for path in (self.folder / name for name in LOGS) if path.exists()]
+        for path in paths:
+            written_files.sync(path)
+        return {path.name: written_files.entry(path) for path in paths}
 
     def draw(self):
         """curves.html, whole or as it was: a page that cannot be written is no reason to end a run."""
@@ -147,6 +156,7 @@ class MetricsLog:
         for _, close in self.trackers:
             close()
         if self.is_main:
+            self._catch_up()
             self.draw()
             atexit.unregister(self.draw)
             self._list([self.path, self.folder / "lambda.jsonl", *self._tracked()])

@@ -199,6 +199,9 @@ def whole_files(output_dir, manifest=written_files.NAME, grows=()):
         for below in [path for path in folder.iterdir() if path.is_dir()]:  # epoch_1, merged: it goes along in a copy
             written_files.write(below, written_files.entries(below))
         written_files.put(folder, Path(output_dir), manifest, grows)
+    except OSError as error:
+        error.filename = error.filename or output_dir  # a full disk names none
+        raise
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 

@@ -570,6 +570,22 @@ def test_numbers_that_are_not_finite_are_null_in_the_log(fails, tmp_path):
     assert text == '{"step": 1, "epoch": 0.5, "loss": null, "grad_norm": null, "beta": 0.1}\n'
 
 
+def test_lines_that_a_full_disk_did_not_take_come_with_the_next(tmp_path, capsys):
+    words = ["--output-dir", str(tmp_path / "out"), "--report-to", "none"]
+    log = metrics_log.MetricsLog(dpo_hf_run.get_args(words), is_main=True)
+    metrics = tmp_path / "out/metrics.jsonl"
+    log.write(1, 0.1, {"loss": 1.0})
+    metrics.rename(tmp_path / "first")
+    metrics.symlink_to("/dev/full")
+    log.write(2, 0.2, {"loss": 2.0})
+    log.write(3, 0.3, {"loss": 3.0})
+    (tmp_path / "first").replace(metrics)
+    log.write(4, 0.4, {"loss": 4.0})
+    assert [json.loads(line)["step"] for line in metrics.read_text().splitlines()] == [1, 2, 3, 4]
+    sentence = f"{metrics} cannot be written (No space left on device): training goes on, and it is tried again"
+    assert capsys.readouterr().out.splitlines() == [sentence], "once"
+
+
 @pytest.mark.parametrize("output", ["a reader that ends", "a full disk"])
 def test_outputs_that_break_do_not_end_a_run(output, world, tmp_path):
     """As of `... | head -1`; in the ascii of a machine without a language the prompts are written as escapes."""

@@ -343,6 +343,26 @@ def test_a_full_disk_keeps_the_old_checkpoint_and_the_run(words, uninterrupted, 
     assert results(tmp_path / "out") == uninterrupted
 
 
+def test_a_full_disk_at_the_end_keeps_the_checkpoints_and_says_so(words, uninterrupted, tmp_path, monkeypatch, capsys):
+    plain, out = os.fsync, tmp_path / "out"
+
+    def full(handle):
+        if "adapter_model.safetensors" in (path := os.readlink(f"/proc/self/fd/{handle}")) and ".saving-" in path:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return plain(handle)
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as ended:
+        patch.setattr(os, "fsync", full)
+        run_script([*words, "--output-dir", out])
+    way_on = "; --resume auto goes on from the last checkpoint"
+    assert ended.value.code == 2 and one_line(capsys) == (
+        f"dpo_hf_run.py: {out}: No space left on device: make room there, or choose another place{way_on}"
+    )
+    assert not (out / "adapter_model.safetensors").exists() and not list(out.glob(".*"))
+    run_script([*words, "--output-dir", out, "--resume", "auto"])
+    assert results(out) == uninterrupted
+
+
 class Windows:
     """os as it is there: no folder can be opened, and fsync wants a handle that can write."""
 
