@@ -66,6 +66,15 @@ def release(path=None):
                 folder.rmdir()
 
 
+def clear(path):
+    """Remove the lock file of a process that was killed."""
+    with contextlib.suppress(OSError):  # a folder that is not ours to write to
+        handle = _locked(path) if path.exists() else None
+        if handle is not None:
+            path.unlink()
+            os.close(handle)
+
+
 def holder(path):
     """Who has written a lock file, in words; "" for an empty one."""
     try:

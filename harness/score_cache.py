@@ -111,6 +111,7 @@ def pair_scores(path, num_pairs, needed, share, score, world, termination, say):
     scores, sentence = None, ""
     if world.is_main:
         written_files.remove_drafts(path.parent, f".{path.name.partition('-')[0]}-")
+        locks.clear(path.with_name(".lock"))
         scores, sentence = load_scores(path, num_pairs)
     scores = torch.full((num_pairs, 2), math.nan) if scores is None else scores
     if world.size > 1:

@@ -51,6 +51,16 @@ def test_of_a_killed_process_nothing_is_held_and_it_is_said(tmp_path):
     assert not killed, "a lock that was given back says nothing"
 
 
+def test_what_a_killed_process_left_goes_and_what_is_held_stays(tmp_path):
+    lock = tmp_path / ".lock"
+    locks.hold(lock, "here")
+    assert fork(lambda: locks.clear(lock)) == 0 and lock.exists()
+    locks.release()
+    lock.write_text("{}")
+    locks.clear(lock)
+    assert not lock.exists()
+
+
 @pytest.mark.parametrize("content", [b"", b"\xff", b"[" * 5000, b"7", b'{"host": "h"}'])
 def test_whatever_stands_in_a_lock_file_nobody_holds_it(content, tmp_path):
     (tmp_path / ".lock").write_bytes(content)
