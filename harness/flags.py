@@ -150,7 +150,7 @@ class Parser(argparse.ArgumentParser):
         try:
             with open(file, encoding="utf-8") as text:
                 config = yaml.load(text, AsWritten) or {}
-        except Exception as error:  # PyYAML's own, and what `!!int x`, `!!timestamp x` or 5,000 brackets raise in it
+        except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:  # ValueError: not UTF-8
             self.where = ""
             self.error(f"--config {file} cannot be read ({' '.join(str(error).split())})")
         if not isinstance(config, dict):
@@ -206,6 +206,11 @@ class AsWritten(yaml.SafeLoader):
     yaml_implicit_resolvers = {
         first: [(tag, shape) for tag, shape in resolvers if tag.rpartition(":")[2] in ("null", "merge")]
         for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+    yaml_constructors = {  # no others: `!!float 5` would be 5.0
+        tag: construct
+        for tag, construct in yaml.SafeLoader.yaml_constructors.items()
+        if tag is None or tag.rpartition(":")[2] in ("str", "null", "seq", "map")
     }
 
     def construct_mapping(self, node, deep=False):

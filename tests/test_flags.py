@@ -681,6 +681,9 @@ def test_a_later_file_wins_over_an_earlier_one(tmp_path):
         ("output_dir: !!timestamp 2026-02-30\n", "cannot be read"),
         ("output_dir: !!timestamp x\n", "cannot be read"),
         ("overwrite: !!bool x\n", "cannot be read"),
+        ("output_dir: !!float 5\n", "cannot be read"),  # no 5.0
+        ("output_dir: !!binary YQ==\n", "cannot be read"),
+        ("dataset: !!set {a, b}\n", "cannot be read"),
         ("output_dir: !!binary é\n", "cannot be read"),
         ("[" * 5000, "cannot be read"),
         ("output_dir: !!python/name:os.system\n", "cannot be read"),
