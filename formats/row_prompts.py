@@ -134,6 +134,16 @@ def _merged(asked, begun, is_text):
 CONTEXT = "system", "history", "initial_reason_steps", "tools", "chat_template_kwargs"  # read with every shape
 OURS = {"conversation", "tools", "chat_template", "add_generation_prompt", "continue_final_message", "tokenize"}
 OURS |= {"padding", "truncation", "max_length", "return_tensors", "return_dict", "tokenizer_kwargs"}
+OURS |= {
+    "messages",
+    "tokenizer",
+    "day",
+    "prompt",
+    "chosen",
+    "rejected",
+    "prefer",
+    "max_prompt_length",
+}  # chat_text.py's
 
 
 def with_context(row, prompt):
