@@ -1,6 +1,7 @@
 """What a row asks, whole: messages with a role and a text, the columns around a prompt, and those that nobody reads."""
 
 import re
+import reprlib
 
 from formats.json_files import parse_json
 from formats.row_files import Malformed, Unusable
@@ -32,7 +33,7 @@ def as_turns(messages, field):
         if role not in ROLES:
             meant = OTHER_ROLES.get(str(role).lower(), str(role).lower())
             advice = f"write {meant}" if meant in ROLES else f"it is one of {', '.join(ROLES)}"
-            raise Malformed(f"a message of `{field}` has the role {role!r}: {advice}")
+            raise Malformed(f"a message of `{field}` has the role {reprlib.repr(role)}: {advice}")
         turns.append(kept | {"content": _text_of(message, field)})
     return turns
 
