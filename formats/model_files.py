@@ -19,7 +19,7 @@ from transformers.utils import logging as transformers_logging
 from formats import hub_files, written_files
 from formats.chat_text import turn_end
 from formats.json_files import read_object
-from formats.tensor_files import unmap
+from formats.tensor_files import check_readable, unmap
 from formats.user_errors import UserError
 
 
@@ -162,7 +162,10 @@ def _config(path, trust_remote_code):
 
 def _from(kind, path, weights=False, **options):
     """A tokenizer, config or model (`kind`) of a folder, or of what the hub has under that name.  Raises HubError."""
-    return kind.from_pretrained(hub_files.local(str(path), weights=weights), **options)
+    place = hub_files.local(str(path), weights=weights)
+    for file in Path(place).glob("*.safetensors") if weights else ():
+        check_readable(file)
+    return kind.from_pretrained(place, **options)
 
 
 def _loaded(kind, path, load):
