@@ -17,7 +17,9 @@ import math
 import os
 import random
 import re
+import signal
 import sys
+import threading
 import time
 from datetime import timedelta
 from typing import NamedTuple
@@ -60,6 +62,8 @@ def start(device="auto", timeout=600):
     rank, size, local_rank = ranks_of_environment()
     device = device_of_rank(device, rank, local_rank)
     if size > 1:
+        if "TORCHELASTIC_RUN_ID" in os.environ:  # this process is a child of torchrun's, or accelerate's
+            threading.Thread(target=_end_with_launcher, args=(os.getppid(),), daemon=True).start()
         # On GPUs both: flags and counts go between hosts by gloo, without waiting for a device.
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         try:
@@ -72,6 +76,18 @@ def start(device="auto", timeout=600):
                 "free one (deepspeed: --master_port)"
             ) from None
     return World(rank, size, device)
+
+
+def _end_with_launcher(launcher, seconds=40):
+    """Ask this rank to save and end once its launcher is gone (killed, out of memory); end it `seconds` later.
+
+    Else it would train on, unseen, into the folder that the next run goes on in.
+    """
+    while os.getppid() == launcher:
+        time.sleep(1)
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(seconds)
+    os._exit(128 + signal.SIGTERM)
 
 
 def ranks_of_environment():
@@ -223,6 +239,20 @@ def check_same_on_all_ranks(values, world):
                     f"{name} of rank {rank} is not that of rank 0{difference}: start all ranks with the same flags, on "
                     "the same files"
                 )
+
+
+def on_main(world, work):
+    """work() on rank 0; a UserError of it is raised on every rank."""
+    errors = [None]
+    if world.is_main:
+        try:
+            work()
+        except UserError as error:
+            errors = [error]
+    if world.size > 1:
+        dist.broadcast_object_list(errors, src=0)
+    if errors[0]:
+        raise errors[0]
 
 
 def main_first(world, work):

@@ -62,7 +62,7 @@ def _of_each(work, *values):
 def read(folder, name=NAME):
     """{name: entry} of a folder's manifest; {} where there is none, or one that is not ours."""
     try:
-        files = json.loads((Path(folder) / name).read_text(encoding="utf-8"))
+        files = json.loads(_text(Path(folder) / name))
         if files.keys() == {"key", "files"}:  # as toy worlds had it before
             files = {file: {"sha256": sha} for file, sha in files["files"].items()}
         ours = all(isinstance(e.get("size", 0), int) and isinstance(e["sha256"], str) for e in files.values())
@@ -70,6 +70,13 @@ def read(folder, name=NAME):
         return files if ours and inside else {}
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return {}
+
+
+def _text(path):
+    """What a file holds.  Raises OSError; for a pipe too, of which no end may come."""
+    if not path.is_file():
+        raise FileNotFoundError(path)
+    return path.read_text(encoding="utf-8")
 
 
 def write(folder, files, name=NAME):
@@ -96,7 +103,7 @@ def is_as_listed(path, entry):
     try:
         size = path.stat().st_size
         listed = entry.get("size", size)
-        may_be = size == listed or (size > listed and entry.get("grows", False))
+        may_be = path.is_file() and (size == listed or (size > listed and entry.get("grows", False)))
         return may_be and sha256(path, listed) == entry["sha256"]
     except OSError:
         return False

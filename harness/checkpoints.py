@@ -14,19 +14,19 @@ import os
 import shutil
 import signal
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 import distributed
 from formats import written_files
-from formats.tensor_files import save_file
+from formats.tensor_files import load_file, save_file
 from formats.user_errors import UserError
+from harness import endings
 
 
 class CheckpointError(UserError):
@@ -49,7 +49,7 @@ def new_checkpoint(output_dir, step, total_limit):
     try:
         yield unfinished
         written_files.write(unfinished, written_files.entries(unfinished))
-        for path in unfinished.iterdir():
+        for path in (*unfinished.iterdir(), unfinished):
             written_files.sync(path)
         written_files.remove(final)
         if final.exists():  # a damaged one, or a file of the user's is in it
@@ -59,10 +59,19 @@ def new_checkpoint(output_dir, step, total_limit):
         written_files.sync(output_dir)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
-    if total_limit:  # of those before this one: a newer one is a damaged one that was passed over
-        older = [path for path in checkpoints(output_dir) if _step(path) < step]
-        for path in older[total_limit - 1 :]:
-            written_files.remove(path)
+    remove_older(output_dir, step, total_limit)
+
+
+def remove_older(output_dir, step, total_limit):
+    """Keep the newest `total_limit` (0: all) of the checkpoints up to `step`; what a kill left of others goes too.
+
+    A newer one stays: it is damaged, and was passed over.
+    """
+    found = [path for path in checkpoints(output_dir) if _step(path) <= step]
+    for path in found[total_limit:] if total_limit else ():
+        written_files.remove(path)
+        with suppress(OSError):  # something of the user's is in it
+            path.unlink() if path.is_symlink() else path.rmdir()
 
 
 def checkpoints(output_dir):
@@ -236,15 +245,16 @@ def set_rng_state(state, world_device):
 
 
 class Termination:
-    """Ctrl-C (SIGINT) or SIGTERM asks the run to save and end: `asked` turns into the signal's number, which the loops
-    look at after each update and each pass of a frozen model.  A Ctrl-C after that ends at once, by KeyboardInterrupt.
+    """Ctrl-C (SIGINT), SIGTERM or a closed terminal (SIGHUP) asks the run to save and end: `asked` turns into the
+    signal's number, which the loops look at after each update and each pass of a frozen model.  A Ctrl-C after that
+    ends at once, by KeyboardInterrupt.
 
     endings.run puts the handlers back.
     """
 
     def __init__(self):
         self.asked = 0
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in endings.SIGNALS:
             if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup and a script's `&` have it
                 signal.signal(number, self._ask)
 
@@ -253,11 +263,12 @@ class Termination:
             raise KeyboardInterrupt
         if not self.asked and os.environ.get("LOCAL_RANK", "0") == "0":  # not by print: it may be what was broken into
             line = f"{signal.Signals(number).name}: saves and ends in a moment; Ctrl-C from here on ends at once\n"
-            os.write(2, line.encode())
+            with suppress(OSError):  # the terminal is closed
+                os.write(2, line.encode())
         self.asked = self.asked or number
 
     def end(self, number, sentence, say):
-        """End this rank, as all of them do, because signal `number` asked: exit code 130 or 143."""
+        """End this rank, as all of them do, because signal `number` asked: exit code 129, 130 or 143."""
         say(f"{signal.Signals(number).name}: {sentence}")
         distributed.stop()
         sys.exit(128 + number)

@@ -9,6 +9,7 @@
 
 import errno
 import glob
+import io
 import os
 import re
 import signal
@@ -47,7 +48,8 @@ def run(main, args):
         sys.exit(130)
     except Exception as error:
         if sentence := sentence_of(error):
-            _end(f"{prog}: {sentence}", 2)
+            way_on = "" if isinstance(error, UserError) else _way_on(args)
+            _end(f"{prog}: {sentence}{way_on}", 2)
         if not _rank_is_gone(error):
             raise
         # From every rank: the one that speaks for this machine may be the one that is gone.
@@ -93,9 +95,29 @@ def begin_program():
     sys.excepthook = _uncaught
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # what is ignored stays so
         signal.signal(signal.SIGINT, interrupted)  # `run` puts it back.  C++ that is loaded may die of an exception
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")  # a terminal that has no Chinese
+    sys.stdout, sys.stderr = (_unbroken(stream) for stream in (sys.stdout, sys.stderr))
+
+
+class _Unbroken(io.FileIO):
+    """An output that may end before the program does: `| head`, a closed terminal, a log on a full disk."""
+
+    def write(self, content):
+        try:
+            return super().write(content)
+        except OSError:
+            return len(content)
+
+
+def _unbroken(stream):
+    """The same output, which takes any text and ends nothing; what is none of the system's files stays as it is."""
+    try:
+        file = _Unbroken(stream.fileno(), "w", closefd=False)
+    except (AttributeError, OSError, ValueError):  # none at all, as under pythonw; or a notebook's
+        return stream
+    stream.flush()
+    line_buffering = stream is sys.stderr or stream.isatty()
+    # backslashreplace: a terminal that has no Chinese.
+    return io.TextIOWrapper(io.BufferedWriter(file), stream.encoding, "backslashreplace", line_buffering=line_buffering)
 
 
 def _uncaught(kind, error, trace):

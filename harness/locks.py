@@ -33,20 +33,21 @@ class Held(NamedTuple):
 HELD = []  # by this process
 
 
-def hold(path, what, say=print):
+def hold(path, what, say=None, waits=False):
     """Take the lock file `path` until `release` or the end of this process, making its folder.
 
-    what: the place, as the user named it.  say(sentence): gets a word about a holder that was killed.  Raises
-    LockedError where somebody has it.
+    what: the place, as the user named it.  say(sentence): gets a word about a holder that was killed.  Where somebody
+    has it: raises LockedError, or waits.
     """
     path = Path(path)
     made = [folder for folder in path.parents if not folder.exists()]
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle = _locked(path)
+    while (handle := _locked(path)) is None and waits:
+        time.sleep(0.05)
     if handle is None:
         raise LockedError(f"{what} is being written by another run ({holder(path)}): wait for it, or choose another")
     HELD.append(Held(path, handle, made))
-    if (before := holder(path)) and fcntl:
+    if (before := holder(path)) and fcntl and say:
         say(f"{what}: the run before ({before}) was killed; its lock is taken over")
     record = {"host": socket.gethostname(), "pid": os.getpid(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
     os.truncate(handle, 0)
@@ -63,6 +64,15 @@ def release(path=None):
         with contextlib.suppress(OSError):  # not empty
             for folder in held.made:
                 folder.rmdir()
+
+
+def clear(path):
+    """Remove the lock file of a process that was killed."""
+    with contextlib.suppress(OSError):  # a folder that is not ours to write to
+        handle = _locked(path) if path.exists() else None
+        if handle is not None:
+            path.unlink()
+            os.close(handle)
 
 
 def holder(path):

@@ -13,6 +13,7 @@ training = Training(run, ...)                       the updates: training.py
 run.save_policy(training, policy, tokenizer, "DPO") weights, tokenizer, card, record; ends the exchange of ranks
 """
 
+import argparse
 import gc
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,14 +29,25 @@ import lora_targets
 import toy_world
 from formats import model_files
 from formats.model_files import enable_checkpointing, load_model, load_skeleton, save_whole
-from harness import checkpoints, device, flags, memory_report, optimizers, run_files, score_cache, sharding, speed
+from harness import (
+    checkpoints,
+    device,
+    flags,
+    locks,
+    memory_report,
+    optimizers,
+    run_files,
+    score_cache,
+    sharding,
+    speed,
+)
 from harness.memory_estimate import Estimate
 from packed_model import prepare_model
 from packing import epoch_plan, hold_out, largest_pass, pack, passes_of_rank, rows_of_run
 from preference_data import DataError, fingerprint, load_pairs
 
 TOY_FOLDER = "outputs/toy_world"
-CHECKPOINT_LAYOUT = 2  # of what `begin` and Training put into a checkpoint; another layout is refused
+CHECKPOINT_LAYOUT = 3  # of what `begin` and Training put into a checkpoint; another layout is refused
 
 
 @dataclass(eq=False)
@@ -101,6 +113,11 @@ class Run:
         self.watch = speed.Stopwatch(self.world.device, "start")
         self.checkpoint = checkpoints.find(args.output_dir, args.resume, self.say)  # a folder or None
         run_files.check_output(args, self.checkpoint)
+        if not args.estimate_memory:  # which writes nothing
+            lock, what = Path(args.output_dir) / ".lock", f"--output-dir {args.output_dir}"
+            distributed.on_main(self.world, lambda: locks.hold(lock, what, self.say))
+        if taken := run_files.flags_of_a_run(argparse.Namespace(**args.as_begun)):
+            self.say("as the run began:", ", ".join(f"{name} {value}" for name, value in sorted(taken.items())))
         self.has_adapter = bool(getattr(args, "lora_r", 0))
         self.adapter_name = "policy"
         if self.world.size > 1:
@@ -183,6 +200,7 @@ class Run:
             self.say(f"Pairs of more than {budget} tokens take a pass each; the longest has {longest}")
         if self.world.size > 1:
             facts |= {"data": fingerprint(pairs), "checkpoint": self.checkpoint and self.checkpoint.name}
+            facts |= run_files.weights_of_flags(args)
             distributed.check_same_on_all_ranks(run_files.flags_of_a_run(args) | facts, self.world)
         return data
 

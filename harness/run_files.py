@@ -1,12 +1,11 @@
-"""What a run leaves in its output folder: metrics.jsonl and a page of its curves while it runs; at the end the weights,
+"""The output folder of a run: whose it is, whether a run may begin there, and what it holds at the end: the weights,
 the tokenizer, trainer_state.json (transformers' schema, so its plotting tools read it), args.json (which `--config`
-takes, to run the same again), a copy of the script, and a model card.  What --report-to names gets the numbers too.
+takes, to run the same again), a copy of the script, and a model card.  Its logs: metrics_log.py.
 """
 
 import argparse
-import atexit
+import hashlib
 import json
-import math
 import os
 import platform
 import re
@@ -18,13 +17,13 @@ from pathlib import Path
 
 import torch
 import transformers
-from tqdm import tqdm
 from transformers.trainer_callback import TrainerState
 
 from formats import written_files
+from formats.json_files import read_object
 from formats.tensor_files import open_to_others
 from formats.user_errors import UserError
-from harness import trackers, training_curves
+from harness import trackers
 
 # What marks a folder as a run's: a run replaces it.  So do epoch_1 and checkpoint-5.
 RUN_FILES = """metrics.jsonl args.json trainer_state.json adapter_config.json config.json README.md merged manifest.json
@@ -41,8 +40,12 @@ MAY_DIFFER_BETWEEN_MACHINES = """model tokenizer_name dataset train_helpful_path
 MAY_DIFFER_ON_RESUME = """num_samples eval_samples max_length max_prompt_length chat_template_strings skip_invalid dtype
     overwrite save_steps save_total_limit save_merged logging_steps eval_steps
     batch_size gradient_accumulation_steps tokens_per_microbatch""".split()
+# Flags that name a model, the files in it that make its numbers, and how much of a large one's ends is read (bytes).
+MODELS = "model ref_model_path adapter helpful_rm_path harmless_rm_path prompt_embedding_path".split()
+WEIGHTS = "config.json", "adapter_config.json", "reward_model.json", "*.safetensors", "*.bin", "*.pt"
+ENDS = 2**23
 # Of a parsed command line, not to be repeated.
-NOT_FLAGS = "config given typed full_rate local_rank estimate_memory".split()
+NOT_FLAGS = "config given typed as_begun full_rate local_rank estimate_memory".split()
 
 
 class RunFolderError(UserError):
@@ -61,6 +64,27 @@ def flags_that_matter(args, ranks):
 def flags_of_a_run(args):
     """The flags that all machines of a run have to have in common, {name: value}."""
     return {name: value for name, value in vars(args).items() if name not in (*MAY_DIFFER_BETWEEN_MACHINES, *NOT_FLAGS)}
+
+
+def weights_of_flags(args):
+    """{what a flag reads: sha256} of the models on this machine, for ranks to compare before gigabytes are read.
+
+    It is of what small files hold, and of the sizes and both ends of larger ones.
+    """
+    found = {}
+    for name in MODELS:
+        place = Path(getattr(args, name, None) or "")
+        files = [place] if place.is_file() else [path for kind in WEIGHTS for path in place.glob(kind)]
+        digest = hashlib.sha256()
+        for path in sorted(files) if place.name else ():
+            size = path.stat().st_size
+            digest.update(f"{path.name} {size}".encode())
+            with open(path, "rb") as file:
+                digest.update(file.read(ENDS))
+                file.seek(max(size - ENDS, file.tell()))
+                digest.update(file.read())
+        found[f"the model of --{name.replace('_', '-')}"] = digest.hexdigest()
+    return found
 
 
 def flags_to_show(args):
@@ -93,17 +117,20 @@ def not_written_by_a_run(folder):
     return [name for name in names if name not in listed] + written_files.unlike(folder, names)
 
 
-def is_begun(args):
-    """Whether --output-dir holds this very run as it was before its end and its first checkpoint: it may begin anew.
+def is_begun(args, found):
+    """Whether --output-dir, which holds files of these names, holds this very run as it was before its end and its
+    first checkpoint: it may begin anew.
 
     Its flags say so; of the data and the models, which lie where each machine has them, nothing is known yet.
     """
     folder = Path(args.output_dir)
-    if (folder / "trainer_state.json").exists() or any(folder.glob("checkpoint-*")):
+    has_ended = (folder / "trainer_state.json").exists() and not any(folder.glob(".saving-*"))  # no kill in that save
+    if has_ended or any(folder.glob("checkpoint-*")):
         return False
+    if "args.json" not in found:  # killed between two of its first files
+        return set(found) <= {"manifest.json", "metrics.jsonl", "lambda.jsonl", "curves.html"}
     try:
-        flags = json.loads((folder / "args.json").read_text(encoding="utf-8"))
-        there = flags_that_matter(argparse.Namespace(**flags), 1)
+        there = flags_that_matter(argparse.Namespace(**read_object(folder / "args.json")), 1)
     except (OSError, ValueError, TypeError, AttributeError):
         return False
     return there == json.loads(json.dumps(flags_that_matter(args, 1)))
@@ -122,10 +149,11 @@ def check_output(args, checkpoint=None):
     folder = Path(args.output_dir)
     if not goes_on(args, checkpoint):
         found = [name for name in run_names() if (folder / name).exists()] + [path.name for path in numbered(folder)]
-        if found and not args.overwrite and not (args.resume == "auto" and is_begun(args)):
-            raise RunFolderError(
-                f"--output-dir {folder} holds a run ({found[0]}): choose another, or pass --resume auto or --overwrite"
-            )
+        if found and not args.overwrite and not (args.resume == "auto" and is_begun(args, found)):
+            held, advice = f"a run ({found[0]})", "pass --resume auto or --overwrite"
+            if args.resume == "auto":
+                held, advice = f"a run and no checkpoint of it to go on from ({found[0]})", "pass --overwrite"
+            raise RunFolderError(f"--output-dir {folder} holds {held}: choose another, or {advice}")
         if found and (names := not_written_by_a_run(folder)):
             raise RunFolderError(
                 f"--output-dir {folder} holds {names[0]}, which manifest.json does not list as it is "
@@ -147,118 +175,17 @@ def remove_run(folder):
         if path.name.startswith("checkpoint-"):  # which have a manifest of their own; the others are in the folder's
             written_files.remove(path)
     written_files.remove(folder)
-    left = sorted(path.name for path in folder.iterdir() if path.name != "cache") if folder.exists() else []
+    left = sorted({path.name for path in folder.iterdir()} - {"cache", ".lock"}) if folder.exists() else []
     if not left:
         return None
     return f"left alone: {', '.join(left[:5])}{' ...' * (len(left) > 5)} (not written by a run, or changed since)"
 
 
-class MetricsLog:
-    """metrics.jsonl, curves.html, trackers and the history of trainer_state.json; does nothing but on rank 0.
-
-    Making one starts the run's folder: what an earlier run left there (--overwrite) goes now, and not before.
-    A resumed run brings its `history`: metrics.jsonl goes back to where the checkpoint was.
-    """
-
-    def __init__(self, args, is_main, checkpoint=None, history=None):
-        self.is_main, self.history, self.trackers = is_main, list(history or []), []
-        if not is_main:
-            return
-        self.folder = folder = Path(args.output_dir)
-        for path in [*folder.glob(".saving-*"), *folder.glob(".checkpoint-*.unfinished")]:  # what a kill left
-            shutil.rmtree(path, ignore_errors=True)
-        for path in folder.glob(f".{written_files.NAME}.*"):
-            path.unlink()
-        begins = not goes_on(args, checkpoint) and (args.overwrite or written_files.read(folder))
-        if begins and (left := remove_run(folder)):
-            tqdm.write(left)
-        folder.mkdir(parents=True, exist_ok=True)
-        with whole_files(folder, grows=["metrics.jsonl"]) as draft:
-            text = json.dumps(flags_to_show(args), indent=2, ensure_ascii=False) + "\n"
-            (draft / "args.json").write_text(text, encoding="utf-8")
-            lines = "".join(json.dumps(entry) + "\n" for entry in self.history)
-            (draft / "metrics.jsonl").write_text(lines, encoding="utf-8")
-        self.path = folder / "metrics.jsonl"
-        atexit.register(self.draw)  # however the run ends
-        self.logs = Path(args.logging_dir or folder / "logs")
-        self.before = set(self.logs.rglob("*"))
-        self._start_trackers(args)
-        self._list(self._tracked(), grows=True)
-
-    def _start_trackers(self, args):
-        if "auto" in args.report_to and not trackers.is_installed("tensorboard"):
-            where = "metrics.jsonl and curves.html have the same numbers"
-            tqdm.write(f"TensorBoard is not installed (bash setup.sh tensorboard): no event files, {where}")
-        for name in trackers.chosen(args):
-            self.logs.mkdir(parents=True, exist_ok=True)
-            write, _ = tracker = trackers.TRACKERS[name](args, flags_to_show(args), self.logs, self.history)
-            self.trackers.append(tracker)
-            for entry in self.history if name != "tensorboard" else ():  # which has them from before
-                numbers = {key: entry[key] for key in entry if key not in ("step", "epoch")}
-                write(trackers.tagged(numbers), step=entry["step"])
-
-    def _tracked(self):
-        """The files that the trackers of this run have written so far."""
-        found = {path for pattern in trackers.FILES for path in self.logs.glob(pattern)} - self.before
-        return [path.resolve() for path in found if path.is_file()]
-
-    def write(self, step, epoch, metrics):
-        """One line of metrics {name: float}, which trackers get too; an evaluation draws curves.html."""
-        if not self.is_main:
-            return
-        entry = {"step": step, "epoch": round(epoch, 4)}
-        entry |= {name: value if math.isfinite(value) else None for name, value in metrics.items()}  # NaN is not JSON
-        self.history.append(entry)
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(entry) + "\n")
-        for write, _ in self.trackers:
-            write(trackers.tagged(metrics), step=step)
-        if any(name.startswith("eval_") for name in metrics):
-            self.draw()
-
-    def write_lambda(self, step, numbers):
-        """One line of lambda.jsonl: what moves at each update and costs nothing to know."""
-        if self.is_main:
-            entry = {"step": step} | {name: value for name, value in numbers.items() if math.isfinite(value)}
-            path, line = self.folder / "lambda.jsonl", json.dumps(entry) + "\n"
-            if path.exists():
-                with open(path, "a", encoding="utf-8") as file:
-                    file.write(line)
-            else:
-                with whole_files(self.folder, grows=[path.name]) as draft:
-                    (draft / path.name).write_text(line, encoding="utf-8")
-
-    def draw(self):
-        """curves.html, whole or as it was: a page that cannot be written is no reason to end a run."""
-        if not self.history:
-            return
-        last, page = self.history[-1], self.folder / "curves.html"
-        lead = f"Up to update {last['step']}, epoch {last['epoch']:g}. The numbers are in metrics.jsonl."
-        try:
-            if not page.exists():
-                tqdm.write(f"curves: {page}, for a browser; drawn anew at each evaluation and at the end")
-            curves = training_curves.of_run(self.folder)
-            with whole_files(self.folder) as draft:
-                text = training_curves.page(self.folder.resolve().name, lead, curves)
-                (draft / page.name).write_text(text, encoding="utf-8")
-        except OSError as error:
-            tqdm.write(f"{page} cannot be written ({error}): training goes on")
-
-    def close(self):
-        """At the end of the run.  The logs are as long as they get: they are ours as they are, and no longer."""
-        for _, close in self.trackers:
-            close()
-        if self.is_main:
-            self.draw()
-            atexit.unregister(self.draw)
-            self._list([self.path, self.folder / "lambda.jsonl", *self._tracked()])
-
-    def _list(self, paths, **grows):
-        folder = self.folder.resolve()
-        paths = [path.resolve() for path in paths]
-        inside = {path.relative_to(folder).as_posix(): path for path in paths if path.is_relative_to(folder)}
-        new = {name: written_files.entry(path) | grows for name, path in inside.items() if path.exists()}
-        written_files.write(folder, written_files.read(folder) | new)
+def remove_drafts(folder):
+    """Remove what a kill has left half written in a run's folder."""
+    for pattern in (".saving-*", ".checkpoint-*.unfinished", f".{written_files.NAME}.*"):
+        for path in folder.glob(pattern):
+            path.unlink() if path.is_file() else shutil.rmtree(path, ignore_errors=True)
 
 
 @contextmanager
@@ -272,6 +199,9 @@ def whole_files(output_dir, manifest=written_files.NAME, grows=()):
         for below in [path for path in folder.iterdir() if path.is_dir()]:  # epoch_1, merged: it goes along in a copy
             written_files.write(below, written_files.entries(below))
         written_files.put(folder, Path(output_dir), manifest, grows)
+    except OSError as error:
+        error.filename = error.filename or output_dir  # a full disk names none
+        raise
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 

@@ -19,6 +19,7 @@ from tqdm import tqdm
 import distributed
 from formats import written_files
 from formats.tensor_files import save_file
+from harness import locks
 
 
 def weights_sha256(named_tensors, dtype=None):
@@ -70,7 +71,7 @@ def load_scores(path, num_pairs):
         return None, f"computed now and kept in {path}"
     try:
         with safe_open(path, framework="pt") as file:
-            scores, metadata = file.get_tensor("scores"), file.metadata() or {}
+            scores, metadata = file.get_tensor("scores").clone(), file.metadata() or {}  # not the file's own bytes
     except (SafetensorError, OSError) as error:
         return None, f"{path} cannot be read ({error}): computed anew"
     if tuple(scores.shape) != (num_pairs, 2) or metadata.get("sha256") != weights_sha256([("scores", scores)]):
@@ -82,9 +83,10 @@ def save_scores(path, scores):
     """Add rows to the file, (N, 2), NaN in those that are not known; returns all that it has now.
 
     A row that is there already stays: a run on it goes on with the numbers it began with, whoever else shares the file.
-    The file appears whole or not at all.
+    The file appears whole or not at all; who shares the folder waits for the moment that this takes.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = path.with_name(".lock")
+    locks.hold(lock, f"--cache-dir {path.parent}", waits=True)
     there, _ = load_scores(path, len(scores))
     scores = scores if there is None else torch.where(there.isnan(), scores, there)
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
@@ -94,6 +96,7 @@ def save_scores(path, scores):
             os.replace(unfinished, path)
     finally:
         unfinished.unlink(missing_ok=True)
+        locks.release(lock)
     return scores
 
 
@@ -108,6 +111,7 @@ def pair_scores(path, num_pairs, needed, share, score, world, termination, say):
     scores, sentence = None, ""
     if world.is_main:
         written_files.remove_drafts(path.parent, f".{path.name.partition('-')[0]}-")
+        locks.clear(path.with_name(".lock"))
         scores, sentence = load_scores(path, num_pairs)
     scores = torch.full((num_pairs, 2), math.nan) if scores is None else scores
     if world.size > 1:

@@ -24,7 +24,7 @@ import torch
 from tqdm import tqdm
 
 import distributed
-from harness import checkpoints, flags, memory_report, optimizers, run_files, speed
+from harness import checkpoints, flags, memory_report, metrics_log, optimizers, run_files, speed
 
 
 class Update(NamedTuple):
@@ -100,16 +100,19 @@ class Training:
         self.sums = torch.zeros(len(self.names), device=world.device)  # since the last log line
         self.grad_norms = []  # since the last log line, on the device: to look at each at once would wait for it
         self.flops = speed.useful_flops(model, self.data.pairs)
-        self.state = {"step": 0, "tokens": 0, "warned": [], "history": None} | (state or {})
+        self.state = {"step": 0, "tokens": 0, "warned": [], "logs": None} | (state or {})
         if run.checkpoint:
             self._resume()
-        self.log_file = run_files.MetricsLog(args, world.is_main, run.checkpoint, self.state["history"])
+        marks = self.state["logs"]
+        self.log_file = metrics_log.MetricsLog(args, world.is_main, run.checkpoint, self.step_number, marks)
 
     def _resume(self):
         whole = self.parameters, self.optimizer, self.scheduler, self.scaler
         tensors, self.state = checkpoints.restore(self.run.checkpoint, *whole, self.world)
         self.sums += checkpoints.own_sums(tensors["sums"], self.world)
         self.tensors = {name: tensors[name] for name in self.tensors}
+        if self.world.is_main and run_files.goes_on(self.args, self.run.checkpoint):
+            checkpoints.remove_older(self.args.output_dir, self.step_number, self.args.save_total_limit)
         self.run.say(f"resumed from {self.run.checkpoint}")
 
     @property
@@ -264,7 +267,7 @@ class Training:
         flags.check_weights(self.parameters, self.step_number)
         own = {"rng_state": checkpoints.rng_state(self.world.device), "sums": self.sums} | self.tensors
         tensors = {name: distributed.gather(tensor, self.world) for name, tensor in own.items()}
-        self.state |= {"identity": self.run.identity, "history": self.log_file.history}
+        self.state |= {"identity": self.run.identity, "logs": self.log_file.marks()}
         whole = self.parameters, self.optimizer, self.scheduler, self.scaler
         write_adapter = None
         if self.run.has_adapter:

@@ -2,12 +2,12 @@
 update of Safe-MM-DPO's constraint), and curves.html, one page that shows them without a network.
 """
 
-import json
 import math
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
+from formats.json_files import parse_json
 from harness import charts
 
 POINTS = 300  # of a curve: more cannot be told apart
@@ -74,7 +74,7 @@ def read_rows(path):
     """The rows of a file of JSON lines, without those that are none; nothing where it is not there."""
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else ():
         with suppress(ValueError):
-            yield json.loads(line)
+            yield parse_json(line)
 
 
 def of_run(folder):

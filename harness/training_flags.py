@@ -1,5 +1,9 @@
 """The flags that every training script has, with its documented defaults, and what no single one of them can see."""
 
+from pathlib import Path
+
+from formats import written_files
+from formats.json_files import read_object
 from harness.flags import number
 
 
@@ -98,14 +102,16 @@ def add_common_flags(
 
 
 def parse(parser, argv=None):
-    """parser.parse_args, the defaults that follow from another flag, and refused what no single flag can see."""
-    args = parser.parse_args(argv)
-    lora_rate, args.full_rate = parser.rates
-    if args.learning_rate is None:
-        args.learning_rate = lora_rate if getattr(args, "lora_r", None) else args.full_rate
-    if args.max_prompt_length is None:
-        follows = "max_length" in args.given
-        args.max_prompt_length = args.max_length // 2 if follows else parser.max_prompt_length
+    """parser.parse_args, the defaults that follow from another flag, and refused what no single flag can see.
+
+    A run that goes on takes the flags that nobody gives from its beginning; `args.as_begun` has those that it changes.
+    """
+    args = _filled(parser, argv)
+    args.as_begun = {}
+    if begun := _begun_with(args):
+        parser.set_defaults(**begun)
+        before, args = args, _filled(parser, argv)
+        args.as_begun = {name: value for name, value in begun.items() if value != getattr(before, name)}
     if len(args.report_to) > 1 and "none" in args.report_to:
         parser.error("--report-to none goes alone: leave it out, or the others")
     if args.max_prompt_length >= args.max_length:
@@ -130,3 +136,28 @@ def take_toy(args, *paths):
     if args.model == "toy":
         given = args.typed if "model" in args.typed else args.given
         vars(args).update((name, "toy") for name in paths if name not in given)
+
+
+def _filled(parser, argv):
+    """parser.parse_args, with the defaults that follow from another flag."""
+    args = parser.parse_args(argv)
+    lora_rate, args.full_rate = parser.rates
+    if args.learning_rate is None:
+        args.learning_rate = lora_rate if getattr(args, "lora_r", None) else args.full_rate
+    if args.max_prompt_length is None:
+        follows = "max_length" in args.given
+        args.max_prompt_length = args.max_length // 2 if follows else parser.max_prompt_length
+    return args
+
+
+def _begun_with(args):
+    """The flags of the run that --resume goes on with, {name: value}; {} unless its args.json is as it was written."""
+    if args.resume == "none":
+        return {}
+    folder = Path(args.output_dir) if args.resume == "auto" else Path(args.resume).parent
+    listed = written_files.read(folder).get("args.json")
+    if not listed or not written_files.is_as_listed(folder / "args.json", listed):
+        return {}
+    flags = read_object(folder / "args.json")
+    own = {"resume", "overwrite", "output_dir", "config", "estimate_memory"}
+    return {name: value for name, value in flags.items() if name in vars(args).keys() - own}

@@ -25,7 +25,7 @@ from worlds import BROKEN, char_tokenizer, edit, strings, write_model, write_row
 import dpo_hf_run
 import reward_models
 from formats.model_files import ModelError, base_of, load_model, load_tokenizer
-from harness import endings, run_files
+from harness import endings, metrics_log, run_files
 from packing import hold_out
 from preference_data import fingerprint, load_pairs
 
@@ -568,13 +568,48 @@ def test_numbers_that_are_not_finite_are_null_in_the_log(fails, tmp_path):
     fails(*words, "--eval-samples", "0", "--logging-steps", "1", code=3)
     lines = (tmp_path / "out/metrics.jsonl").read_text().splitlines()
     assert [json.loads(line, parse_constant=pytest.fail)["step"] for line in lines] == [1]
-    log = run_files.MetricsLog(
+    log = metrics_log.MetricsLog(
         dpo_hf_run.get_args(["--output-dir", str(tmp_path / "log"), "--report-to", "none"]), is_main=True
     )
     log.write(1, 0.5, {"loss": math.nan, "grad_norm": math.inf, "beta": 0.1})
     log.close()
     text = (tmp_path / "log/metrics.jsonl").read_text()
     assert text == '{"step": 1, "epoch": 0.5, "loss": null, "grad_norm": null, "beta": 0.1}\n'
+
+
+def test_lines_that_a_full_disk_did_not_take_come_with_the_next(tmp_path, capsys):
+    words = ["--output-dir", str(tmp_path / "out"), "--report-to", "none"]
+    log = metrics_log.MetricsLog(dpo_hf_run.get_args(words), is_main=True)
+    metrics = tmp_path / "out/metrics.jsonl"
+    log.write(1, 0.1, {"loss": 1.0})
+    metrics.rename(tmp_path / "first")
+    metrics.symlink_to("/dev/full")
+    log.write(2, 0.2, {"loss": 2.0})
+    log.write(3, 0.3, {"loss": 3.0})
+    (tmp_path / "first").replace(metrics)
+    log.write(4, 0.4, {"loss": 4.0})
+    assert [json.loads(line)["step"] for line in metrics.read_text().splitlines()] == [1, 2, 3, 4]
+    sentence = f"{metrics} cannot be written (No space left on device): training goes on, and it is tried again"
+    assert capsys.readouterr().out.splitlines() == [sentence], "once"
+
+
+@pytest.mark.parametrize("output", ["a reader that ends", "a full disk"])
+def test_outputs_that_break_do_not_end_a_run(output, world, tmp_path):
+    """As of `... | head -1`; in the ascii of a machine without a language the prompts are written as escapes."""
+    rows = [strings(n) | {"prompt": f"\u4f60\u597d{n}"} for n in range(20)]
+    write_rows(tmp_path / "rows.jsonl", rows)
+    words = ["--model", world / "model", "--dataset", "rows.jsonl", "--max-steps", "2", "--logging-steps", "1"]
+    words += ["--output-dir", "out", "--device", "cpu", "--dtype", "fp32", "--report-to", "none"]
+    options = dict(cwd=tmp_path, env=environment(PYTHONIOENCODING="ascii"))
+    with open("/dev/full", "w") as full:
+        outputs = dict.fromkeys(("stdout", "stderr"), full) if output == "a full disk" else {}
+        run = start([sys.executable, ROOT / "dpo_hf_run.py", *words], **options, **outputs)
+    if run.stdout:
+        assert run.stdout.readline().startswith("rows.jsonl: prompt/chosen/rejected, 20 rows")
+        run.stdout.close()
+        run.stderr.close()
+    assert run.wait(100) == 0
+    assert (tmp_path / "out/adapter_model.safetensors").exists()
 
 
 # -- what a good run leaves -------------------------------------------------------------------------------------------

@@ -142,8 +142,9 @@ def test_a_run_killed_before_its_first_checkpoint_begins_anew_and_no_other(words
 def test_resume_from_a_named_checkpoint_into_another_folder(words, uninterrupted, tmp_path):
     run_script([*words, "--output-dir", tmp_path / "one", "--max-steps", "9"])
     # 9 is all there is, but a limit that was not there is another schedule as far as a checkpoint can tell.
+    resume = ["--output-dir", tmp_path / "two", "--resume", tmp_path / "one/checkpoint-3"]
     with pytest.raises(SystemExit) as refused:
-        run_script([*words, "--output-dir", tmp_path / "two", "--resume", tmp_path / "one/checkpoint-3"])
+        run_script([*words, *resume, "--max-steps", "0"])
     assert refused.value.code == 2
     run_script([*words, "--output-dir", tmp_path / "three"])
     run_script([*words, "--output-dir", tmp_path / "four", "--resume", tmp_path / "three/checkpoint-3"])
@@ -219,6 +220,9 @@ DAMAGE = {
     "no manifest": lambda last: (last / "manifest.json").unlink(),
     "a manifest of nothing": lambda last: (last / "manifest.json").write_text("{}"),
     "no JSON": lambda last: (last / "manifest.json").write_text("[1"),
+    "deep JSON": lambda last: (last / "manifest.json").write_text("[" * 100_000),
+    "without end": lambda last: ((last / "manifest.json").unlink(), os.mkfifo(last / "manifest.json")),
+    "a file without end": lambda last: ((last / "state.json").unlink(), os.mkfifo(last / "state.json")),
 }
 
 
@@ -273,7 +277,54 @@ def test_a_named_checkpoint_that_is_damaged_is_an_error(copy, refused):
 def test_resume_auto_does_not_start_anew_over_a_run_without_checkpoints(copy, refused):
     for folder in checkpoints(copy):
         shutil.rmtree(folder)
-    assert "holds a run" in refused(copy)
+    assert "holds a run and no checkpoint of it to go on from (metrics.jsonl)" in refused(copy)
+
+
+def test_a_run_killed_in_its_final_save_begins_anew_where_it_has_no_checkpoint(copy, words, uninterrupted):
+    for folder in checkpoints(copy):
+        shutil.rmtree(folder)
+    (copy / ".saving-x").mkdir()
+    (copy / "adapter_model.safetensors").replace(copy / ".saving-x/adapter_model.safetensors")
+    run_script([*words, "--output-dir", copy, "--resume", "auto"])
+    assert results(copy) == uninterrupted and not (copy / ".saving-x").exists()
+
+
+def test_a_run_killed_between_its_first_two_files_begins_anew(words, uninterrupted, tmp_path):
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit):
+        ask_to_end(patch, 1, signal.SIGINT, signal.SIGINT)
+        run_script([*words, "--output-dir", tmp_path])
+    for path in tmp_path.iterdir():
+        if path.is_file() and path.name != "manifest.json":
+            path.unlink()
+    run_script([*words, "--output-dir", tmp_path, "--resume", "auto"])
+    assert results(tmp_path) == uninterrupted
+
+
+@pytest.mark.parametrize("left", ["half of it", "its folder"])
+def test_what_a_kill_left_of_an_old_checkpoint_goes(copy, words, left):
+    for path in (copy / "checkpoint-3").iterdir():
+        if left == "its folder" or path.name == "training.safetensors":
+            path.unlink()
+    run_script([*words, "--output-dir", copy, "--resume", "auto", "--save-total-limit", "2"])
+    assert [path.name for path in checkpoints(copy)] == ["checkpoint-9", "checkpoint-6"]
+
+
+def test_of_changed_logs_the_lines_that_can_be_read_are_kept(copy, words, uninterrupted, capsys):
+    lines = (copy / "metrics.jsonl").read_text().splitlines()
+    (copy / "metrics.jsonl").write_text("\n".join(["{", *lines, '{"step": 1e999}', '{"step": "x"}', "7"]))
+    run_script([*words, "--output-dir", copy, "--resume", copy / "checkpoint-6"])
+    said = f"{copy}/metrics.jsonl is not as checkpoint-6 has noted it: what can be read of it up to step 6 is kept"
+    assert said in capsys.readouterr().out.splitlines()
+    assert results(copy) == uninterrupted
+
+
+def test_a_checkpoint_without_its_logs_goes_on_without_them(copy, words, uninterrupted, tmp_path):
+    (copy / "checkpoint-6").rename(tmp_path / "checkpoint-6")
+    run_script([*words, "--output-dir", tmp_path / "other", "--resume", tmp_path / "checkpoint-6"])
+    metrics, weights = results(tmp_path / "other")
+    lines = uninterrupted[0].splitlines(keepends=True)
+    assert metrics == b"".join(line for line in lines if json.loads(line)["step"] > 6)
+    assert weights == uninterrupted[1]
 
 
 def test_a_full_disk_keeps_the_old_checkpoint_and_the_run(words, uninterrupted, tmp_path, monkeypatch, capsys):
@@ -290,6 +341,26 @@ def test_a_full_disk_keeps_the_old_checkpoint_and_the_run(words, uninterrupted, 
     assert "checkpoint-6 could not be written" in log and "No space left on device" in log
     assert [path.name for path in checkpoints(tmp_path / "out")] == ["checkpoint-9", "checkpoint-3"]
     assert results(tmp_path / "out") == uninterrupted
+
+
+def test_a_full_disk_at_the_end_keeps_the_checkpoints_and_says_so(words, uninterrupted, tmp_path, monkeypatch, capsys):
+    plain, out = os.fsync, tmp_path / "out"
+
+    def full(handle):
+        if "adapter_model.safetensors" in (path := os.readlink(f"/proc/self/fd/{handle}")) and ".saving-" in path:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return plain(handle)
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as ended:
+        patch.setattr(os, "fsync", full)
+        run_script([*words, "--output-dir", out])
+    way_on = "; --resume auto goes on from the last checkpoint"
+    assert ended.value.code == 2 and one_line(capsys) == (
+        f"dpo_hf_run.py: {out}: No space left on device: make room there, or choose another place{way_on}"
+    )
+    assert not (out / "adapter_model.safetensors").exists() and not list(out.glob(".*"))
+    run_script([*words, "--output-dir", out, "--resume", "auto"])
+    assert results(out) == uninterrupted
 
 
 class Windows:

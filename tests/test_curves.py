@@ -21,7 +21,7 @@ import dpo_hf_run
 import lora
 import train_safe_mm_dpo
 from formats import model_files
-from harness import charts, checkpoints, run_files, score_cache, trackers, training_curves
+from harness import charts, checkpoints, metrics_log, score_cache, trackers, training_curves
 
 SHORT = "--model {w}/model --device cpu --dtype fp32 --report-to none --batch-size 4 --gradient-accumulation-steps 1"
 SHORT += " --logging-steps 1 --max-steps 2 --learning-rate 1e-2 --max-length 64 --max-prompt-length 32"
@@ -71,8 +71,8 @@ def test_the_page_is_drawn_at_each_evaluation_and_not_at_each_log_line(world, tm
 
 def test_a_run_that_ends_early_has_its_curves_to_the_last_log_line(tmp_path):
     program = f"""import sys, dpo_hf_run
-from harness import run_files
-log = run_files.MetricsLog(dpo_hf_run.get_args(["--report-to", "none", "--output-dir", "{tmp_path}/run"]), True)
+from harness import metrics_log
+log = metrics_log.MetricsLog(dpo_hf_run.get_args(["--report-to", "none", "--output-dir", "{tmp_path}/run"]), True)
 log.write(7, 0.5, {{"loss": 0.25, "grad_norm": float("nan")}})
 sys.exit(143)"""
     done = run_program([sys.executable, "-c", program], cwd=ROOT)
@@ -84,7 +84,7 @@ sys.exit(143)"""
 def test_overwrite_replaces_the_curves_and_the_steps_of_lambda(world, tmp_path):
     folder = tmp_path / "run"
     words = f"{SHORT} {WORDS['dpo_hf_run'][0]} --output-dir {folder}".format(w=world)
-    log = run_files.MetricsLog(dpo_hf_run.get_args(words.split()), True)
+    log = metrics_log.MetricsLog(dpo_hf_run.get_args(words.split()), True)
     log.write(1, 0.5, {"loss": 0.25, "eval_loss": 0.5})
     log.write_lambda(1, {"lambda": 9.0})
     log.close()
@@ -95,7 +95,7 @@ def test_overwrite_replaces_the_curves_and_the_steps_of_lambda(world, tmp_path):
 
 
 def test_a_page_that_cannot_be_written_does_not_end_the_run(tmp_path, capsys):
-    log = run_files.MetricsLog(dpo_hf_run.get_args(["--report-to", "none", "--output-dir", f"{tmp_path}/run"]), True)
+    log = metrics_log.MetricsLog(dpo_hf_run.get_args(["--report-to", "none", "--output-dir", f"{tmp_path}/run"]), True)
     (tmp_path / "run/curves.html").mkdir()  # no file can be put there
     log.write(1, 0.5, {"eval_loss": 0.25})
     assert "curves.html cannot be written" in capsys.readouterr().out

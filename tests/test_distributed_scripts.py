@@ -4,8 +4,11 @@ agree, and a rank that dies.
 
 import importlib
 import json
+import os
 import re
 import shlex
+import shutil
+import signal
 import sys
 import time
 
@@ -27,11 +30,14 @@ from machines import (
     calls,
     write_tool,
 )
-from processes import environment, run_program
+from processes import end_of, environment, run_program, start
 from worlds import write_world
 
+import distributed
+import lora
 import train_rm
 import train_safe_mm_dpo
+from formats.model_files import load_model
 from harness.checkpoints import new_checkpoint
 
 HELPFUL = "train_rm.py --task helpful --config configs/rm_config.yaml"
@@ -321,6 +327,18 @@ def world(tmp_path_factory):
         record = {"task": "helpful", "base_model": "a", "base_sha256": "", "calibrated": False}
         record |= {"validation": {"score_std": number}}
         (rm / "reward_model.json").write_text(json.dumps(record))
+    shutil.copytree(folder / "model", folder / "other")
+    with open(folder / "other/model.safetensors", "r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        last = file.read(1)[0]
+        file.seek(-1, os.SEEK_END)
+        file.write(bytes([last ^ 1]))
+    model = load_model(folder / "model", torch.float32, "cpu")
+    for number in (0, 1):
+        distributed.seed_everything(number)
+        lora.add_adapter(model, f"a{number}", 2, 4, 0.0, None)
+        (folder / f"adapter{number}").mkdir()
+        lora.save_adapter(model, f"a{number}", folder / f"adapter{number}", "model")
     with new_checkpoint(folder / "resumed", 3, 0) as checkpoint:
         for name in ("training.safetensors", "state.json"):
             (checkpoint / name).write_text("")
@@ -344,6 +362,27 @@ CASES = {  # script, flags of both ranks, of rank 0, of rank 1, what the one sen
         "--output-dir {w}/resumed",
         "--output-dir {w}/not_resumed",
         "checkpoint of rank 1 is not that of rank 0 (None, not checkpoint-3)",
+    ),
+    "the base": (
+        "dpo_hf_run",
+        "--dataset {w}/pairs.jsonl",
+        "",
+        "--model {w}/other",
+        "the model of --model of rank 1 is not that of rank 0 (",
+    ),
+    "the reference": (
+        "dpo_hf_run",
+        "--dataset {w}/pairs.jsonl",
+        "--ref-model-path {w}/model",
+        "--ref-model-path {w}/other",
+        "the model of --ref-model-path of rank 1 is not that of rank 0 (",
+    ),
+    "an adapter": (
+        "dpo_hf_run",
+        "--dataset {w}/pairs.jsonl",
+        "--adapter {w}/adapter0",
+        "--adapter {w}/adapter1",
+        "the model of --adapter of rank 1 is not that of rank 0 (",
     ),
     "validation": (
         "train_rm",
@@ -451,3 +490,20 @@ def test_a_dead_rank_ends_the_job_within_a_minute_with_a_message(world, tmp_path
     assert len(re.findall(sentence, done.stderr, re.MULTILINE)) == 1
     assert "Signal 9 (SIGKILL) received" in done.stderr and "exitcode  : -9" in done.stderr
     assert (tmp_path / "out/checkpoint-4/manifest.json").exists()  # from which --resume auto goes on
+
+
+def test_ranks_whose_launcher_was_killed_save_and_end_within_a_minute(world, tmp_path):
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    words = f"--model {world}/model --dataset {world}/pairs.jsonl --device cpu --dtype fp32 --report-to none"
+    words += " --output-dir out --eval-samples 0 --batch-size 1 --gradient-accumulation-steps 1 --epochs 10000"
+    words += " --save-steps 20 --save-total-limit 1"
+    script = ROOT / "dpo_hf_run.py"
+    launched = start([*torchrun, script, *words.split()], cwd=tmp_path, env=environment())
+    while not list(tmp_path.glob("out/checkpoint-*")) and launched.poll() is None:
+        time.sleep(0.1)
+    os.kill(launched.pid, signal.SIGKILL)
+    killed = time.monotonic()
+    done = end_of(launched)  # of its outputs, which the ranks hold until they end
+    assert time.monotonic() - killed < 60
+    assert re.search(r"SIGTERM: ended after step \d+, out/checkpoint-\d+ is written", done.stdout)
+    assert not (tmp_path / "out/.lock").exists()

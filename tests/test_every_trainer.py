@@ -2,6 +2,7 @@
 all; gradient checkpointing checkpoints.  (That any number of ranks is one process: test_ranks.py.)
 """
 
+import fcntl
 import json
 import os
 import re
@@ -58,7 +59,7 @@ def refused(train, capsys):
     return run
 
 
-SIGNALS = {"dpo_hf_run": (signal.SIGTERM, 143)}  # of the others Ctrl-C
+SIGNALS = {"dpo_hf_run": (signal.SIGTERM, 143), "train_rm": (signal.SIGHUP, 129)}  # of the others Ctrl-C
 
 
 @pytest.fixture(scope="module")
@@ -90,6 +91,44 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(script, train, stopped, tmp_pat
     assert_same_files(tmp_path / "stopped", tmp_path / "whole", [*RESULTS, *record])
     steps = [line["step"] for line in metrics_of(tmp_path / "whole")]
     assert max(steps) == 10 and len(steps) > 10
+
+
+@pytest.mark.parametrize("script", TRAINERS)
+def test_a_second_run_in_a_folder_is_refused_while_the_first_writes(script, refused, stopped, train, tmp_path):
+    folder = stopped(script, train)
+    with open(folder / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        lock.write('{"host": "h", "pid": 7, "since": "noon"}')
+        lock.flush()
+        said = refused(script, folder)
+    sentence = f"--output-dir {folder} is being written by another run (process 7 on h, since noon)"
+    assert said == f"{script}.py: {sentence}: wait for it, or choose another"
+    (folder / ".lock").unlink()
+
+
+@pytest.mark.parametrize("script", TRAINERS)
+def test_resume_takes_the_flags_that_nobody_gives_from_the_run(script, train, stopped, tmp_path):
+    """Nothing is typed but where the run is, and what kills need."""
+    train(script, tmp_path / "whole")
+    shutil.copytree(stopped(script, train), tmp_path / "stopped")
+    run_script(["--output-dir", tmp_path / "stopped", "--resume", "auto"], __import__(script))
+    assert_same_files(tmp_path / "stopped", tmp_path / "whole", RESULTS)
+
+
+@pytest.mark.parametrize("script", TRAINERS)
+def test_logs_of_a_killed_run_go_back_to_its_checkpoint(script, train, tmp_path):
+    more = ["--save-steps", "2", "--logging-steps", "1"]
+    train(script, tmp_path / "whole", *more)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit):
+        ask_to_end(patch, 4, signal.SIGINT, signal.SIGINT)  # at once, when there is a third line
+        train(script, tmp_path / "killed", *more)
+    state = json.loads((tmp_path / "killed/checkpoint-2/state.json").read_text())
+    logs = ["metrics.jsonl", "lambda.jsonl"] if script == "train_safe_mm_dpo" else ["metrics.jsonl"]
+    assert list(state["logs"]) == logs
+    train(script, tmp_path / "killed", *more, "--resume", "auto")
+    assert_same_files(tmp_path / "killed", tmp_path / "whole", [*RESULTS, *logs])
+    sizes = [(tmp_path / f"whole/checkpoint-{step}/state.json").stat().st_size for step in (6, 10)]
+    assert sizes[1] - sizes[0] < 60, "the history is not in it, but how long the logs are, and how far the run is"
 
 
 @pytest.mark.parametrize("script", TRAINERS)

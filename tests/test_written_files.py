@@ -24,7 +24,7 @@ import train_safe_mm_dpo
 import train_with_preference_prompt
 from formats import written_files
 from formats.model_files import ModelError, load_model, load_tokenizer
-from harness import run_files
+from harness import metrics_log, run_files
 
 TRAIN = "--device cpu --dtype fp32 --report-to none --max-steps 1 --eval-samples 0 --logging-steps 1".split()
 SAFE = "--train-helpful-path {world}/pairs.jsonl --train-harmless-path {world}/pairs.jsonl".split()
@@ -406,7 +406,7 @@ def test_killed_while_it_replaces_an_old_run_the_next_one_replaces_the_rest(save
 
         def start(args=args):
             run_files.check_output(args)
-            run_files.MetricsLog(args, is_main=True).close()
+            metrics_log.MetricsLog(args, is_main=True).close()
 
         ended = kill_at(number, start)
         start()
