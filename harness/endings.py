@@ -28,7 +28,6 @@ ADVICE = {
     errno.EACCES: "choose a place that you may use",
     errno.EPERM: "choose a place that you may use",
     errno.ENAMETOOLONG: "choose a shorter name",
-    errno.EPIPE: "who read the output has ended; send it to a file",
 }
 NO_MEMORY = "out of memory", "not enough memory", "can't allocate memory"  # torch on GPUs, on Windows, on CPUs
 

@@ -2,7 +2,6 @@
 exit code 3 and no weights; and what a good run leaves.
 """
 
-import errno
 import importlib
 import io
 import json
@@ -25,7 +24,7 @@ from worlds import BROKEN, char_tokenizer, edit, strings, write_model, write_row
 import dpo_hf_run
 import reward_models
 from formats.model_files import ModelError, base_of, load_model, load_tokenizer
-from harness import endings, metrics_log, run_files
+from harness import metrics_log, run_files
 from packing import hold_out
 from preference_data import fingerprint, load_pairs
 
@@ -425,12 +424,6 @@ def test_cuda_on_a_machine_without_it(fails):
 @pytest.mark.skipif(torch.backends.mps.is_available(), reason="this machine has a Metal device")
 def test_mps_on_a_machine_without_it(fails):
     assert fails("--device", "mps") == "--device mps: this machine has no Metal device; use --device cpu"
-
-
-def test_output_that_nobody_reads_any_more_is_one_sentence():
-    """`| head -1`"""
-    sentence = endings.sentence_of(BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE)))
-    assert sentence == "Broken pipe: who read the output has ended; send it to a file"
 
 
 # -- the output folder ------------------------------------------------------------------------------------------------
