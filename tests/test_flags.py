@@ -119,7 +119,8 @@ DEFAULTS = dict(
 def test_documented_defaults_and_nothing_else_without_any_flag():
     defaults = vars(parse())
     assert {name: defaults.pop(name) for name in DEFAULTS} == DEFAULTS
-    assert defaults == dict(config=None, hub="huggingface", local_rank=None, typed=set(), given=set(), full_rate=5e-6)
+    of_the_parser = dict(config=None, hub="huggingface", local_rank=None, typed=set(), given=set())
+    assert defaults == of_the_parser | dict(full_rate=5e-6, as_begun={})
 
 
 @pytest.mark.parametrize(
@@ -1186,7 +1187,7 @@ def test_args_json_of_a_run_is_a_config_for_the_same_run(run, plain, changes):
     result = run(**changes)
     written = json.loads((result.folder / "args.json").read_text())
     args = parse("--config", result.folder / "args.json")
-    others = ("config", "given", "typed", "full_rate", "local_rank", "estimate_memory")
+    others = ("config", "given", "typed", "full_rate", "local_rank", "estimate_memory", "as_begun")
     again = {name: value for name, value in vars(args).items() if name not in others}
     assert again == written
     again = run(**dict.fromkeys(DPO), model=None, dataset=None, config=result.folder / "args.json")
