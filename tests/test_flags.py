@@ -638,6 +638,12 @@ def test_config_file(config, text, expected):
     assert {name: getattr(args, name) for name in expected} == expected
 
 
+@pytest.mark.parametrize("without", ["use_lora: false", "use-lora: no", "use_peft: false", "finetuning_type: full"])
+@pytest.mark.parametrize("rank", ["lora_rank: 8", "lora: {r: 8}"])
+def test_no_lora_overrules_a_rank_wherever_it_stands(config, without, rank):
+    assert config(f"{without}\n{rank}\n").lora_r == config(f"{rank}\n{without}\n").lora_r == 0
+
+
 @pytest.mark.parametrize("order", ["file first", "file last"])
 def test_the_command_line_wins_over_the_file(tmp_path, order):
     (tmp_path / "run.yaml").write_text("seed: 7\nbeta: 0.3\nlora: {r: 8, target_modules: [q_proj]}\n")
