@@ -31,6 +31,7 @@ def load_tokenizer(path, trust_remote_code=False):
     """Tokenizer of a folder or hub id.  Raises ModelError."""
     load = partial(_from, AutoTokenizer, path, trust_remote_code=trust_remote_code)
     tokenizer = _loaded("tokenizer", path, load)
+    _loaded("tokenizer", path, partial(tokenizer, "a"))  # some settings of other types are found out when it is used
     if tokenizer.eos_token_id is None:
         raise ModelError(
             f"the tokenizer of {path} has no end-of-sequence token: set eos_token in tokenizer_config.json"
