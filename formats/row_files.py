@@ -39,11 +39,14 @@ def read_rows(source):
         is_file, is_folder = path.exists() and not path.is_dir(), path.is_dir()
     except (OSError, ValueError) as error:  # a name too long, a folder that may not be entered, a zero byte
         raise DataError(f"{source} cannot be read ({error}): check the path") from None
+    if any((folder / JOURNAL).exists() for folder in (path.parent, path.parent.parent)):
+        raise DataError(f"{source} was being replaced when prepare_data.py was killed: run that again, and it is whole")
     if not is_file and not is_folder and (source.startswith((".", "/", "~")) or source.endswith(ENDINGS)):
         raise DataError(f"there is no file {source}: check the path")
     yield from _file_rows(path) if is_file else _dataset_rows(source)
 
 
+JOURNAL = ".prepare_data/journal.json"  # in its output folder, while prepare_data.py puts new files in place
 TABLES = ".csv", ".tsv", ".csv.gz", ".tsv.gz"
 ENDINGS = ".json", ".jsonl", ".parquet", ".gz", *TABLES
 UTF_16 = codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE

@@ -1,21 +1,25 @@
 """prepare_data.py: raw rows of every kind -> pairs in splits by prompt, copies, account, benchmark, mistakes."""
 
+import fcntl
+import functools
 import gzip
 import json
 import os
 import random
+import shutil
+import signal
 import sys
 from pathlib import Path
 
 import pytest
 from found_files import FOUND, write_found
 from helpers import ROOT
-from processes import run_program
+from processes import fork, run_program
 from runs import one_line, run_script, snapshot
 from worlds import CHATML, assistant, char_tokenizer, ids, user, write_rows
 
 import prepare_data
-from preference_data import load_pairs
+from preference_data import DataError, load_pairs
 
 SPLITS, DIMENSIONS = ("train", "val", "test"), ("helpful", "harmless")
 ALL_TRAIN = "--train-ratio", 1, "--val-ratio", 0, "--test-ratio", 0
@@ -761,11 +765,64 @@ def test_a_write_that_fails_leaves_everything_as_it_was(monkeypatch, capsys):
     assert sorted(path.name for path in Path().iterdir()) == ["data", "rows.jsonl"]  # no new folder, no draft
 
 
+@pytest.mark.parametrize("number", range(1, 12))
+def test_killed_while_files_are_put_in_place_the_next_start_finishes_and_readers_are_told(number, capsys):
+    """number: of the rename before which it is killed; the first makes the drafts count."""
+    write_rows(Path("rows.jsonl"), [pku(n) for n in range(50)])
+    prepare("--input", "rows.jsonl", "--output-dir", "old")
+    shutil.copytree("old", "data")
+    write_rows(Path("new.jsonl"), [pku(n) for n in range(60)])
+    words = ["--input", "new.jsonl", "--overwrite"]
+    prepare(*words, "--output-dir", "old")
+    code = fork(functools.partial(be_killed, number, words))
+    assert code == (-signal.SIGKILL if number < 9 else 0)
+    if 1 < number < 9:
+        said = "data/train/helpful_pairs.jsonl was being replaced when prepare_data.py was killed: run that again"
+        with pytest.raises(DataError, match=said):
+            load_pairs("data/train/helpful_pairs.jsonl", char_tokenizer(), 512, 256)
+    prepare(*words)
+    assert snapshot("data") == snapshot("old")
+
+
+def be_killed(number, words):
+    """prepare_data.py until before its rename `number`."""
+    replace, calls = Path.replace, []
+
+    def killer(draft, path):
+        calls.append(path)
+        if len(calls) == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return replace(draft, path)
+
+    Path.replace = killer
+    prepare(*words)
+
+
+def test_a_fresh_run_that_was_killed_is_run_again_with_the_same_command(capsys):
+    write_rows(Path("rows.jsonl"), [pku(n) for n in range(60)])
+    assert fork(functools.partial(be_killed, 4, ["--input", "rows.jsonl"])) == -signal.SIGKILL
+    prepare("--input", "rows.jsonl")
+    prepare("--input", "rows.jsonl", "--output-dir", "other")
+    assert snapshot("data") == snapshot("other")
+    assert "helpful_pairs.jsonl is there already" in fails(capsys, "--input", "rows.jsonl")
+
+
+def test_a_second_run_in_the_folder_is_refused(capsys):
+    prepare_rows([pku(n) for n in range(50)])
+    before = snapshot("data")
+    with open("data/.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        said = fails(capsys, "--input", "rows.jsonl", "--overwrite")
+    assert said.startswith("--output-dir data is being written by another run")
+    Path("data/.lock").unlink()
+    assert snapshot("data") == before
+
+
 def test_the_account_is_put_in_place_last(monkeypatch):
     moved, replace = [], Path.replace
     monkeypatch.setattr(Path, "replace", lambda draft, path: (moved.append(str(path)), replace(draft, path)))
     prepare_rows([pku(n) for n in range(50)], "--safety-benchmark", "data/b.jsonl")
-    assert len(moved) == 8
+    assert moved.pop(0) == "data/.prepare_data/journal.json" and len(moved) == 8
     assert moved[-1] == "data/account.json"
 
 

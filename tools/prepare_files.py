@@ -1,14 +1,16 @@
 """Which files prepare_data.py reads and writes: checked before anything is read, written whole or not at all."""
 
-import contextlib
+import errno
 import json
 import os
-import tempfile
+import shutil
 from pathlib import Path
 from typing import NamedTuple
 
 from formats import written_files
-from formats.row_files import DataError
+from formats.json_files import read_object
+from formats.row_files import JOURNAL, DataError
+from harness import endings, locks
 from tools.prepare_pairs import DIMENSIONS, SPLITS
 
 SUFFIXES = ".jsonl", ".json", ".csv", ".tsv", ".parquet", ".gz"
@@ -34,24 +36,31 @@ def targets_of(args):
 
 
 def check_files(args):
-    """(files to read, Targets).  Raises DataError where a file cannot be read or written; changes nothing."""
+    """(files to read, Targets), whose folder nobody else writes to from here on.
+
+    Raises DataError where a file cannot be read or written, and LockedError; changes nothing but to finish what a
+    killed run had begun to put in place.
+    """
     sources, targets = sources_of(args), targets_of(args)
     places = [path.resolve() for path in targets.paths()]
     if len(set(places)) < len(places):
         raise DataError(f"--safety-benchmark {args.safety_benchmark} is the file of the pairs: name another")
-    account = read_account(targets.account)
     for path in targets.paths():
         if any(written_files.is_same(path, source) for source in sources):
             raise DataError(
                 f"{path} would be read and then replaced: choose another --output-dir, or read raw rows only"
             )
-        if path.exists() and (path.is_dir() or not args.overwrite):
-            raise DataError(f"{path} is there already: choose another place, or pass --overwrite")
-        if path.exists() and not is_as_written(path, targets, account):
-            raise DataError(f"{path} is not as account.json says it was written: move it away, or choose another place")
         parent = existing_folder(path)
         if not parent.is_dir() or not os.access(parent, os.W_OK):
             raise DataError(f"{path} cannot be written: {parent} is not a folder you can write to")
+    locks.hold(targets.account.with_name(".lock"), f"--output-dir {args.output_dir}", endings.say)
+    may_replace = put_in_place(targets.account.parent) or args.overwrite
+    account = read_account(targets.account)
+    for path in targets.paths():
+        if path.exists() and (path.is_dir() or not may_replace):
+            raise DataError(f"{path} is there already: choose another place, or pass --overwrite")
+        if path.exists() and not is_as_written(path, targets, account):
+            raise DataError(f"{path} is not as account.json says it was written: move it away, or choose another place")
     earlier = account.get("benchmark") and Path(account["benchmark"]["file"])
     if earlier and earlier.exists() and earlier.resolve() not in places:
         raise DataError(
@@ -76,7 +85,7 @@ def sources_of(args):
 def read_account(path):
     """account.json of an earlier run; {} where there is none."""
     try:
-        account = json.loads(path.read_text("utf-8"))
+        account = read_object(path)
         return account if isinstance(account["written"], dict) else {}
     except (OSError, ValueError, TypeError, KeyError):
         return {}
@@ -95,19 +104,59 @@ def existing_folder(path):
     return next(folder for folder in path.absolute().parents if folder.exists())
 
 
+# -- all or nothing ----------------------------------------------------------------------------------------------------
+#
+# All files are written to a folder of drafts.  Its journal.json, which says where each draft goes, makes them count: a
+# kill before it leaves the old files, and after it the next start puts in place what was not yet.  Until then whoever
+# reads rows there is told so (formats/row_files.py).
+
+
 def write_whole(texts, targets):
-    """Write {path: text} to temporary folders, then move all into place; of `targets` nothing older stays."""
-    with contextlib.ExitStack() as stack:
-        drafts = []
-        for path, text in texts.items():
-            parent = existing_folder(path)
-            written_files.remove_drafts(parent, ".prepare_data-")
-            names = {"prefix": ".prepare_data-", "suffix": f".{os.getpid()}"}
-            folder = stack.enter_context(tempfile.TemporaryDirectory(dir=parent, **names))
-            drafts.append(Path(folder) / "draft")
-            drafts[-1].write_text(text, encoding="utf-8")
-        for path in reversed(targets.paths()):
-            path.unlink(missing_ok=True)
-        for draft, path in zip(drafts, texts, strict=True):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            draft.replace(path)
+    """Write {path: text}; of `targets` nothing older stays."""
+    output = targets.account.parent
+    drafts = (output / JOURNAL).parent
+    drafts.mkdir()
+    try:
+        journal = {"new": {}, "old": [os.path.relpath(path, output) for path in reversed(targets.paths())]}
+        for number, (path, text) in enumerate(texts.items()):
+            (drafts / str(number)).write_text(text, encoding="utf-8")
+            written_files.sync(drafts / str(number))
+            journal["new"][str(number)] = os.path.relpath(path, output)
+        (drafts / "draft").write_text(json.dumps(journal), encoding="utf-8")
+        written_files.sync(drafts / "draft")
+        written_files.sync(drafts)
+    except BaseException:
+        shutil.rmtree(drafts, ignore_errors=True)
+        raise
+    (drafts / "draft").replace(output / JOURNAL)
+    put_in_place(output)
+
+
+def put_in_place(output):
+    """Finish what the drafts of a folder hold, or remove what is not complete; whether something was to be finished."""
+    drafts = (output / JOURNAL).parent
+    if is_complete := (output / JOURNAL).exists():
+        journal = read_object(output / JOURNAL)
+        if all((drafts / number).exists() for number in journal["new"]):  # none is in place yet
+            for name in journal["old"]:  # the account first: without it the folder is not whole
+                (output / name).unlink(missing_ok=True)
+        for number, name in journal["new"].items():  # and last
+            if (drafts / number).exists():
+                move(drafts / number, output / name)
+    shutil.rmtree(drafts, ignore_errors=True)
+    return is_complete
+
+
+def move(draft, path):
+    """A rename; where another disk is, a copy that appears whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        draft.replace(path)
+    except OSError as error:
+        if error.errno != errno.EXDEV:
+            raise
+        beside = path.with_name(f".{path.name}.draft")
+        shutil.copyfile(draft, beside)
+        written_files.sync(beside)
+        beside.replace(path)
+        draft.unlink()

@@ -30,7 +30,7 @@ WRITES = os.O_WRONLY | os.O_RDWR
 CHANGES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "os.link", "os.symlink"}
 LOGS = "out.log", "err.log", "events.log"
 NOT_THE_SAME = "args.json", "manifest.json", *LOGS  # of a run that goes on: it names --resume
-DRAFTS = ".saving-*", "*.unfinished", ".prepare_data-*", ".toy_world-*", ".manifest.json.*", ".*.args.json.*"
+DRAFTS = ".saving-*", "*.unfinished", ".prepare_data", ".toy_world-*", ".manifest.json.*", ".*.args.json.*"
 
 
 class Ended(NamedTuple):
@@ -198,8 +198,9 @@ def drafts(folder):
 
 
 def is_sentence(ended):
-    """Whether it ended as a mistake of the user's does: exit code 2 and one line, but for what the toy world says."""
-    lines = [line for line in ended.err.splitlines() if not line.startswith("toy world: building ")]
+    """Whether it ended as a mistake of the user's does: exit code 2 and one line, but for the toy world's and a lock's."""
+    others = "toy world: building ", "its lock is taken over"
+    lines = [line for line in ended.err.splitlines() if not any(other in line for other in others)]
     return ended.code == 2 and len(lines) == 1
 
 
