@@ -22,6 +22,9 @@ from formats.json_files import read_object
 from formats.tensor_files import check_readable, unmap
 from formats.user_errors import UserError
 
+# What a tokenizer is read from, beside a model.
+TOKENIZER = "tokenizer*", "chat_template.jinja", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.*"
+
 
 class ModelError(UserError):
     """A model that cannot be loaded or used: one sentence for the user."""
@@ -29,6 +32,8 @@ class ModelError(UserError):
 
 def load_tokenizer(path, trust_remote_code=False):
     """Tokenizer of a folder or hub id.  Raises ModelError."""
+    if damage := written_files.damage(path, *TOKENIZER):
+        raise ModelError(damage)
     load = partial(_from, AutoTokenizer, path, trust_remote_code=trust_remote_code)
     tokenizer = _loaded("tokenizer", path, load)
     _loaded("tokenizer", path, partial(tokenizer, "a"))  # some settings of other types are found out when it is used
