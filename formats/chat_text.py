@@ -12,8 +12,6 @@ from datetime import datetime
 from functools import lru_cache
 from typing import NamedTuple
 
-from jinja2 import TemplateError
-
 from formats.row_files import DataError, Malformed, Unusable
 from formats.row_prompts import common_prefix
 
@@ -77,8 +75,8 @@ def render(messages, tokenizer, day=DAY, **template_args):
         template = "{% macro strftime_now(format) %}{{ format" + written + " }}{% endmacro %}\n" + template
     try:
         return tokenizer.apply_chat_template(messages, tokenize=False, chat_template=template, **template_args)
-    except (TemplateError, TypeError, ValueError) as error:  # TypeError: content that is null
-        reason = str(error).strip().partition("\n")[0]
+    except Exception as error:  # a template is a program: it can divide by zero
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise Malformed(f"the chat template refuses its messages ({reason})") from None
 
 

@@ -19,8 +19,11 @@ from transformers.utils import logging as transformers_logging
 from formats import hub_files, written_files
 from formats.chat_text import turn_end
 from formats.json_files import read_object
-from formats.tensor_files import unmap
+from formats.tensor_files import check_readable, unmap
 from formats.user_errors import UserError
+
+# What a tokenizer is read from, beside a model.
+TOKENIZER = "tokenizer*", "chat_template.jinja", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.*"
 
 
 class ModelError(UserError):
@@ -29,8 +32,11 @@ class ModelError(UserError):
 
 def load_tokenizer(path, trust_remote_code=False):
     """Tokenizer of a folder or hub id.  Raises ModelError."""
+    if damage := written_files.damage(path, *TOKENIZER):
+        raise ModelError(damage)
     load = partial(_from, AutoTokenizer, path, trust_remote_code=trust_remote_code)
     tokenizer = _loaded("tokenizer", path, load)
+    _loaded("tokenizer", path, partial(tokenizer, "a"))  # some settings of other types are found out when it is used
     if tokenizer.eos_token_id is None:
         raise ModelError(
             f"the tokenizer of {path} has no end-of-sequence token: set eos_token in tokenizer_config.json"
@@ -162,7 +168,10 @@ def _config(path, trust_remote_code):
 
 def _from(kind, path, weights=False, **options):
     """A tokenizer, config or model (`kind`) of a folder, or of what the hub has under that name.  Raises HubError."""
-    return kind.from_pretrained(hub_files.local(str(path), weights=weights), **options)
+    place = hub_files.local(str(path), weights=weights)
+    for file in Path(place).glob("*.safetensors") if weights else ():
+        check_readable(file)
+    return kind.from_pretrained(place, **options)
 
 
 def _loaded(kind, path, load):

@@ -5,6 +5,7 @@ a column that looks like part of what is asked and that nothing reads is malform
 """
 
 import re
+import reprlib
 import textwrap
 from typing import NamedTuple
 
@@ -143,5 +144,5 @@ def harm_labels(row):
         raise Malformed('`safety_labels` is not {"chosen": ±1, "rejected": ±1}')
     for side in ("chosen", "rejected"):
         if type(labels[side]) is not int or labels[side] not in (1, -1):
-            raise Malformed(f"the safety label of {side} is {labels[side]!r}: +1 is harmful, -1 is safe")
+            raise Malformed(f"the safety label of {side} is {reprlib.repr(labels[side])}: +1 is harmful, -1 is safe")
     return labels["chosen"], labels["rejected"]

@@ -1,6 +1,7 @@
 """What a row asks, whole: messages with a role and a text, the columns around a prompt, and those that nobody reads."""
 
 import re
+import reprlib
 
 from formats.json_files import parse_json
 from formats.row_files import Malformed, Unusable
@@ -32,7 +33,7 @@ def as_turns(messages, field):
         if role not in ROLES:
             meant = OTHER_ROLES.get(str(role).lower(), str(role).lower())
             advice = f"write {meant}" if meant in ROLES else f"it is one of {', '.join(ROLES)}"
-            raise Malformed(f"a message of `{field}` has the role {role!r}: {advice}")
+            raise Malformed(f"a message of `{field}` has the role {reprlib.repr(role)}: {advice}")
         turns.append(kept | {"content": _text_of(message, field)})
     return turns
 
@@ -134,6 +135,16 @@ def _merged(asked, begun, is_text):
 CONTEXT = "system", "history", "initial_reason_steps", "tools", "chat_template_kwargs"  # read with every shape
 OURS = {"conversation", "tools", "chat_template", "add_generation_prompt", "continue_final_message", "tokenize"}
 OURS |= {"padding", "truncation", "max_length", "return_tensors", "return_dict", "tokenizer_kwargs"}
+OURS |= {
+    "messages",
+    "tokenizer",
+    "day",
+    "prompt",
+    "chosen",
+    "rejected",
+    "prefer",
+    "max_prompt_length",
+}  # chat_text.py's
 
 
 def with_context(row, prompt):

@@ -5,6 +5,7 @@ weights of a run, and whoever shortens it ends the run (SIGBUS).  And what they 
 """
 
 import os
+from contextlib import suppress
 from pathlib import Path
 
 import safetensors.torch
@@ -12,10 +13,17 @@ import safetensors.torch
 
 def load_file(path):
     """safetensors' load_file, {name: tensor on the CPU}, that the file can no longer change."""
+    check_readable(path)
     tensors = safetensors.torch.load_file(path)
     for name in tensors:
         tensors[name] = tensors[name].clone()
     return tensors
+
+
+def check_readable(path):
+    """Raise PermissionError for a file of somebody else's, of which safetensors says that it is not there."""
+    with suppress(FileNotFoundError, IsADirectoryError), open(path, "rb"):
+        pass
 
 
 def unmap(model):

@@ -34,8 +34,16 @@ def interrupted(*_):
 
 
 def _uncaught(kind, error, trace):
-    interrupted() if kind is KeyboardInterrupt else sys.__excepthook__(kind, error, trace)
+    if kind is KeyboardInterrupt:
+        interrupted()
+    sys.__excepthook__(kind, error, trace)
 
 
-if os.path.isfile(sys.argv[0]) and os.path.samefile(os.path.dirname(sys.argv[0]) or ".", f"{__path__[0]}/.."):
-    sys.excepthook = _uncaught  # one of our scripts: a Ctrl-C before it has read its flags is no fault of it
+def _is_ours(program):
+    """Whether the program that runs is a script beside this folder."""
+    root = os.path.dirname(os.path.dirname(__file__))
+    return os.path.isfile(program) and os.path.samefile(os.path.dirname(program) or ".", root)
+
+
+if sys.argv and _is_ours(sys.argv[0]):
+    sys.excepthook = _uncaught  # a Ctrl-C before it has read its flags is no fault of it

@@ -18,6 +18,7 @@ from harness.flag_names import INSTEAD, SAME, VALUES
 
 MOST = {int: 2**31 - 1, float: 1e30}  # of a flag that names no bound of its own: what no run has, and fp32 still holds
 MAY_BE_EMPTY = ("preference_text",)  # which then asks for nothing, and is a preference all the same
+WITHOUT_LORA = "--use-lora", "--use-peft", "--finetuning-type"  # false or full is --lora-r 0
 NUMBER = r"\d[\d.]*?(?:[eE][-+]?\d+)?"
 ADVICE = "nothing is saved; try a smaller --learning-rate, --dtype fp32, or look for broken weights or data"
 
@@ -150,7 +151,7 @@ class Parser(argparse.ArgumentParser):
         try:
             with open(file, encoding="utf-8") as text:
                 config = yaml.load(text, AsWritten) or {}
-        except Exception as error:  # PyYAML's own, and what `!!int x`, `!!timestamp x` or 5,000 brackets raise in it
+        except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:  # ValueError: not UTF-8
             self.where = ""
             self.error(f"--config {file} cannot be read ({' '.join(str(error).split())})")
         if not isinstance(config, dict):
@@ -159,7 +160,7 @@ class Parser(argparse.ArgumentParser):
         if not isinstance(lora, dict):
             self.error("`lora:` is not a block of `r:`, `alpha:`, `dropout:`, `target_modules:`")
         lines = [*config.items(), *((f"lora_{key}", value) for key, value in lora.items())]
-        lines.sort(key=lambda line: line[0] == "use_lora")  # last: it overrules the rank
+        lines.sort(key=lambda line: self._name(f"--{line[0]}") in WITHOUT_LORA)  # last: they overrule the rank
         words, unknown, key_of = [], [], {}  # key_of: the key that sets a flag
         for key, value in lines:
             name = self._name(f"--{key}")
@@ -206,6 +207,11 @@ class AsWritten(yaml.SafeLoader):
     yaml_implicit_resolvers = {
         first: [(tag, shape) for tag, shape in resolvers if tag.rpartition(":")[2] in ("null", "merge")]
         for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+    yaml_constructors = {  # no others: `!!float 5` would be 5.0
+        tag: construct
+        for tag, construct in yaml.SafeLoader.yaml_constructors.items()
+        if tag is None or tag.rpartition(":")[2] in ("str", "null", "seq", "map")
     }
 
     def construct_mapping(self, node, deep=False):

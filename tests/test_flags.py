@@ -119,7 +119,8 @@ DEFAULTS = dict(
 def test_documented_defaults_and_nothing_else_without_any_flag():
     defaults = vars(parse())
     assert {name: defaults.pop(name) for name in DEFAULTS} == DEFAULTS
-    assert defaults == dict(config=None, hub="huggingface", local_rank=None, typed=set(), given=set(), full_rate=5e-6)
+    of_the_parser = dict(config=None, hub="huggingface", local_rank=None, typed=set(), given=set())
+    assert defaults == of_the_parser | dict(full_rate=5e-6, as_begun={})
 
 
 @pytest.mark.parametrize(
@@ -637,6 +638,12 @@ def test_config_file(config, text, expected):
     assert {name: getattr(args, name) for name in expected} == expected
 
 
+@pytest.mark.parametrize("without", ["use_lora: false", "use-lora: no", "use_peft: false", "finetuning_type: full"])
+@pytest.mark.parametrize("rank", ["lora_rank: 8", "lora: {r: 8}"])
+def test_no_lora_overrules_a_rank_wherever_it_stands(config, without, rank):
+    assert config(f"{without}\n{rank}\n").lora_r == config(f"{rank}\n{without}\n").lora_r == 0
+
+
 @pytest.mark.parametrize("order", ["file first", "file last"])
 def test_the_command_line_wins_over_the_file(tmp_path, order):
     (tmp_path / "run.yaml").write_text("seed: 7\nbeta: 0.3\nlora: {r: 8, target_modules: [q_proj]}\n")
@@ -681,6 +688,9 @@ def test_a_later_file_wins_over_an_earlier_one(tmp_path):
         ("output_dir: !!timestamp 2026-02-30\n", "cannot be read"),
         ("output_dir: !!timestamp x\n", "cannot be read"),
         ("overwrite: !!bool x\n", "cannot be read"),
+        ("output_dir: !!float 5\n", "cannot be read"),  # no 5.0
+        ("output_dir: !!binary YQ==\n", "cannot be read"),
+        ("dataset: !!set {a, b}\n", "cannot be read"),
         ("output_dir: !!binary é\n", "cannot be read"),
         ("[" * 5000, "cannot be read"),
         ("output_dir: !!python/name:os.system\n", "cannot be read"),
@@ -1183,7 +1193,7 @@ def test_args_json_of_a_run_is_a_config_for_the_same_run(run, plain, changes):
     result = run(**changes)
     written = json.loads((result.folder / "args.json").read_text())
     args = parse("--config", result.folder / "args.json")
-    others = ("config", "given", "typed", "full_rate", "local_rank", "estimate_memory")
+    others = ("config", "given", "typed", "full_rate", "local_rank", "estimate_memory", "as_begun")
     again = {name: value for name, value in vars(args).items() if name not in others}
     assert again == written
     again = run(**dict.fromkeys(DPO), model=None, dataset=None, config=result.folder / "args.json")

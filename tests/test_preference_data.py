@@ -1,6 +1,7 @@
 """preference_data.py: rows of every shape -> texts -> token ids, cuts, malformed and unusable rows, files, hold-out."""
 
 import gzip
+import inspect
 import json
 import random
 import sys
@@ -14,6 +15,7 @@ from transformers import PreTrainedTokenizerFast
 from worlds import CHATML, assistant, char_tokenizer, ids, load, strings, system, user, write_rows
 
 import preference_data
+from formats import chat_text, row_prompts
 from formats.chat_text import as_messages
 from formats.preference_rows import Texts, recognise, row_texts
 from formats.row_files import DataError, Malformed, Unusable, parse_row, read_rows
@@ -397,6 +399,22 @@ def test_tools_and_arguments_go_to_the_chat_template(tmp_path, tools):
 def test_columns_around_the_prompt_that_cannot_be_read(tmp_path, row, what):
     with pytest.raises(DataError, match=f"rows.jsonl:1: {what}"):
         load(write_rows(tmp_path / "rows.jsonl", [row]), char_tokenizer(template=CHATML))
+
+
+@pytest.mark.parametrize("name", sorted(row_prompts.OURS))
+def test_an_argument_of_ours_is_not_for_a_row_to_say(tmp_path, name):
+    path = write_rows(tmp_path / "rows.jsonl", [of_messages([P]) | {"chat_template_kwargs": {name: 5}}])
+    with pytest.raises(DataError, match=f"rows.jsonl:1: `chat_template_kwargs` sets {name}: that is not for a row"):
+        load(path, char_tokenizer(template=CHATML))
+
+
+def test_ours_are_all_that_the_functions_take_which_pass_a_rows_arguments_on():
+    takers = [function for function in vars(chat_text).values() if inspect.isfunction(function)]
+    takers = [inspect.signature(function).parameters for function in takers]
+    takers = [parameters for parameters in takers if "template_args" in parameters]
+    assert len(takers) == 6
+    names = {name for parameters in takers for name in parameters} - {"template_args", "notes", "rows"}
+    assert names <= row_prompts.OURS
 
 
 LOST = {  # columns that look like what is asked, beside a prompt or without one
@@ -1208,6 +1226,25 @@ def test_messages_need_a_tokenizer_with_a_template(tmp_path):
     path = write_rows(tmp_path / "rows.jsonl", [message_row()])
     with pytest.raises(DataError, match=rf"^{path}:1 needs a chat template and this tokenizer has none: use an instru"):
         load(path)
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ 1/0 }}",
+        "{{ messages.x.y }}",
+        "{{ [1][0](2) }}",
+        "{{ range(10**9)|list }}",
+        "{% if",
+        "{{ messages[0].role + 5 }}",
+    ]
+    + ["{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}"],
+)
+def test_a_template_that_fails_in_any_way_is_one_sentence(tmp_path, template):
+    path = write_rows(tmp_path / "rows.jsonl", [of_messages([P])])
+    with pytest.raises(DataError, match=rf"^{path}:1: the chat template refuses its messages \(.+\); mend the row"):
+        load(path, char_tokenizer(template=template))
+    load(write_rows(tmp_path / "rows.jsonl", [strings(1)]), char_tokenizer(template=template))  # strings need none
 
 
 def test_a_template_that_refuses_the_messages_names_the_row(tmp_path):

@@ -11,7 +11,7 @@ from tiny_models import CONFIGS, tiny_model
 from worlds import make_adapter
 
 import lora
-from formats.model_files import load_model
+from formats.model_files import ModelError, load_model
 from formats.tensor_files import load_file
 from preference_prompt import read_soft_prompt
 
@@ -86,6 +86,34 @@ def test_a_file_that_is_overwritten_after_it_was_read_changes_nothing(tmp_path, 
     if os.path.exists("/proc/self/maps"):  # nor can one that is cut off end the process
         with open("/proc/self/maps") as maps:
             assert str(path) not in maps.read()
+
+
+@pytest.fixture
+def somebody_else(tmp_path, monkeypatch):
+    """From a call on, this process may read what all may read; tmp_path is the current folder."""
+    monkeypatch.chdir(tmp_path)  # what is above it is not asked for then
+    tmp_path.chmod(0o755)
+    user = os.geteuid()
+
+    def become():
+        if user == 0:  # who may read everything
+            os.seteuid(65534)
+
+    yield become
+    os.seteuid(user)
+
+
+def test_weights_that_only_their_owner_may_read_are_not_called_missing(tmp_path, somebody_else):
+    """safetensors writes them so."""
+    path, _ = of_adapter(tmp_path, None)
+    model = tiny_model("qwen3", vocab_size=128)
+    for file in (path, tmp_path / "model/model.safetensors"):
+        file.chmod(0)
+    somebody_else()
+    with pytest.raises(lora.AdapterError, match=r"^adapter cannot be read as an adapter \(.*Permission denied"):
+        lora.load_adapter(model, "adapter", "policy")
+    with pytest.raises(ModelError, match=r"^no model at model \(.*Permission denied: 'model/model.safetensors'\)"):
+        load_model("model", torch.float32, "cpu")
 
 
 @torch.no_grad()

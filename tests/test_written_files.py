@@ -256,7 +256,7 @@ def saved(world, tmp_path_factory):
         found[kind] = folder / kind.replace(" ", "_")
         words = [word.format(world=world) for word in SCRIPTS[script]]
         run_script(["--model", world / "model", *words, "--output-dir", found[kind], *more], script)
-    return found
+    return found | {"tokenizer": found["policy"]}
 
 
 def read(kind, folder, world):
@@ -267,6 +267,8 @@ def read(kind, folder, world):
         return read_soft_prompt(folder, 32)
     if kind == "policy":
         return load_model(folder, torch.float32, "cpu")
+    if kind == "tokenizer":
+        return load_tokenizer(folder)
     if kind == "adapter":
         return lora.load_adapter(load_model(world / "model", torch.float32, "cpu"), folder, "policy")
     return reward_models.read_record(folder, "helpful", load_tokenizer(world / "model"))
@@ -275,6 +277,7 @@ def read(kind, folder, world):
 BYTES = {  # one bit of a file, at several places of it
     "adapter": ["adapter_model.safetensors", "adapter_config.json"],
     "policy": ["model.safetensors", "config.json"],
+    "tokenizer": ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja"],
     "reward adapter": ["adapter_model.safetensors", "adapter_config.json", "reward_model.json"],
     "reward model": ["model.safetensors", "config.json", "reward_model.json"],
     "soft prompt": ["adapter_model.safetensors", "adapter_config.json"],

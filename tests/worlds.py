@@ -259,6 +259,10 @@ BROKEN = {  # what is done to a good model folder, and what the sentence has to 
         lambda d: (d / "tokenizer.json").write_text((d / "tokenizer.json").read_text().replace('"BPE"', '"BPF"')),
         "no tokenizer at",
     ),
+    "tokenizer of a length that is a text": (
+        lambda d: edit(d / "tokenizer_config.json", model_max_length="1024"),
+        "no tokenizer at",
+    ),
     "tokenizer that is no JSON": (lambda d: (d / "tokenizer.json").write_text("{"), "no tokenizer at"),
     "no end of sequence": (lambda d: char_tokenizer(eos=None).save_pretrained(d), "no end-of-sequence token"),
     "fewer tokens than the tokenizer": (lambda d: write_model(d, seed=0, vocab_size=64), "knows 64 tokens"),

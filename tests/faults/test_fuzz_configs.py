@@ -110,6 +110,8 @@ def test_configs(name, tmp_path, tally, capsys, monkeypatch):
         found, twice = plainly(text)
         if twice:
             tally.fail(f"{where}\n{twice[0]} stands twice, and is read")
+        if SWITCHES.get(str(found.get("use_lora")).lower()) is False:
+            found.pop("lora_r", None)  # which it overrules
         for key, value in found.items():
             action = actions.get(f"--{key.replace('_', '-')}")
             if action and value is not None and not is_meant(action, value, getattr(args, action.dest)):
