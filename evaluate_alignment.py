@@ -18,6 +18,7 @@ Copy with: formats/ harness/ tools/ distributed.py lora.py lora_targets.py packe
 """
 
 from functools import partial
+from pathlib import Path
 
 from harness import endings, flags
 from tools.evaluate_adapters import named_folder
@@ -78,7 +79,7 @@ import distributed
 import lora
 import toy_world
 from formats.model_files import base_of, load_tokenizer
-from harness import device, score_cache
+from harness import device, locks, run_files, score_cache
 from packed_model import prepare_model
 from sampling import end_tokens
 from tools import (
@@ -92,7 +93,7 @@ from tools import (
 )
 from tools.evaluate_adapters import CURVES, adapter_folder, other_bases
 from tools.evaluate_report import Policy
-from tools.evaluate_responses import measured, response_rows, sampled
+from tools.evaluate_responses import Kept, measured, response_rows, sampled
 
 TOY_FOLDER = "outputs/toy_world"
 FIELDS = {"helpful": "helpful_reward", "harmless": "harmless_score"}  # of a row, by the reward model's task
@@ -105,6 +106,8 @@ def main(args):
     world = distributed.start(args.device)
     say = partial(distributed.print0, world)
     evaluate_report.check_output(args)
+    locks.hold(Path(args.output_dir) / ".lock", f"--output-dir {args.output_dir}", endings.say)
+    run_files.remove_drafts(Path(args.output_dir))
     models.resolve_toy(args, TOY_FOLDER)
 
     # 2 prompts
@@ -145,10 +148,13 @@ def main(args):
     # 4 responses: sampled, scored, judged
     rows, ends = {}, end_tokens(model, tokenizer)  # rows: of each policy, by its name
     scorers = {FIELDS[task]: judge for task, judge in judges.items()}
+    weights = [evaluate_report.adapter_sha256(model, policy.adapter) for policy in policies if policy.adapter]
+    depends_on = score_cache.frozen_sha256(model), weights, [prompt.ids for prompt in prompts], str(dtype)
+    kept = Kept(args, [*depends_on, world.device.type], say)
     total = len(policies) * len(prompts) * args.num_responses
     bar = tqdm(total=total, desc="responses", disable=not distributed.shows_bars(world))
     for policy in policies:
-        responses = sampled(model, tokenizer, policy.adapter, prompts, args, bar)
+        responses = sampled(model, tokenizer, policy.adapter, prompts, args, kept, bar)
         numbers = measured(model, policy.adapter, scorers, prompts, responses, ends, args)
         policy_rows = response_rows(policy.name, prompts, responses, numbers, tokenizer, ends)
         evaluate_numbers.judge_rows(policy_rows, rows.get("base"), benign, calibrated, rule)
@@ -186,6 +192,7 @@ def main(args):
 
     # 6 save
     evaluate_report.save(args.output_dir, report, [row for of_policy in rows.values() for row in of_policy])
+    kept.remove()
     say("\n" + evaluate_text.text(report))
     say(f"saved to {args.output_dir}")
 

@@ -93,7 +93,7 @@ import distributed
 import lora
 from formats import written_files
 from formats.model_files import base_of, load_tokenizer
-from harness import device, score_cache
+from harness import device, locks, score_cache
 from packed_model import prepare_model
 from packing import passes
 from sampling import end_tokens, response_text, sample
@@ -113,6 +113,7 @@ def main(args):
     output = generate_output.BatchFile(args.output or "", args.overwrite)
     if not args.chat:
         output.check_place(path for _, _, path in written_files.inputs(args))
+        locks.hold(output.path.with_name(f".{output.path.name}.lock"), f"--output {args.output}", endings.say)
     function = generate_reward.load(args.reward_fn) if args.reward_fn else None
     models.resolve_toy(args, TOY_FOLDER)
 

@@ -364,11 +364,11 @@ def build(folder, seed: int = 0) -> Path:
     """
     folder = Path(folder)
     key = hashlib.sha256(Path(__file__).read_bytes() + str(seed).encode()).hexdigest()
+    written_files.remove_drafts(folder.parent, f".{folder.name}-")
     if _is_complete(folder, key):
         return folder
     print(f"toy world: building {folder} (once, about 20 seconds)", file=sys.stderr, flush=True)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    written_files.remove_drafts(folder.parent, f".{folder.name}-")
     names = {"prefix": f".{folder.name}-", "suffix": f".{os.getpid()}"}
     with tempfile.TemporaryDirectory(dir=folder.parent, **names) as temporary:
         (made := Path(temporary) / "made").mkdir()

@@ -73,7 +73,7 @@ def digits_of(*values):
 
 def ticks(low, high, wanted=4):
     """Evenly spaced round numbers that cover [low, high]."""
-    rough = (high - low) / wanted or 0.25
+    rough = max((high - low) / wanted, 1e-9 * max(abs(low), abs(high))) or 0.25  # finer steps are lost in rounding
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(step * power for step in (1, 2, 2.5, 5, 10) if step * power >= rough * 0.999)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)

@@ -14,8 +14,10 @@ import os
 import re
 import signal
 import sys
+import threading
 import time
 import traceback
+from contextlib import contextmanager
 
 from formats.user_errors import UserError
 from harness import interrupted, locks, speaks
@@ -38,6 +40,9 @@ def run(main, args):
     if signal.getsignal(signal.SIGINT) is interrupted:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     handlers = {number: signal.getsignal(number) for number in SIGNALS}
+    for number, handler in handlers.items():
+        if handler is signal.SIG_DFL:
+            signal.signal(number, _ended_by)  # until checkpoints.Termination takes it
     try:
         main(args)
     except FloatingPointError as error:
@@ -45,6 +50,10 @@ def run(main, args):
     except KeyboardInterrupt:
         say(f"{prog}: interrupted{_way_on(args)}")
         sys.exit(130)
+    except Ended as ended:
+        (number,) = ended.args
+        say(f"{prog}: ended by {signal.Signals(number).name}{_way_on(args)}")
+        sys.exit(128 + number)
     except Exception as error:
         if sentence := sentence_of(error):
             way_on = "" if isinstance(error, UserError) else _way_on(args)
@@ -61,6 +70,32 @@ def run(main, args):
         for number, handler in handlers.items():  # checkpoints.Termination's are of the run
             if signal.getsignal(number) is not handler:
                 signal.signal(number, handler)
+
+
+class Ended(BaseException):
+    """SIGTERM or SIGHUP, by its number: what is half written is removed on the way out."""
+
+
+def _ended_by(number, _):
+    raise Ended(number)
+
+
+@contextmanager
+def held():
+    """Signals that ask for an end wait until the block is through."""
+    if threading.current_thread() is not threading.main_thread():  # which alone is asked
+        yield
+        return
+    asked, handlers = [], {}
+    for number in SIGNALS:
+        handlers[number] = signal.signal(number, lambda number, _: asked.append(number))
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        for number in asked:
+            signal.raise_signal(number)
 
 
 def sentence_of(error):
@@ -94,6 +129,8 @@ def begin_program():
     sys.excepthook = _uncaught
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # what is ignored stays so
         signal.signal(signal.SIGINT, interrupted)  # `run` puts it back.  C++ that is loaded may die of an exception
+    if hasattr(sys.stdin, "reconfigure"):
+        sys.stdin.reconfigure(errors="replace")  # what is piped in may be no text
     sys.stdout, sys.stderr = (_unbroken(stream) for stream in (sys.stdout, sys.stderr))
 
 
@@ -129,9 +166,12 @@ def _uncaught(kind, error, trace):
 
 
 def _way_on(args):
-    """What a sentence about an early end adds where the output folder has checkpoints."""
-    checkpoints = glob.glob(f"{glob.escape(str(getattr(args, 'output_dir', None)))}/checkpoint-*")
-    return "; --resume auto goes on from the last checkpoint" if checkpoints else ""
+    """What a sentence about an early end adds where something is there to go on from."""
+    folder = getattr(args, "output_dir", None)
+    if glob.glob(f"{glob.escape(str(folder))}/checkpoint-*"):
+        return "; --resume auto goes on from the last checkpoint"
+    begun = f"{getattr(args, 'output', None)}.args.json", f"{folder}/sampled.jsonl.args.json"
+    return "; the same command goes on behind what is written" if any(map(os.path.exists, begun)) else ""
 
 
 def _end(sentence, code):

@@ -23,7 +23,7 @@ from formats import written_files
 from formats.json_files import read_object
 from formats.tensor_files import open_to_others
 from formats.user_errors import UserError
-from harness import trackers
+from harness import endings, trackers
 
 # What marks a folder as a run's: a run replaces it.  So do epoch_1 and checkpoint-5.
 RUN_FILES = """metrics.jsonl args.json trainer_state.json adapter_config.json config.json README.md merged manifest.json
@@ -198,7 +198,8 @@ def whole_files(output_dir, manifest=written_files.NAME, grows=()):
         open_to_others(folder)
         for below in [path for path in folder.iterdir() if path.is_dir()]:  # epoch_1, merged: it goes along in a copy
             written_files.write(below, written_files.entries(below))
-        written_files.put(folder, Path(output_dir), manifest, grows)
+        with endings.held():
+            written_files.put(folder, Path(output_dir), manifest, grows)
     except OSError as error:
         error.filename = error.filename or output_dir  # a full disk names none
         raise

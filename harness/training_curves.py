@@ -55,7 +55,7 @@ def points_of(rows):
             step = int(row["step"])
             numbers = {name: float(value) for name, value in row.items() if type(value) in (int, float)}
             for name, value in numbers.items():
-                if math.isfinite(value) and not name.endswith("_ci95"):
+                if math.isfinite(value) and not name.endswith("_ci95") and step >= 0:
                     points = curves.setdefault(name, [])
                     while points and points[-1][0] >= step:
                         points.pop()
@@ -71,8 +71,8 @@ def thinned(points):
 
 
 def read_rows(path):
-    """The rows of a file of JSON lines, without those that are none; nothing where it is not there."""
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else ():
+    """The rows of a file of JSON lines, without those that are none; nothing where there is no such file."""
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else ():
         with suppress(ValueError):
             yield parse_json(line)
 

@@ -1,10 +1,12 @@
 """evaluate_alignment.py: numbers against hand-computed ones and the toy world's rule, the page, and what is refused."""
 
+import fcntl
 import json
 import math
 import random
 import re
 import shutil
+import signal
 from html.parser import HTMLParser
 from types import SimpleNamespace
 from xml.etree import ElementTree
@@ -22,7 +24,16 @@ import toy_world
 import train_rm
 from formats import model_files
 from harness import charts
-from tools import evaluate_adapters, evaluate_numbers, evaluate_page, evaluate_prompts, evaluate_text, models
+from tools import (
+    evaluate_adapters,
+    evaluate_numbers,
+    evaluate_page,
+    evaluate_prompts,
+    evaluate_report,
+    evaluate_responses,
+    evaluate_text,
+    models,
+)
 from tools.prompts import Prompt
 
 SHORT = ["--device", "cpu", "--dtype", "fp32", "--seed", "7"]
@@ -583,6 +594,92 @@ def test_an_adapter_is_found_in_the_newest_epoch_and_its_curves_above(world, tmp
     assert policies["top"]["training"] == {}
     shutil.copy(world / "adapter" / "adapter_config.json", run)
     assert evaluate_adapters.adapter_folder(run) == run  # where there is one at the top, it counts
+
+
+ODD_LOGS = {
+    "no UTF-8": b"\xff\xfe{",
+    "a step that is infinite": b'{"step": 1e999, "loss": 1}',
+    "a negative step": b'{"step": -5, "loss": 1}',
+    "a step of 400 digits": b'{"step": ' + b"9" * 400 + b', "loss": 1}',
+    "a number of 400 digits": b'{"step": 9, "loss": ' + b"9" * 400 + b"}",
+    "a number of 5,000 digits": b'{"step": 9, "loss": ' + b"9" * 5000 + b"}",
+    "nested": b"[" * 100_000,
+    "far apart": b'{"step": 9, "J_C": 1e308}\n{"step": 10, "J_C": -1e308}',
+    "a large constant": b'{"step": 9, "J_C": 1e20}\n{"step": 10, "J_C": 1e20}',
+    "no object": b"[1]\nnull\n7",
+}
+
+
+@pytest.mark.parametrize("name", [*ODD_LOGS, "a folder"])
+def test_an_odd_log_leaves_out_a_curve_and_nothing_else(world, tmp_path, name):
+    adapter = shutil.copytree(world / "adapter", tmp_path / "run")
+    good = b"".join(b'{"step": %d, "loss": 0.%d}\n' % (n, n) for n in range(1, 5))
+    if name == "a folder":
+        (adapter / "metrics.jsonl").mkdir()
+    else:
+        (adapter / "metrics.jsonl").write_bytes(good + ODD_LOGS[name] + b"\n")
+    report, rows = tiny(world, tmp_path / "out", "--adapters", adapter)
+    training = by_name(report)["run"]["training"]
+    assert len(rows) == 24 and training.get("loss") == (
+        None if name == "a folder" else [[n, n / 10] for n in range(1, 5)]
+    )
+    page = (tmp_path / "out/report.html").read_text()
+    assert (">loss</" in page) == (name != "a folder")
+
+
+def test_a_page_that_fails_costs_no_response(world, tmp_path, monkeypatch):
+    """A fault of ours is a traceback, behind what was sampled."""
+    monkeypatch.setattr(evaluate_report.evaluate_page, "page", lambda report: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        tiny(world, tmp_path / "out")
+    report, rows = read(tmp_path / "out")
+    assert len(rows) == 12 and report["prompts"] == 12
+
+
+@pytest.mark.parametrize("asked", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_an_evaluation_that_was_ended_goes_on_behind_its_responses(world, tmp_path, monkeypatch, capsys, asked):
+    words, sample, calls = ["--adapters", world / "adapter", "--batch-size", "4"], evaluate_responses.sample, []
+    whole = tiny(world, tmp_path / "whole", *words)
+
+    def ask(*args):
+        calls.append(1)
+        if len(calls) == 5:
+            signal.raise_signal(asked)
+        return sample(*args)
+
+    monkeypatch.setattr(evaluate_responses, "sample", ask)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # where the tests run behind `&` it is ignored
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as ended:
+        tiny(world, tmp_path / "out", *words)
+    assert ended.value.code == 128 + asked
+    assert capsys.readouterr().err.endswith("; the same command goes on behind what is written\n")
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["sampled.jsonl", "sampled.jsonl.args.json"]
+    calls[:] = [1] * 5
+    again = tiny(world, tmp_path / "out", *words)
+    assert len(calls) == 5 + 2, "of six batches four were there"
+    assert f"{tmp_path}/out/sampled.jsonl: going on behind 16 responses" in capsys.readouterr().out
+    assert again == whole and not list((tmp_path / "out").glob("sampled*"))
+
+
+def test_responses_of_another_evaluation_are_not_taken(world, tmp_path, monkeypatch):
+    whole = tiny(world, tmp_path / "whole", "--seed", "3")
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr(evaluate_alignment, "measured", lambda *_: 1 / 0)
+        tiny(world, tmp_path / "out")
+    assert len((tmp_path / "out/sampled.jsonl").read_text().splitlines()) == 12
+    assert tiny(world, tmp_path / "out", "--seed", "3") == whole
+
+
+def test_a_second_evaluation_in_the_folder_is_refused(world, tmp_path, capsys):
+    (tmp_path / "out").mkdir()
+    with open(tmp_path / "out/.lock", "w") as lock, pytest.raises(SystemExit) as ended:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        tiny(world, tmp_path / "out")
+    assert ended.value.code == 2
+    assert one_line(capsys).startswith(
+        f"evaluate_alignment.py: --output-dir {tmp_path}/out is being written by another run"
+    )
 
 
 def test_a_base_of_another_name_is_said(world, tmp_path, capsys):

@@ -1,5 +1,6 @@
 """generate.py: rows and pairs out, the same bytes again and after a kill, rewards, mistakes, the chat, online DPO."""
 
+import fcntl
 import io
 import json
 import os
@@ -69,6 +70,13 @@ def world(tmp_path_factory):
         "def own(prompt, response):\n"
         "    assert prompt.startswith('User:') and not response.startswith('User:')\n"
         "    return prompt.count('a') + response.count('a') / 100\n"
+        "def large(prompt, response): return 1e200\n"
+        "def long(prompt, response): return 10**400\n"
+        "def leaves(prompt, response): raise SystemExit(0)\n"
+        "class Odd:\n"
+        "    def __float__(self): return {}['a']\n"
+        "    __repr__ = __float__\n"
+        "def odd(prompt, response): return Odd()\n"
     )
     make_adapter(folder / "model", folder / "adapter")
     make_reward_model(folder / "model", folder / "reward")
@@ -303,6 +311,65 @@ def test_an_output_begun_with_other_flags_is_refused(world, world_make, tmp_path
     assert line.startswith(f"generate.py: {output} was begun with {difference}")
     assert line.endswith(": choose another --output, make it the same, or begin anew with --overwrite")
     assert snapshot(tmp_path) == before
+
+
+@pytest.mark.parametrize("what", ["batches", "responses", "bytes", "a key", "a byte", "no JSON", "deep", "a list"])
+def test_a_changed_record_is_refused(world_make, tmp_path, capsys, what):
+    output = tmp_path / "o.jsonl"
+    begin(world_make, output, "--batch-size", "4")
+    record = tmp_path / "o.jsonl.args.json"
+    content = record.read_text()
+    changed = {
+        "a key": content.replace('"batches"', '"batcheS"'),
+        "a byte": content.replace('"seed"', '"sead"').replace("--seed", "--sead"),
+        "no JSON": content[:-9],
+        "deep": "[" * 100_000,
+        "a list": "[1]",
+    }
+    record.write_text(changed.get(what) or re.sub(rf'"{what}": \d+', f'"{what}": 7', content))
+    assert record.read_text() != content
+    before = snapshot(tmp_path)
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as ended:
+        world_make("--batch-size", "4", output=output)
+    assert ended.value.code == 2 and snapshot(tmp_path) == before
+    fault = "cannot be read (" if what in ("no JSON", "deep", "a list") else "was changed since it was written: "
+    line = one_line(capsys)
+    assert line.startswith(f"generate.py: {record} {fault}") and line.endswith(": choose another --output")
+
+
+def test_a_second_run_into_the_file_is_refused(world_make, tmp_path, capsys):
+    output, _ = world_make(output=tmp_path / "o.jsonl")
+    before = snapshot(tmp_path)
+    with open(tmp_path / ".o.jsonl.lock", "w") as lock, pytest.raises(SystemExit) as ended:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        world_make("--overwrite", output=output)
+    assert ended.value.code == 2
+    assert one_line(capsys).startswith(f"generate.py: --output {output} is being written by another run")
+    (tmp_path / ".o.jsonl.lock").unlink()
+    assert snapshot(tmp_path) == before
+
+
+@pytest.mark.parametrize("asked", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_asked_to_end_it_says_what_goes_on(world_make, tmp_path, monkeypatch, capsys, asked):
+    sample, calls, output = generate.sample, [], tmp_path / "o.jsonl"
+
+    def ask(*args):
+        calls.append(1)
+        if len(calls) == 2:
+            signal.raise_signal(asked)
+        return sample(*args)
+
+    monkeypatch.setattr(generate, "sample", ask)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # where the tests run behind `&` it is ignored
+    with pytest.raises(SystemExit) as ended:
+        world_make("--batch-size", "4", output=output)
+    assert ended.value.code == 128 + asked
+    said = "interrupted" if asked == signal.SIGINT else f"ended by {asked.name}"
+    assert one_line(capsys) == f"generate.py: {said}; the same command goes on behind what is written"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["o.jsonl", "o.jsonl.args.json"]
+    world_make("--batch-size", "4", output=output)
+    assert "going on behind batch 1 of" in world_make.log
 
 
 def test_a_finished_output_is_refused_and_overwritten_on_request(world_make, tmp_path, capsys):
@@ -872,17 +939,24 @@ def test_more_than_one_process_is_refused(fails, monkeypatch):
     assert fails() == "generation is one process: start it with python, not with torchrun"
 
 
+NUMBER = "it has to return a finite number (and none above 1e30)"
+
+
 @pytest.mark.parametrize(
     "function, words",
     [
-        ("nothing", "returns None for a response to {row}: it has to return a finite number"),
-        ("text", "returns '1' for a response to {row}: it has to return a finite number"),
-        ("nan", "returns nan for a response to {row}: it has to return a finite number"),
+        ("nothing", "returns None for a response to {row}: " + NUMBER),
+        ("text", "returns '1' for a response to {row}: " + NUMBER),
+        ("nan", "returns nan for a response to {row}: " + NUMBER),
+        ("large", "returns 1e+200 for a response to {row}: " + NUMBER),
+        ("long", "returns 100000000000000000...0000000000000000000 for a response to {row}: " + NUMBER),
+        ("odd", "returns <Odd instance at 0x> for a response to {row}: " + NUMBER),
+        ("leaves", "fails on a response to {row} (SystemExit: 0, {world}/rules.py:14)"),
         ("broken", "fails on a response to {row} (ZeroDivisionError: division by zero, {world}/rules.py:7)"),
     ],
 )
 def test_a_reward_that_is_no_number_names_the_prompt(fails, world, function, words):
-    line = fails("--reward-fn", f"{world}/rules.py:{function}", loads=True)
+    line = re.sub("0x[0-9a-f]+", "0x", fails("--reward-fn", f"{world}/rules.py:{function}", loads=True))
     assert line == "--reward-fn " + words.format(row=f"{world}/pairs.jsonl:1", world=world)
 
 

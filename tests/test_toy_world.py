@@ -153,6 +153,13 @@ def test_files_of_the_users_stay_at_any_depth(tmp_path, quick, before):
     assert contents(folder) == expected | dict.fromkeys(MINE, b"mine")
 
 
+def test_what_a_kill_left_behind_a_whole_world_goes(tmp_path, quick):
+    toy_world.build(tmp_path / "a")
+    (tmp_path / ".a-x.999999999").mkdir()
+    toy_world.build(tmp_path / "a")
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
 @pytest.mark.parametrize("seed", [0, 1])
 def test_a_changed_file_is_neither_used_nor_replaced(tmp_path, quick, seed):
     folder = toy_world.build(tmp_path / "a")

@@ -1,9 +1,9 @@
 """The adapters that are measured: how they are named, in which folder of a run they lie, how they were trained."""
 
-import json
 import re
 from pathlib import Path
 
+from formats import json_files
 from harness import training_curves
 
 # What to draw of an adapter's training, with the unit; `eval_...` of a name goes into the same picture.
@@ -44,7 +44,7 @@ def adapter_folder(folder):
 
 def trained_on(folder, model):
     """The base model that an adapter's folder names; `model` where it names none."""
-    return json.loads((folder / "adapter_config.json").read_text("utf-8")).get("base_model_name_or_path") or model
+    return json_files.read_object(folder / "adapter_config.json").get("base_model_name_or_path") or model
 
 
 def training(folder):

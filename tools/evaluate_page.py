@@ -3,6 +3,7 @@ curves of training, samples side by side.  On a narrow screen a table's row beco
 """
 
 import json
+from contextlib import suppress
 
 from harness import charts
 from harness.charts import (
@@ -244,8 +245,9 @@ def curves(report):
                     points, level = training[prefix + name], threshold(name, training)
                     lines.append(Curve(place, policy["name"], bool(prefix), points, level))
         shades = above(constrained[0]) if name == "lambda" and len(constrained) == 1 else ()
-        if lines:
-            drawn.append(curve_chart(name, unit, lines, shades))
+        with suppress(ArithmeticError, ValueError, StopIteration):  # numbers too large to plot
+            if lines:
+                drawn.append(curve_chart(name, unit, lines, shades))
     if not drawn:
         return ""
     words = "Lines with points are of held-out pairs, with 95 % intervals."

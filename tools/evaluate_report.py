@@ -15,6 +15,7 @@ from formats import written_files
 from harness import run_files, score_cache
 from tools import evaluate_adapters, evaluate_page, evaluate_text
 
+SAMPLED = "sampled.jsonl"  # until all of the following are there
 FILES = "report.json", "report.html", "report.txt", "responses.jsonl"
 MANIFEST = "report.manifest.json"  # of these, for the folder may be a run's, which has one of its own
 NOT_SETTINGS = "output_dir", "overwrite", "device", "hub"  # of the flags: what changes no number, or is resolved below
@@ -65,6 +66,10 @@ def judge_sha256(judge):
     return score_cache.weights_sha256([("head", judge.head), *weights.items()])
 
 
+def adapter_sha256(model, adapter):
+    return score_cache.weights_sha256(lora.adapter_state(model, adapter).items())
+
+
 def policy_entry(policy, model, base):
     """A policy in the report, before its numbers; base: what --model names."""
     if policy.adapter is None:
@@ -73,7 +78,7 @@ def policy_entry(policy, model, base):
         "name": policy.name,
         "folder": str(policy.folder),
         "trained_on": evaluate_adapters.trained_on(policy.folder, base),
-        "sha256": score_cache.weights_sha256(lora.adapter_state(model, policy.adapter).items()),
+        "sha256": adapter_sha256(model, policy.adapter),
         "training": evaluate_adapters.training(policy.folder),
     }
 
@@ -98,7 +103,8 @@ def check_output(args):
     if sentence := written_files.clash(args, FILES):
         raise run_files.RunFolderError(sentence)
     there = [name for name in FILES if (folder / name).exists()]
-    if there and not args.overwrite:
+    was_killed = (folder / f"{SAMPLED}.args.json").exists() and "report.html" not in there  # before its page was there
+    if there and not args.overwrite and not was_killed:
         raise run_files.RunFolderError(f"{folder} holds a report ({there[0]}): choose another, or pass --overwrite")
     listed = written_files.read(folder, MANIFEST)
     for name in there:
@@ -112,12 +118,16 @@ def check_output(args):
 
 
 def save(output_dir, report, rows):
-    """Write the report as JSON, page and text, and the rows of all responses."""
-    Path(output_dir).mkdir(parents=True, exist_ok=True)
+    """Write the rows of all responses and the report, then as a page too: what cannot be drawn costs no response."""
+    output_dir = Path(output_dir)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    as_json = json.dumps(report, indent=1, ensure_ascii=False) + "\n"
     with run_files.whole_files(output_dir, MANIFEST) as folder:
         lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         (folder / "responses.jsonl").write_text("".join(lines), encoding="utf-8")
-        as_json = json.dumps(report, indent=1, ensure_ascii=False) + "\n"
         (folder / "report.json").write_text(as_json, encoding="utf-8")
-        (folder / "report.html").write_text(evaluate_page.page(json.loads(as_json)), encoding="utf-8")
+    for name in ("report.html", "report.txt"):
+        (output_dir / name).unlink(missing_ok=True)  # of an earlier report
+    with run_files.whole_files(output_dir, MANIFEST) as folder:
         (folder / "report.txt").write_text(evaluate_text.text(report), encoding="utf-8")
+        (folder / "report.html").write_text(evaluate_page.page(json.loads(as_json)), encoding="utf-8")

@@ -1,5 +1,9 @@
 """What a policy says to the prompts, and what models say of that: log-probs, KL to the base, scores."""
 
+import hashlib
+import json
+from pathlib import Path
+
 import torch
 
 import lora
@@ -9,17 +13,62 @@ from packing import pack, passes
 from reward_models import as_pairs
 from sampling import response_text, sample
 from tools import models
+from tools.evaluate_report import SAMPLED
+from tools.generate_output import BatchFile, OutputError
+
+SAMPLING = "num_responses max_new_tokens temperature top_p batch_size seed".split()  # flags that responses depend on
+
+
+class Kept:
+    """Responses as they are sampled, in OUTPUT_DIR/sampled.jsonl until the report is there: the same command goes on
+    behind those of an evaluation that was killed.
+
+    depends_on: what the responses depend on besides flags, JSON.
+    """
+
+    def __init__(self, args, depends_on, say):
+        settings = [getattr(args, name) for name in SAMPLING]
+        identity = {"responses": hashlib.sha256(json.dumps([settings, depends_on]).encode()).hexdigest()}
+        self.file = BatchFile(Path(args.output_dir) / SAMPLED)
+        try:
+            self.file.check(identity)
+        except OutputError:
+            say(f"{self.file.path} is of another evaluation that was killed, or was changed: it begins anew")
+            self.file = BatchFile(self.file.path, overwrite=True)
+        self.progress = self.file.begin(identity)
+        lines = self.file.path.read_text(encoding="utf-8").splitlines()
+        self.before = [json.loads(line)["ids"] for line in lines]
+        if self.before:
+            say(f"{self.file.path}: going on behind {len(self.before):,} responses")
+
+    def take(self, number):
+        """The next responses of the evaluation before; None where it had no more."""
+        taken, self.before = self.before[:number], self.before[number:]
+        return taken or None
+
+    def add(self, responses):
+        self.file.write([{"ids": ids} for ids in responses], self.progress, finished=False)
+
+    def remove(self):
+        for path in (self.file.path, self.file.record):
+            path.unlink()
 
 
 @torch.no_grad()
-def sampled(model, tokenizer, adapter, prompts, args, bar):
-    """Responses (ids) of one policy, args.num_responses to each prompt in turn; adapter None: the base."""
+def sampled(model, tokenizer, adapter, prompts, args, kept, bar):
+    """Responses (ids) of one policy, args.num_responses to each prompt in turn; adapter None: the base.  All that are
+    sampled go to `kept`, and those that are there already are taken.
+    """
     asked, responses = [prompt.ids for prompt in prompts for _ in range(args.num_responses)], []
     with lora.use_adapter(model, adapter):
         for batch in passes(asked, args.batch_size):
             draws = range(len(responses), len(responses) + len(batch))  # the same for each policy, where they agree
             settings = args.max_new_tokens, args.seed, args.temperature, args.top_p, draws
-            responses += sample(model, tokenizer, batch, *settings)
+            new = kept.take(len(batch))
+            if new is None:
+                new = sample(model, tokenizer, batch, *settings)
+                kept.add(new)
+            responses += new
             bar.update(len(batch))
     return responses
 

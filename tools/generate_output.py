@@ -11,7 +11,7 @@ import os
 from pathlib import Path
 from typing import NamedTuple
 
-from formats import written_files
+from formats import json_files, written_files
 from formats.user_errors import UserError
 
 
@@ -72,13 +72,13 @@ class BatchFile:
     def _read(self):
         """The Record on the disk.  Raises OutputError."""
         try:
-            content = json.loads(self.record.read_text(encoding="utf-8"))
-            record = Record(dict(content["identity"]), dict(content["progress"]))
-            if not isinstance(record.progress["bytes"], int) or record.progress["bytes"] < 0:
-                raise ValueError("no number of bytes")
-        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+            content = json_files.read_object(self.record)
+            is_ours = content["sha256"] == _sha256(content["identity"], content["progress"])
+        except (OSError, ValueError, KeyError) as error:
             raise OutputError(f"{self.record} cannot be read ({error}): choose another --output") from None
-        return record
+        if not is_ours:
+            raise OutputError(f"{self.record} was changed since it was written: choose another --output")
+        return Record(content["identity"], content["progress"])
 
     def _is_as_left(self, progress):
         """Whether the file begins with what was written; behind that a killed run may have left half a batch."""
@@ -112,8 +112,16 @@ class BatchFile:
 
     def _save(self, progress):
         draft = self.record.with_name(f".{self.record.name}.{os.getpid()}")
-        draft.write_text(json.dumps({"identity": self.identity, "progress": progress}, indent=1), encoding="utf-8")
-        os.replace(draft, self.record)
+        content = {"identity": self.identity, "progress": progress, "sha256": _sha256(self.identity, progress)}
+        try:
+            draft.write_text(json.dumps(content, indent=1), encoding="utf-8")
+            os.replace(draft, self.record)
+        finally:
+            draft.unlink(missing_ok=True)
+
+
+def _sha256(identity, progress):
+    return hashlib.sha256(json.dumps([identity, progress], sort_keys=True).encode()).hexdigest()
 
 
 # -- what the rows depend on -----------------------------------------------------------------------------------------

@@ -1,12 +1,15 @@
 """A reward of the user's own: a function(prompt, response) -> number in a file of theirs, which is run."""
 
 import math
+import reprlib
 import traceback
 from pathlib import Path
 from types import ModuleType
 
 from formats.user_errors import UserError
 from tools.prompts import text_of
+
+LARGEST = 1e30  # of a reward, whose square has to be a number too
 
 
 class RewardFunctionError(UserError):
@@ -22,7 +25,7 @@ def load(name):
     module.__file__ = file
     try:  # not by import, which leaves a __pycache__ in the user's folder
         exec(compile(Path(file).read_bytes(), file, "exec"), module.__dict__)
-    except Exception as error:  # whatever a foreign file does
+    except (Exception, SystemExit) as error:  # whatever a foreign file does
         raise RewardFunctionError(f"--reward-fn {file} cannot be run ({_words(error)})") from None
     if not callable(getattr(module, function, None)):
         raise RewardFunctionError(f"--reward-fn: {file} has no function {function}: check the name")
@@ -40,15 +43,16 @@ def call(function, prompt, response, where):
     """Its reward, a finite float.  Raises RewardFunctionError, which names the prompt by `where` (file:line)."""
     try:
         reward = function(prompt, response)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise RewardFunctionError(f"--reward-fn fails on a response to {where} ({_words(error)})") from None
     try:
         number = math.nan if isinstance(reward, str) else float(reward)
-    except (TypeError, ValueError):
+    except Exception:  # of a __float__ of theirs
         number = math.nan
-    if not math.isfinite(number):
+    if not abs(number) <= LARGEST:
         raise RewardFunctionError(
-            f"--reward-fn returns {reward!r} for a response to {where}: it has to return a finite number"
+            f"--reward-fn returns {reprlib.repr(reward)} for a response to {where}: it has to return a finite number "
+            "(and none above 1e30)"
         )
     return number
 

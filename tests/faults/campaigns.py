@@ -198,7 +198,7 @@ def drafts(folder):
 
 
 def is_sentence(ended):
-    """Whether it ended as a mistake of the user's does: exit code 2 and one line, but for the toy world's and a lock's."""
+    """Whether it ended as a mistake of the user's does: exit code 2 and one line, but for the toy world's, a lock's."""
     others = "toy world: building ", "its lock is taken over"
     lines = [line for line in ended.err.splitlines() if not any(other in line for other in others)]
     return ended.code == 2 and len(lines) == 1
