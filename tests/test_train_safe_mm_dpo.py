@@ -380,6 +380,7 @@ def another_tokenizer(folder, judges):
         content["added_tokens"][-1] | {"id": len(content["model"]["vocab"]) + 1, "content": "<x>"}
     )
     (folder / "other/tokenizer.json").write_text(json.dumps(content))
+    (folder / "other/manifest.json").unlink()
     return ["--harmless-rm-path", folder / "other"], "was trained with another tokenizer than the policy's"
 
 
