@@ -18,7 +18,6 @@ Copy with: formats/ harness/ tools/ distributed.py lora.py lora_targets.py packe
 """
 
 from functools import partial
-from pathlib import Path
 
 from harness import endings, flags
 from tools.evaluate_adapters import named_folder
@@ -79,7 +78,7 @@ import distributed
 import lora
 import toy_world
 from formats.model_files import base_of, load_tokenizer
-from harness import device, locks, run_files, score_cache
+from harness import device, score_cache
 from packed_model import prepare_model
 from sampling import end_tokens
 from tools import (
@@ -105,9 +104,7 @@ def main(args):
         raise distributed.DeviceError("one process evaluates: start it without torchrun")
     world = distributed.start(args.device)
     say = partial(distributed.print0, world)
-    evaluate_report.check_output(args)
-    locks.hold(Path(args.output_dir) / ".lock", f"--output-dir {args.output_dir}", endings.say)
-    run_files.remove_drafts(Path(args.output_dir))
+    evaluate_report.take_output(args)
     models.resolve_toy(args, TOY_FOLDER)
 
     # 2 prompts
@@ -121,8 +118,7 @@ def main(args):
     for line in file.notes:
         say(line)
     labelled = evaluate_pairs.read_pairs(args.prompts, tokenizer, args)
-    is_toy = all(toy_world.judge(prompt.text, "").kind != "unknown" for prompt in prompts)
-    rule = toy_world.judge if is_toy else None
+    rule = toy_world.judge if all(toy_world.judge(p.text, "").kind != "unknown" for p in prompts) else None
     benign = evaluate_prompts.are_benign(prompts, args, rule)
 
     # 3 models: one frozen base, and on it by name the adapters and the reward models that share it
@@ -148,9 +144,7 @@ def main(args):
     # 4 responses: sampled, scored, judged
     rows, ends = {}, end_tokens(model, tokenizer)  # rows: of each policy, by its name
     scorers = {FIELDS[task]: judge for task, judge in judges.items()}
-    weights = [evaluate_report.adapter_sha256(model, policy.adapter) for policy in policies if policy.adapter]
-    depends_on = score_cache.frozen_sha256(model), weights, [prompt.ids for prompt in prompts], str(dtype)
-    kept = Kept(args, [*depends_on, world.device.type], say)
+    kept = Kept(args, model, policies, prompts, dtype, say)
     total = len(policies) * len(prompts) * args.num_responses
     bar = tqdm(total=total, desc="responses", disable=not distributed.shows_bars(world))
     for policy in policies:
@@ -193,8 +187,7 @@ def main(args):
     # 6 save
     evaluate_report.save(args.output_dir, report, [row for of_policy in rows.values() for row in of_policy])
     kept.remove()
-    say("\n" + evaluate_text.text(report))
-    say(f"saved to {args.output_dir}")
+    say("\n" + evaluate_text.text(report), f"saved to {args.output_dir}", sep="\n")
 
 
 if __name__ == "__main__":

@@ -244,10 +244,10 @@ OWN = {
     "dpo_hf_run": ("--beta", "--loss", "--lora-r"),
     "learn_prompt": ("--beta", "--num-virtual-tokens", "--preference-position"),
     "train_rm": ("--center-rewards", "--classification-loss-weight", "--lora-alpha"),
-    "train_safe_mm_dpo": ("--lambda-lr", "--combine", "--cost-every"),
+    "train_safe_mm_dpo": ("--lambda-lr", "--cost-prompts", "--cost-every"),
     "train_with_preference_prompt": ("--alpha", "--teacher", "--preference-text"),
 }
-VALUES = {"--loss": "hinge", "--preference-position": "before-response", "--combine": "margin", "--teacher": "ref"}
+VALUES = {"--loss": "hinge", "--preference-position": "before-response", "--cost-prompts": "all", "--teacher": "ref"}
 
 
 @pytest.mark.parametrize(("script", "flag"), [(script, flag) for script in OWN for flag in OWN[script]])

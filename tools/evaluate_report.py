@@ -12,7 +12,7 @@ import transformers
 
 import lora
 from formats import written_files
-from harness import run_files, score_cache
+from harness import endings, locks, run_files, score_cache
 from tools import evaluate_adapters, evaluate_page, evaluate_text
 
 SAMPLED = "sampled.jsonl"  # until all of the following are there
@@ -97,8 +97,10 @@ def log_line(entry):
 # -- files -----------------------------------------------------------------------------------------------------------
 
 
-def check_output(args):
-    """Raise RunFolderError when --output-dir holds a report or an input, or cannot be written.  Changes nothing."""
+def take_output(args):
+    """Lock --output-dir, and remove what a kill left.  Raises LockedError, and RunFolderError where it holds a report
+    or an input, or cannot be written.
+    """
     folder = Path(args.output_dir)
     if sentence := written_files.clash(args, FILES):
         raise run_files.RunFolderError(sentence)
@@ -115,6 +117,8 @@ def check_output(args):
     parent = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise run_files.RunFolderError(f"--output-dir {folder} cannot be written: {parent} is no writable folder")
+    locks.hold(folder / ".lock", f"--output-dir {folder}", endings.say)
+    run_files.remove_drafts(folder)
 
 
 def save(output_dir, report, rows):

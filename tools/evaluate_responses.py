@@ -7,13 +7,14 @@ from pathlib import Path
 import torch
 
 import lora
+from harness import score_cache
 from harness.flags import NonFinite
 from packed_model import logps_of
 from packing import pack, passes
 from reward_models import as_pairs
 from sampling import response_text, sample
 from tools import models
-from tools.evaluate_report import SAMPLED
+from tools.evaluate_report import SAMPLED, adapter_sha256
 from tools.generate_output import BatchFile, OutputError
 
 SAMPLING = "num_responses max_new_tokens temperature top_p batch_size seed".split()  # flags that responses depend on
@@ -23,12 +24,14 @@ class Kept:
     """Responses as they are sampled, in OUTPUT_DIR/sampled.jsonl until the report is there: the same command goes on
     behind those of an evaluation that was killed.
 
-    depends_on: what the responses depend on besides flags, JSON.
+    policies: those of the report.
     """
 
-    def __init__(self, args, depends_on, say):
-        settings = [getattr(args, name) for name in SAMPLING]
-        identity = {"responses": hashlib.sha256(json.dumps([settings, depends_on]).encode()).hexdigest()}
+    def __init__(self, args, model, policies, prompts, dtype, say):
+        depends_on = [getattr(args, name) for name in SAMPLING] + [str(dtype), model.device.type]
+        depends_on += [[prompt.ids for prompt in prompts], score_cache.frozen_sha256(model)]
+        depends_on += [adapter_sha256(model, policy.adapter) for policy in policies if policy.adapter]
+        identity = {"responses": hashlib.sha256(json.dumps(depends_on).encode()).hexdigest()}
         self.file = BatchFile(Path(args.output_dir) / SAMPLED)
         try:
             self.file.check(identity)
