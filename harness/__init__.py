@@ -3,9 +3,12 @@
 run               a run around its method: what it reads and loads, what it is, what it leaves behind
 training          its updates: optimiser, gradients of all ranks, log lines, evaluations, checkpoints
 
-checkpoints       whole or not there; exact resume; Ctrl-C and SIGTERM
+checkpoints       whole or not there; exact resume; Ctrl-C, SIGTERM, SIGHUP
 score_cache       what a frozen model says of fixed data, computed once
-run_files         the output folder: metrics.jsonl, the record, the model card
+run_files         the output folder: whose it is, the record, the model card
+metrics_log       metrics.jsonl, and what --report-to names
+locks             one writer per folder
+endings           what an exception becomes: a sentence, an exit code
 training_curves   a page of the curves, and charts, which draws it; trackers: TensorBoard, wandb, swanlab
 device            number type, free memory
 sharding          FSDP2, where all weights are trained on several ranks

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import ROOT
-from processes import end_of, environment, start
+from processes import end_of, environment, run_program, start
 from runs import LN2, dpo_run, one_line, run_script, snapshot
 from safetensors.torch import load_file, save_file
 from transformers import TrainerState
@@ -568,6 +568,16 @@ def test_numbers_that_are_not_finite_are_null_in_the_log(fails, tmp_path):
     log.close()
     text = (tmp_path / "log/metrics.jsonl").read_text()
     assert text == '{"step": 1, "epoch": 0.5, "loss": null, "grad_norm": null, "beta": 0.1}\n'
+
+
+def test_a_fault_of_ours_says_what_to_report(tmp_path):
+    (tmp_path / "odd.py").write_text("from harness import endings\nendings.begin_program()\n1 / 0\n")
+    done = run_program([sys.executable, tmp_path / "odd.py"], env=environment())
+    lines = done.stderr.splitlines()
+    assert done.returncode == 1 and "ZeroDivisionError: division by zero" in lines
+    assert lines[-1].startswith(
+        "odd.py: this is a fault of the program, not yours: please report it with the lines above"
+    )
 
 
 def test_lines_that_a_full_disk_did_not_take_come_with_the_next(tmp_path, capsys):
