@@ -23,10 +23,14 @@ import os
 import sys
 
 
+def is_alone():
+    """Whether there are no other ranks."""
+    return os.environ.get("WORLD_SIZE", "1") in ("", "1")
+
+
 def speaks():
     """Whether this process speaks for its machine; one that no launcher started does, whatever LOCAL_RANK says."""
-    alone = os.environ.get("WORLD_SIZE", "1") in ("", "1")
-    return alone or os.environ.get("LOCAL_RANK", "0") in ("", "0")
+    return is_alone() or os.environ.get("LOCAL_RANK", "0") in ("", "0")
 
 
 def interrupted(*_):

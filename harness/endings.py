@@ -20,7 +20,7 @@ import traceback
 from contextlib import contextmanager
 
 from formats.user_errors import UserError
-from harness import interrupted, locks, speaks
+from harness import interrupted, is_alone, locks, speaks
 
 SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 ADVICE = {
@@ -41,7 +41,7 @@ def run(main, args):
         signal.signal(signal.SIGINT, signal.default_int_handler)
     handlers = {number: signal.getsignal(number) for number in SIGNALS}
     for number, handler in handlers.items():
-        if handler is signal.SIG_DFL:
+        if handler is signal.SIG_DFL and is_alone():  # a rank may wait for another where no handler is heard
             signal.signal(number, _ended_by)  # until checkpoints.Termination takes it
     try:
         main(args)

@@ -22,8 +22,9 @@ import toy_world
 
 transformers.utils.logging.set_verbosity_error()
 logging.getLogger("transformers").setLevel(logging.ERROR)
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell's `&` has it: tests send it, and wait for its effect
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+    if signal.getsignal(number) is signal.SIG_IGN:  # as a shell's `&` and nohup have it: tests send it, and wait for it
+        signal.signal(number, handler)
 LIMIT = 600  # seconds for a test, and for its fixtures: what waits for ever fails, and shows where it waits
 
 

@@ -96,10 +96,16 @@ def dpo_run(world, folder, **changes):
     return Run(dpo_hf_run, **data | DPO | changes)
 
 
+def listen():
+    """Let this process be asked to end also where the tests run behind `&` or nohup, which has it ignore that."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
 def ask_to_end(monkeypatch, number, *signals):
     """The `signals` (SIGTERM) reach this process in its update `number`."""
     plain, calls = torch.optim.AdamW.step, []
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # where the tests run behind `&` it is ignored
+    listen()
 
     def step(*given, **named):
         calls.append(1)

@@ -20,6 +20,7 @@ FOREIGN_FLAGS = {
     *("--nproc-per-node", "--nnodes", "--node-rank", "--master-addr", "--master-port", "--standalone"),  # torchrun
     *("--rdzv-backend", "--rdzv-endpoint", "--num-processes", "--num-gpus", "--logdir", "--version"),
     *("--include", "--dry-run"),  # deepspeed, the wrappers
+    "--faults",  # run_tests.sh
     *("--index-url", "--extra-index-url", "--upgrade", "--find-links", "--help", "--durations"),  # pip, pytest
 }
 

@@ -13,7 +13,7 @@ from xml.etree import ElementTree
 
 import pytest
 import torch
-from runs import one_line, run_script
+from runs import listen, one_line, run_script
 from worlds import char_tokenizer, ids, write_rows, write_world
 
 import evaluate_alignment
@@ -444,7 +444,8 @@ def test_kl_log_probs_and_scores_are_those_of_sequences_one_by_one(toy, adapters
     prompts = [Prompt("", text, {"category": "a"}, *ids_and_end) for text, *ids_and_end in zip(texts, ids, ends)]
     args = SimpleNamespace(num_responses=3, batch_size=4, seed=1, max_new_tokens=20, temperature=1.0, top_p=1.0)
     bar = SimpleNamespace(update=lambda count: None)
-    responses = evaluate_alignment.sampled(model, tokenizer, "policy_0", prompts, args, bar)
+    nothing_kept = SimpleNamespace(take=lambda number: None, add=lambda responses: None)
+    responses = evaluate_alignment.sampled(model, tokenizer, "policy_0", prompts, args, nothing_kept, bar)
     assert len(responses) == 15
     judges = {"harmless_score": judge}
     numbers = evaluate_alignment.measured(model, "policy_0", judges, prompts, responses, [eos], args)
@@ -648,7 +649,7 @@ def test_an_evaluation_that_was_ended_goes_on_behind_its_responses(world, tmp_pa
         return sample(*args)
 
     monkeypatch.setattr(evaluate_responses, "sample", ask)
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # where the tests run behind `&` it is ignored
+    listen()
     capsys.readouterr()
     with pytest.raises(SystemExit) as ended:
         tiny(world, tmp_path / "out", *words)

@@ -16,7 +16,7 @@ import pytest
 import torch
 from helpers import ROOT
 from processes import run_program
-from runs import one_line, rows_of, run_script, snapshot
+from runs import listen, one_line, rows_of, run_script, snapshot
 from tiny_models import argmax_one_by_one
 from transformers import GenerationConfig
 from worlds import CHATML, char_tokenizer, make_adapter, make_reward_model, write_model, write_rows, write_world
@@ -77,6 +77,11 @@ def world(tmp_path_factory):
         "    def __float__(self): return {}['a']\n"
         "    __repr__ = __float__\n"
         "def odd(prompt, response): return Odd()\n"
+        "def longer(prompt, response): return 10**5000\n"
+        "class Leaves:\n"
+        "    def __float__(self): raise SystemExit(0)\n"
+        "    def __repr__(self): return 'leaves'\n"
+        "def leaves_late(prompt, response): return Leaves()\n"
     )
     make_adapter(folder / "model", folder / "adapter")
     make_reward_model(folder / "model", folder / "reward")
@@ -361,7 +366,7 @@ def test_asked_to_end_it_says_what_goes_on(world_make, tmp_path, monkeypatch, ca
         return sample(*args)
 
     monkeypatch.setattr(generate, "sample", ask)
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # where the tests run behind `&` it is ignored
+    listen()
     with pytest.raises(SystemExit) as ended:
         world_make("--batch-size", "4", output=output)
     assert ended.value.code == 128 + asked
@@ -951,6 +956,8 @@ NUMBER = "it has to return a finite number (and none above 1e30)"
         ("large", "returns 1e+200 for a response to {row}: " + NUMBER),
         ("long", "returns 100000000000000000...0000000000000000000 for a response to {row}: " + NUMBER),
         ("odd", "returns <Odd instance at 0x> for a response to {row}: " + NUMBER),
+        ("longer", "returns something of type int for a response to {row}: " + NUMBER),
+        ("leaves_late", "returns leaves for a response to {row}: " + NUMBER),
         ("leaves", "fails on a response to {row} (SystemExit: 0, {world}/rules.py:14)"),
         ("broken", "fails on a response to {row} (ZeroDivisionError: division by zero, {world}/rules.py:7)"),
     ],

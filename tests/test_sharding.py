@@ -120,12 +120,19 @@ def test_shards_are_one_process(world, one_process, tmp_path, script, ranks):
         assert (tmp_path / "out" / name).read_bytes() == (expected / name).read_bytes()
 
 
+def copy_of_checkpoint(run_folder, folder):
+    """checkpoint-3 of a run in another folder, with the logs beside it."""
+    shutil.copytree(run_folder / "checkpoint-3", folder / "checkpoint-3")
+    for log in run_folder.glob("*.jsonl"):
+        shutil.copy(log, folder)
+
+
 def test_a_checkpoint_of_two_ranks_goes_on_with_any_number(world, one_process, tmp_path):
     """Weights, both moments and their count of steps, the schedule, and sums that were not yet logged."""
     each = ["--save-steps=3", "--logging-steps=4", "--warmup-steps=2"]
     run(world, "dpo_hf_run", 2, tmp_path / "2", *each)
     for ranks in (1, 2, 4):
-        shutil.copytree(tmp_path / "2/checkpoint-3", tmp_path / f"from2-{ranks}/checkpoint-3")
+        copy_of_checkpoint(tmp_path / "2", tmp_path / f"from2-{ranks}")
         log = run(world, "dpo_hf_run", ranks, tmp_path / f"from2-{ranks}", *each, "--resume=auto")
         assert "resumed from" in log
         assert distance(weights(tmp_path / f"from2-{ranks}"), weights(tmp_path / "2")) < 1e-6
@@ -142,7 +149,7 @@ def test_every_run_goes_on_with_another_number_of_ranks(world, tmp_path, script,
     each += ["--cost-estimate=snis"] * (script == "train_safe_mm_dpo")
     run(world, script, 2, tmp_path / "2", *each)
     for ranks in (1, 4):
-        shutil.copytree(tmp_path / "2/checkpoint-3", tmp_path / f"{ranks}/checkpoint-3")
+        copy_of_checkpoint(tmp_path / "2", tmp_path / f"{ranks}")
         run(world, script, ranks, tmp_path / f"{ranks}", *each, "--resume=auto")
         assert distance(weights(tmp_path / f"{ranks}"), weights(tmp_path / "2")) < 1e-6
         assert_same_lines(tmp_path / f"{ranks}", tmp_path / "2")

@@ -47,11 +47,11 @@ def call(function, prompt, response, where):
         raise RewardFunctionError(f"--reward-fn fails on a response to {where} ({_words(error)})") from None
     try:
         number = math.nan if isinstance(reward, str) else float(reward)
-    except Exception:  # of a __float__ of theirs
+    except (Exception, SystemExit):  # of a __float__ of theirs
         number = math.nan
     if not abs(number) <= LARGEST:
         raise RewardFunctionError(
-            f"--reward-fn returns {reprlib.repr(reward)} for a response to {where}: it has to return a finite number "
+            f"--reward-fn returns {_shown(reward)} for a response to {where}: it has to return a finite number "
             "(and none above 1e30)"
         )
     return number
@@ -60,4 +60,11 @@ def call(function, prompt, response, where):
 def _words(error):
     """What went wrong and in which line of which file."""
     place = traceback.extract_tb(error.__traceback__)[-1]
-    return f"{type(error).__name__}: {error}, {place.filename}:{place.lineno}"
+    return f"{type(error).__name__}: {_shown(error, str)}, {place.filename}:{place.lineno}"
+
+
+def _shown(value, as_text=reprlib.repr):
+    try:
+        return as_text(value)
+    except (Exception, SystemExit):  # a __str__ of theirs; a number of more digits than Python shows
+        return f"something of type {type(value).__name__}"
