@@ -185,8 +185,7 @@ def main(args):
     report["samples"] = evaluate_numbers.pick_samples(rows, args.samples, args.seed)
 
     # 6 save
-    evaluate_report.save(args.output_dir, report, [row for of_policy in rows.values() for row in of_policy])
-    kept.remove()
+    evaluate_report.save(args.output_dir, report, [row for of_policy in rows.values() for row in of_policy], kept)
     say("\n" + evaluate_text.text(report), f"saved to {args.output_dir}", sep="\n")
 
 

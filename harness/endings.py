@@ -66,10 +66,11 @@ def run(main, args):
         print(f"{prog}: {sentence}{_way_on(args)}", file=sys.stderr)
         sys.exit(1)
     finally:
+        for number in handlers:
+            signal.signal(number, signal.SIG_IGN)  # it ends as it is
         locks.release()
-        for number, handler in handlers.items():  # checkpoints.Termination's are of the run
-            if signal.getsignal(number) is not handler:
-                signal.signal(number, handler)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 class Ended(BaseException):

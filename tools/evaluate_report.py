@@ -12,6 +12,7 @@ import transformers
 
 import lora
 from formats import written_files
+from formats.json_files import read_object
 from harness import endings, locks, run_files, score_cache
 from tools import evaluate_adapters, evaluate_page, evaluate_text
 
@@ -105,8 +106,7 @@ def take_output(args):
     if sentence := written_files.clash(args, FILES):
         raise run_files.RunFolderError(sentence)
     there = [name for name in FILES if (folder / name).exists()]
-    was_killed = (folder / f"{SAMPLED}.args.json").exists() and "report.html" not in there  # before its page was there
-    if there and not args.overwrite and not was_killed:
+    if there and not args.overwrite and not _was_saving(folder):
         raise run_files.RunFolderError(f"{folder} holds a report ({there[0]}): choose another, or pass --overwrite")
     listed = written_files.read(folder, MANIFEST)
     for name in there:
@@ -121,11 +121,23 @@ def take_output(args):
     run_files.remove_drafts(folder)
 
 
-def save(output_dir, report, rows):
-    """Write the rows of all responses and the report, then as a page too: what cannot be drawn costs no response."""
+def _was_saving(folder):
+    """Whether the files there are of an evaluation that was killed while it saved them."""
+    try:
+        return bool(read_object(folder / f"{SAMPLED}.args.json")["progress"]["saving"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def save(output_dir, report, rows, kept):
+    """Write the rows of all responses and the report, then as a page too: what cannot be drawn costs no response.
+
+    kept: the responses as they were sampled, which nobody needs any more then.
+    """
     output_dir = Path(output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
     as_json = json.dumps(report, indent=1, ensure_ascii=False) + "\n"
+    kept.note_saving()
     with run_files.whole_files(output_dir, MANIFEST) as folder:
         lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         (folder / "responses.jsonl").write_text("".join(lines), encoding="utf-8")
@@ -135,3 +147,4 @@ def save(output_dir, report, rows):
     with run_files.whole_files(output_dir, MANIFEST) as folder:
         (folder / "report.txt").write_text(evaluate_text.text(report), encoding="utf-8")
         (folder / "report.html").write_text(evaluate_page.page(json.loads(as_json)), encoding="utf-8")
+    kept.remove()

@@ -52,6 +52,10 @@ class Kept:
     def add(self, responses):
         self.file.write([{"ids": ids} for ids in responses], self.progress, finished=False)
 
+    def note_saving(self):
+        """From here on the report's files are of this evaluation."""
+        self.file.write([], self.progress | {"saving": True}, finished=False)
+
     def remove(self):
         for path in (self.file.path, self.file.record):
             path.unlink()

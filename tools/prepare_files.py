@@ -128,8 +128,9 @@ def write_whole(texts, targets):
     except BaseException:
         shutil.rmtree(drafts, ignore_errors=True)
         raise
-    (drafts / "draft").replace(output / JOURNAL)
-    put_in_place(output)
+    with endings.held():
+        (drafts / "draft").replace(output / JOURNAL)
+        put_in_place(output)
 
 
 def put_in_place(output):

@@ -132,7 +132,7 @@ def test_damage(make, labelled_world, tmp_path, tally):
         path.unlink() if kind == "gone" else path.write_bytes(after)
         ended = run(script, words, folder, prepare=few_examples)
         found = difference(contents(folder, LOGS) | {name: b""}, expected | {name: b""})
-        if is_sentence(ended):
+        if is_sentence(ended) or "/metrics.jsonl is not as checkpoint-" in ended.out:
             tally.count("found")
         elif ended.code == 0 and not found:
             tally.count("same result")

@@ -51,9 +51,9 @@ def conversations(asked, chosen, rejected):
     begun, chosen, rejected = chosen[:shared], chosen[shared:], rejected[shared:]
     assert chosen[0][0] == rejected[0][0] == "assistant"
     if asked and begun:
-        assert asked == begun
+        assert asked == begun[: len(asked)]
     assert asked or begun
-    return asked or begun, chosen, rejected
+    return begun or asked, chosen, rejected
 
 
 def with_system(reading):
