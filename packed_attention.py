@@ -8,6 +8,9 @@ packed pass makes no such mask.  So one pass of the probe (packed_probe.py) has 
 """
 
 import math
+from functools import cache, partial
+from itertools import accumulate, chain
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +18,10 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from packing import send
+
 BY_HAND = 512  # keys up to which attention in bf16 on a CPU is faster by hand than torch's (docs/results.md)
+AMPERE = 8, 0  # the compute capability from which FlashAttention runs
 FAR = 2**17  # tokens: a reach beyond is none
 NO_REACH = 2**40  # in the place of a mask that no reach describes
 
@@ -62,14 +68,48 @@ def reach_mask(mask_function, local_size=None, device="cpu", **_):
 # -- attention -----------------------------------------------------------------------------------------------------
 
 
+class Spans(NamedTuple):
+    """The attention of a packed row as sequences one behind the other, which FlashAttention takes in one call:
+
+        queries    [p0 c0] [r0]    [p1 c1] [r1]    ...     the row itself
+        keys       [p0 c0] [p0 r0] [p1 c1] [p1 r1] ...     one gather of the row
+
+    The last query of a sequence stands at its last key, and sees no later one.
+    """
+
+    query_borders: torch.Tensor  # (2B + 1,) int32: where each sequence of queries begins, and the end
+    key_borders: torch.Tensor  # (2B + 1,) int32
+    key_places: torch.Tensor  # (K,) int32: where in the row each key is
+    most_queries: int  # of a sequence
+    most_keys: int
+
+    @classmethod
+    def of(cls, segments, device):
+        queries, keys = [], []  # ranges of each sequence
+        for segment in segments:
+            prompt = range(segment.prompt_start, segment.chosen_start)
+            prompt_and_chosen = range(segment.prompt_start, segment.rejected_start)
+            rejected = range(segment.rejected_start, segment.end)
+            queries += [prompt_and_chosen, rejected]
+            keys += [[*prompt_and_chosen], [*prompt, *rejected]]
+        query_borders = [0, *accumulate(map(len, queries))]
+        key_borders = [0, *accumulate(map(len, keys))]
+        key_places = [*chain.from_iterable(keys)]
+        columns = query_borders, key_borders, key_places
+        numbers = send(torch.tensor([*chain.from_iterable(columns)], dtype=torch.int32), device)
+        return cls(*numbers.split([*map(len, columns)]), max(map(len, queries)), max(map(len, keys)))
+
+
 class PairLayout:
-    """Where the pairs of a packed row stand, and the attention masks of their rejected branches."""
+    """Where the pairs of a packed row stand, and what its layers share: masks, spans.  Made anew for each pass."""
 
     def __init__(self, segments, ask_reach=False):
         self.segments = segments  # of PackedPairs
-        self.masks = {}  # the same in every layer, so built once: (queries, keys, reach) -> mask
+        self.masks = {}  # (queries, keys, reach) -> mask
         self.calls = 0
         self.ask_reach = ask_reach  # the layers are to note their reach, which they are given in the place of a mask
+        self.longest = max((segment.end - segment.prompt_start for segment in segments), default=0)  # none is longer
+        self.spans = cache(partial(Spans.of, segments))
 
     def mask(self, num_queries, num_keys, reach, like, copies=1):
         """(copies * queries, keys), 0 where seen, else -inf: the last query stands at the last key; of the type and on
@@ -80,8 +120,11 @@ class PairLayout:
             keys = torch.arange(num_keys, device=like.device)
             queries = torch.arange(num_keys - num_queries, num_keys, device=like.device).view(-1, 1)
             unseen = sees(queries, keys, reach).logical_not()
-            mask = torch.zeros(unseen.shape, dtype=like.dtype, device=like.device).masked_fill_(unseen, -math.inf)
-            self.masks[key] = mask.repeat(copies, 1)
+            # Rows of 8 numbers: others CUDA's kernel copies into such ones, in every layer.
+            width = 8 * math.ceil(num_keys / 8)
+            mask = torch.zeros(num_queries, width, dtype=like.dtype, device=like.device).narrow(1, 0, num_keys)
+            mask.masked_fill_(unseen, -math.inf)
+            self.masks[key] = mask.repeat(copies, 1) if copies > 1 else mask
         return self.masks[key]
 
 
@@ -103,7 +146,57 @@ def packed_attention(module, query, key, value, attention_mask, pair_layout=None
         module.pair_reach = None if attention_mask is None else attention_mask.item() or None
         if module.pair_reach == NO_REACH:
             raise CannotPack("its attention mask is neither causal nor a window nor in chunks")
+    if torch.is_autocast_enabled(query.device.type):  # norms of fp32 weights leave fp32: cast once, not for each pair
+        compute = torch.get_autocast_dtype(query.device.type)
+        query, key, value = query.to(compute), key.to(compute), value.to(compute)
     scaling, reach = kwargs.get("scaling"), module.pair_reach
+    if reach is not None and abs(reach) >= pair_layout.longest:
+        reach = None
+    if runs_flash(query) and (reach is None or reach > 0):
+        return attend_at_once(query, key, value, pair_layout.spans(query.device), scaling, reach), None
+    return attend_by_pairs(query, key, value, pair_layout, scaling, reach), None
+
+
+# -- one call for all pairs ----------------------------------------------------------------------------------------
+
+
+def runs_flash(query):
+    """Whether FlashAttention runs on this query (1, heads, T, D)."""
+    return query.device.type == "cuda" and flash_takes(query, torch.cuda.get_device_capability(query.device))
+
+
+def flash_takes(query, capability):
+    """Whether it would on a GPU of this compute capability: in two bytes, with heads of up to 256 numbers."""
+    is_narrow = query.shape[-1] <= 256 and query.shape[-1] % 8 == 0
+    return capability >= AMPERE and query.element_size() == 2 and is_narrow
+
+
+def attend_at_once(query, key, value, spans, scaling, reach):
+    """Attention of a packed row in one call whatever the number of pairs; shapes as of packed_attention."""
+    query, key, value = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))  # (T, heads, D)
+    # In backward a prompt's keys add up two gradients: in any order the same to the bit.
+    key, value = key.index_select(0, spans.key_places), value.index_select(0, spans.key_places)
+    return flash(query, key, value, spans, scaling, reach).unsqueeze(0)
+
+
+def flash(query, key, value, spans, scaling, reach):
+    """FlashAttention-2 (arXiv:2307.08691) over sequences of different lengths: query (T, heads, D), key and value
+    (K, kv heads, D) -> (T, heads, D).
+
+    torch.nn.attention.varlen is this operator too, but takes grouped heads only since torch 2.12.
+    """
+    window = {} if reach is None else {"window_size_left": reach - 1, "window_size_right": 0}
+    borders = spans.query_borders, spans.key_borders, spans.most_queries, spans.most_keys
+    no_dropout, causal, no_debug_mask = 0.0, True, False
+    flags = no_dropout, causal, no_debug_mask
+    return torch.ops.aten._flash_attention_forward(query, key, value, *borders, *flags, scale=scaling, **window)[0]
+
+
+# -- two calls for each pair ---------------------------------------------------------------------------------------
+
+
+def attend_by_pairs(query, key, value, pair_layout, scaling, reach):
+    """As attend_at_once, on any device, in any type."""
     groups = query.shape[1] // key.shape[1]
 
     def attend(q, k, v):  # (1, heads, tokens, D)
@@ -135,7 +228,7 @@ def packed_attention(module, query, key, value, attention_mask, pair_layout=None
         seen_k = torch.cat((prompt_k[i], rejected_k[i]), dim=2)
         seen_v = torch.cat((prompt_v[i], rejected_v[i]), dim=2)
         outputs.append(attend(rejected_q[i], seen_k, seen_v))
-    return torch.cat(outputs, dim=2).transpose(1, 2).contiguous(), None
+    return torch.cat(outputs, dim=2).transpose(1, 2).contiguous()
 
 
 def cut_pairs(x, segments, borders):
@@ -151,13 +244,10 @@ def cut_pairs(x, segments, borders):
 
 
 def takes_groups(query):
-    """Whether torch's attention takes grouped heads here without a matrix of scores, tokens x tokens for each head,
-    that stays for backward.  On CUDA only flash attention does: without a mask, in 2 bytes, up to a head size of 256.
+    """Whether torch's attention takes grouped heads here.  On CUDA without flash it would make a matrix of scores for
+    that, tokens x tokens for each head, and keep it for backward.
     """
-    if query.device.type != "cuda":
-        return True
-    fits = query.element_size() == 2 and query.shape[-1] <= 256
-    return fits and torch.cuda.get_device_capability(query.device) >= (8, 0)
+    return query.device.type != "cuda"
 
 
 def attention_by_hand(query, key, value, mask, scaling=None):

@@ -18,6 +18,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from packed_attention import AMPERE, flash_takes
 from packed_model import HEAD_CHUNK, TokenLogps, final_softcap
 
 
@@ -36,17 +37,14 @@ class FusedAttention(torch.autograd.Function):
 
 
 def _attend(module, query, key, value, attention_mask, **kwargs):
-    """As packed attention: the second half of the tokens, rejected, has keys and values of its own for each head, and
-    the first too where flash attention does not run (packed_attention.takes_groups)."""
+    """As packed attention on the GPU here or, without one, on a newer one; where FlashAttention does not run, each head
+    has keys and values of its own."""
     query, key = query.to(value.dtype), key.to(value.dtype)
-    groups = query.shape[1] // key.shape[1]
-    runs_flash = value.element_size() == 2 and value.shape[-1] <= 256
-    outputs = []
-    for is_chosen, q, k, v in zip((True, False), query.chunk(2, 2), key.chunk(2, 2), value.chunk(2, 2)):
-        if not (is_chosen and runs_flash):
-            k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
-        outputs.append(FusedAttention.apply(q, k, v))
-    return torch.cat(outputs, 2).transpose(1, 2).contiguous(), None
+    capability = torch.cuda.get_device_capability() if torch.cuda.is_available() else AMPERE
+    if not flash_takes(query, capability):
+        groups = query.shape[1] // key.shape[1]
+        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    return FusedAttention.apply(query, key, value).transpose(1, 2).contiguous(), None
 
 
 AttentionInterface.register("counted", _attend)

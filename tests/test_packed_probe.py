@@ -13,7 +13,6 @@ import transformers
 from runs import run_script
 from tiny_models import ON, SIZES, oracle, random_pairs, scores, tiny_model
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from transformers.masking_utils import (
     bidirectional_mask_function,
@@ -27,9 +26,8 @@ from worlds import RUNS, write_world
 import distributed
 import lora
 from formats.model_files import ModelError, load_skeleton, load_tokenizer
-from packed_attention import NO_REACH, PairLayout, packed_attention, reach_mask
+from packed_attention import NO_REACH, reach_mask
 from packed_model import prepare_model, prepare_scores
-from packing import Segment
 
 MOE = dict(num_local_experts=4, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32)
 MOE |= dict(shared_expert_intermediate_size=32)
@@ -280,28 +278,6 @@ class Calls(TorchFunctionMode):
         if function is torch.Tensor.contiguous and args[0].device.type == "cuda":
             return args[0]  # a build without CUDA has no guard for its devices
         return function(*args, **(kwargs or {}))
-
-
-@pytest.mark.parametrize(
-    ("dtype", "capability", "grouped"),
-    [
-        (torch.bfloat16, (8, 0), True),
-        (torch.float16, (9, 0), True),
-        (torch.float16, (7, 5), False),  # flash attention does not run, and math keeps tokens x tokens for each head
-        (torch.float32, (9, 0), False),
-    ],
-)
-def test_on_cuda_heads_are_grouped_where_flash_attention_runs_and_only_there(dtype, capability, grouped, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
-    module = nn.Module()
-    module.pair_reach = None
-    with FakeTensorMode():  # has shapes, types and devices, and no numbers
-        query = torch.empty(1, 4, 9, 8, dtype=dtype, device="cuda")
-        key = torch.empty(1, 2, 9, 8, dtype=dtype, device="cuda")
-        with Calls() as calls:
-            output = packed_attention(module, query, key, key, None, PairLayout((Segment(0, 3, 6, 9),)))[0]
-    assert output.shape == (1, 9, 4, 8) and output.device.type == "cuda"
-    assert calls.found == [(not grouped, False), (True, True)]  # chosen, causal; rejected, by a mask
 
 
 def test_packed_attention_with_repeated_heads_is_that_with_grouped_ones(monkeypatch):
