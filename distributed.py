@@ -75,7 +75,10 @@ def start(device="auto", timeout=600):
                 f"MASTER_PORT {os.environ['MASTER_PORT']} is taken on this machine, by another run or program: set a "
                 "free one (deepspeed: --master_port)"
             ) from None
-    return World(rank, size, device)
+    world = World(rank, size, device)
+    if device.type == "cuda" and size > 1:
+        check_own_device(str(torch.cuda.get_device_properties(device).uuid), world)
+    return world
 
 
 def _end_with_launcher(launcher, seconds=40):
@@ -120,6 +123,8 @@ def device_of_rank(name, rank, local_rank):
     if name == "mps" and not torch.backends.mps.is_available():
         raise DeviceError("--device mps: this machine has no Metal device; use --device cpu")
     if name == "cuda":
+        if torch.cuda.device_count() == 1:  # some launchers show each process its own: srun --gpus-per-task=1
+            local_rank = 0
         if local_rank >= torch.cuda.device_count():
             raise DeviceError(f"rank {rank} wants GPU {local_rank} and only {torch.cuda.device_count()} are visible")
         torch.cuda.set_device(local_rank)
@@ -130,6 +135,19 @@ def device_of_rank(name, rank, local_rank):
     if name == "cpu":  # oneDNN keeps 1,024 compiled products, a third of a gigabyte where every length is new
         os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")
     return torch.device(name)
+
+
+def check_own_device(name, world):
+    """Raise DeviceError, on every rank the same, where two ranks have one device: name, which no other device has."""
+    of_ranks = [None] * world.size
+    dist.all_gather_object(of_ranks, name)
+    for rank, other in enumerate(of_ranks):
+        first = of_ranks.index(other)
+        if first != rank:
+            raise DeviceError(
+                f"ranks {first} and {rank} have one GPU between them: start as many processes as there are GPUs "
+                "(--nproc-per-node), or show each process its own"
+            )
 
 
 def stop():

@@ -20,7 +20,7 @@ from formats import hub_files, written_files
 from formats.chat_text import turn_end
 from formats.json_files import read_object
 from formats.tensor_files import check_readable, unmap
-from formats.user_errors import UserError
+from formats.user_errors import UserError, is_out_of_memory
 
 # What a tokenizer is read from, beside a model.
 TOKENIZER = "tokenizer*", "chat_template.jinja", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.*"
@@ -184,6 +184,8 @@ def _loaded(kind, path, load):
     except hub_files.HubError as error:
         raise ModelError(str(error)) from None
     except Exception as error:
+        if is_out_of_memory(error):
+            raise
         if "trust_remote_code" in str(error):
             raise ModelError(
                 f"the {kind} {path} comes with code of its own: read it, and pass --trust-remote-code to run it"

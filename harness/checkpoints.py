@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 
 import distributed
 from formats import written_files
@@ -194,10 +194,18 @@ def load_state(folder, parameters, optimizer):
 
 
 def _as(parameter, tensor):
-    """A tensor of a file, split over the ranks as the parameter is, if it is (a count of steps is not)."""
+    """A tensor of a file, split over the ranks as the parameter is, if it is (a count of steps is not).
+
+    Its shards go where the parameter's are: with --optimizer-offload to the CPU, as the GPU may have no room.  Trap:
+    distribute_tensor would put them, and for a moment all of the tensor, on the GPU.
+    """
     if not isinstance(parameter, DTensor) or tensor.shape != parameter.shape:
         return tensor
-    return distribute_tensor(tensor, parameter.device_mesh, parameter.placements, src_data_rank=None)
+    split = torch.empty_like(parameter.detach())
+    rank, chunks = parameter.device_mesh.get_local_rank(), tensor.chunk(parameter.device_mesh.size())  # as FSDP2 cuts
+    if rank < len(chunks):
+        split.to_local().copy_(chunks[rank])
+    return split
 
 
 def restore(folder, parameters, optimizer, scheduler, scaler, world):

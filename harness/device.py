@@ -34,6 +34,11 @@ def pick_dtype(name, world, begun_in=None):
         name = "bf16" if has else "fp32"
     if name == "fp16" and kind == "cpu":
         raise DeviceError("--dtype fp16 needs a GPU: on a CPU use bf16 or fp32")
+    if name == "bf16" and kind == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise DeviceError(
+            f"--dtype bf16: {torch.cuda.get_device_name(world.device)} does not multiply in it, and would emulate it: "
+            "use fp16 or fp32"
+        )
     return DTYPES[name]
 
 
@@ -51,18 +56,22 @@ def cpu_has_bf16(cpuinfo="/proc/cpuinfo"):
 
 
 def room(world):
-    """Bytes of the device that a rank has for itself, the least of all ranks: a GPU's memory; or a machine's, shared by
-    its ranks.
-    """
+    """Bytes of the device that a rank has for itself, the least of all ranks."""
+    least = torch.tensor(float(own_room(world)), dtype=torch.float64)
+    if world.size > 1:
+        dist.all_reduce(least, op=dist.ReduceOp.MIN)
+    return least.item()
+
+
+def own_room(world):
+    """Of this rank: what a GPU has free or torch holds already; or a machine's memory, shared by its ranks."""
     if world.device.type == "cuda":
-        size = torch.cuda.mem_get_info(world.device)[1]
+        free, _ = torch.cuda.mem_get_info(world.device)  # not the total: others may be on it, or a desktop
+        size = free + torch.cuda.memory_reserved(world.device)
     elif world.device.type == "mps":
         size = torch.mps.recommended_max_memory()
     elif hasattr(os, "sysconf"):  # not on Windows
         size = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
     else:
         size = math.inf
-    least = torch.tensor(float(size), dtype=torch.float64)
-    if world.size > 1:
-        dist.all_reduce(least, op=dist.ReduceOp.MIN)
-    return least.item()
+    return size

@@ -17,9 +17,9 @@ import sys
 import threading
 import time
 import traceback
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
-from formats.user_errors import UserError
+from formats.user_errors import UserError, is_out_of_memory
 from harness import interrupted, is_alone, locks, speaks
 
 SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
@@ -31,12 +31,14 @@ ADVICE = {
     errno.EPERM: "choose a place that you may use",
     errno.ENAMETOOLONG: "choose a shorter name",
 }
-NO_MEMORY = "out of memory", "not enough memory", "can't allocate memory"  # torch on GPUs, on Windows, on CPUs
+ADVICE_ON_MEMORY = "try a smaller --batch-size, or see what a run needs with --estimate-memory"
+advise_on_memory = None  # of a run: words in the place of these, found out when memory has run out
 
 
 def run(main, args):
     """main(args), and the end of the process for what it raises, as above; our own faults stay exceptions."""
-    prog = os.path.basename(sys.argv[0])
+    global advise_on_memory
+    advise_on_memory, prog = None, os.path.basename(sys.argv[0])
     if signal.getsignal(signal.SIGINT) is interrupted:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     handlers = {number: signal.getsignal(number) for number in SIGNALS}
@@ -104,12 +106,8 @@ def sentence_of(error):
     text = " ".join(str(error).split())
     if isinstance(error, UserError):
         return text
-    if isinstance(error, MemoryError) or any(words in text for words in NO_MEMORY):
-        first = re.split(r"\. (?=[A-Z])", text)[0]
-        return (
-            f"there is not enough memory ({first or 'MemoryError'}): try a smaller --batch-size, or see what a run "
-            "needs with --estimate-memory"
-        )
+    if is_out_of_memory(error):
+        return _too_little_memory(text)
     if isinstance(error, OSError) and error.errno:
         place = "" if error.filename is None else f"{os.fsdecode(error.filename)}: "
         return f"{place}{os.strerror(error.errno)}: {ADVICE.get(error.errno, 'check the path')}"
@@ -117,6 +115,18 @@ def sentence_of(error):
         code = int((re.search(r"os error (\d+)", text) or [0, 0])[1])
         return f"{text}: {ADVICE.get(code, 'a file of weights is damaged, or cannot be written')}"
     return None
+
+
+def _too_little_memory(text):
+    """The sentence about an allocation that failed, of which torch says this text."""
+    kind = "GPU memory" if "CUDA" in text else "memory"
+    asked = re.search(r"[Tt]ried to allocate ([0-9.]+ [A-Za-z]+)", text)
+    in_words = f"{asked[1]} more could not be had" if asked else re.split(r"\. (?=[A-Z])", text)[0] or "MemoryError"
+    advice = ADVICE_ON_MEMORY
+    if advise_on_memory:
+        with suppress(Exception):  # it needs memory too
+            advice = advise_on_memory()
+    return f"there is not enough {kind} ({in_words}): {advice}"
 
 
 def say(sentence):
@@ -128,11 +138,20 @@ def say(sentence):
 def begin_program():
     """For a process that is a script of ours and nothing else: no output can end it, and its faults say what to do."""
     sys.excepthook = _uncaught
+    _set_up_cuda()
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # what is ignored stays so
         signal.signal(signal.SIGINT, interrupted)  # `run` puts it back.  C++ that is loaded may die of an exception
     if hasattr(sys.stdin, "reconfigure"):
         sys.stdin.reconfigure(errors="replace")  # what is piped in may be no text
     sys.stdout, sys.stderr = (_unbroken(stream) for stream in (sys.stdout, sys.stderr))
+
+
+def _set_up_cuda():
+    """What has to be set before torch is loaded, unless the user has."""
+    os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")  # number GPUs as nvidia-smi does, not the fastest first
+    if not {"PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"} & os.environ.keys() and os.name != "nt":
+        # No two passes have one length: what they leave would be gaps between segments of fixed size.
+        os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
 
 
 class _Unbroken(io.FileIO):

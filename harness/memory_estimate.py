@@ -29,6 +29,7 @@ from harness.pass_memory import blocks_of, head_bytes, measure
 from packed_model import HEAD_CHUNK
 
 CUDA = 0.8e9  # what CUDA's context and the libraries' workspaces take, about
+NCCL = 0.5e9  # what its buffers take where there are several ranks, about
 WIDE = 4  # bytes of fp32
 USABLE = 0.9  # of a device; the rest is for fragmentation and for what is left out here
 MANY = 16 * HEAD_CHUNK  # tokens that are counted chunk by chunk
@@ -238,7 +239,7 @@ class Estimate:
             again = max(measured.casts) if on else casts  # of the block that runs again
             rows["weights cast"] = [casts, 2 * casts if with_kl else casts, again, 0]  # 2: the reference's too
             rows["flat gradient"] = [0, 0, 0, WIDE * sum(case.trained) if self.ranks > 1 else 0]
-        return rows | {"CUDA": [CUDA] * 4}
+        return rows | {"CUDA": [CUDA + NCCL if self.ranks > 1 else CUDA] * 4}
 
     def _reward_bytes(self, folder, case, adapters):
         """A frozen reward model: an adapter on the policy's base, as large as its file or else as the policy's."""

@@ -16,6 +16,15 @@ import lora_targets
 GB = 1e9
 MOMENTS = "scoring", "head", "backward", "update"  # memory_estimate's
 DEVICES = 24, 40, 64, 80, 141  # GB that cards have
+PHASES = {  # of a run's Stopwatch, in words
+    "load": "while models were loaded",
+    "cache": "while frozen models scored the pairs",
+    "forward": "in a pass of the training",
+    "backward": "in a pass of the training",
+    "communicate": "while gradients were exchanged",
+    "step": "in the optimiser's step",
+    "cost": "while responses were sampled",
+}
 
 
 def report(estimate, args):
@@ -65,6 +74,18 @@ def compared(predicted, measured):
     """A log line of two numbers of bytes."""
     numbers = f"{predicted / GB:.2f} GB predicted, {measured / GB:.2f} GB measured"
     return f"GPU memory of the first update: {numbers} ({round(100 * (measured / predicted - 1)):+d} %)"
+
+
+def out_of_memory(estimate, args, phase, room):
+    """What to say of a run whose memory ran out in a phase of its Stopwatch, on a device of `room` bytes."""
+    mode = "on" if estimate.checkpointing(args, room) else "off"
+    args = _with(args, {"gradient_checkpointing": mode})
+    total = estimate.total(args)
+    # A run that was to fit has others beside it, or is more than was estimated: clearly less, then.
+    flags = lever(estimate, args, 0.9 * min(room, total))
+    when = f"it ran out {PHASES[phase]}, and " if phase in PHASES else ""
+    numbers = f"the run was estimated to take {total / GB:.2f} GB of {room / GB:.2f} GB"
+    return f"{when}{numbers}; {f'try {flags}' if flags else 'no flag or pair of flags would be enough'}"
 
 
 def lever(estimate, args, limit):
@@ -127,11 +148,14 @@ def _words(steps):
 
 
 def memory_lines(world):
-    """Memory of this process as log lines: allocated and reserved on a GPU, the highest resident size on a CPU."""
+    """Memory of this process as log lines: of a GPU what tensors take, now and at most, and what torch holds for them;
+    on a CPU the highest resident size.
+    """
     if world.device.type == "cuda":
         return [
-            f"GPU memory allocated: {torch.cuda.memory_allocated() / 1e9:.2f} GB",
-            f"GPU memory reserved: {torch.cuda.memory_reserved() / 1e9:.2f} GB",
+            f"GPU memory allocated: {torch.cuda.memory_allocated() / GB:.2f} GB",
+            f"GPU memory allocated, highest so far: {torch.cuda.max_memory_allocated() / GB:.2f} GB",
+            f"GPU memory reserved: {torch.cuda.memory_reserved() / GB:.2f} GB",
         ]
     if world.device.type == "mps":
         return [f"GPU memory allocated: {torch.mps.current_allocated_memory() / 1e9:.2f} GB"]

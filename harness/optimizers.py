@@ -26,11 +26,18 @@ class OptimizerError(UserError):
     """An optimiser that cannot step here, in one sentence for the user."""
 
 
-def check(args, device_type, sharded=False):
+def check(args, device_type, dtype, sharded=False):
     """Raise OptimizerError, before any model loads, if the optimiser of the flags cannot step on cpu, cuda or mps.
 
-    sharded: the parameters will be DTensors of fully_shard.
+    dtype: what is computed in; sharded: the parameters will be DTensors of fully_shard.
     """
+    if sharded and args.optimizer_offload and dtype == torch.float16:
+        # GradScaler copies its scale to the gradients without waiting: on the CPU they may be divided by what is not
+        # there yet.
+        raise OptimizerError(
+            "--optimizer-offload does not go with fp16 where weights are sharded over ranks: use --dtype bf16 or fp32, "
+            "or leave it out"
+        )
     if args.optimizer == "adamw":
         return
     if args.optimizer_offload:
@@ -117,6 +124,7 @@ def _offload(optimizer, parameters):
         for parameter in parameters
     }
     on_device = {}  # parameter -> its own (weight, gradient), while it is exchanged
+    on_gpu = parameters[0].is_cuda
 
     def exchange(parameter):
         on_device[parameter] = parameter.data, parameter.grad
@@ -128,8 +136,11 @@ def _offload(optimizer, parameters):
             if parameter.grad is not None:
                 exchange(parameter)
                 for copy, own in zip(copies[parameter], on_device[parameter], strict=True):
-                    copy.copy_(own)  # the weight each time: what was written into it since the last step counts
+                    # The weight each time: what was written into it since the last step counts.
+                    copy.copy_(own, non_blocking=True)
                 parameter.grad = copies[parameter][1]
+        if on_gpu:  # wait once, for all copies
+            torch.cuda.synchronize()
 
     def put_back(parameter):
         parameter.grad = None
@@ -138,7 +149,7 @@ def _offload(optimizer, parameters):
     def after_step(*_):
         for parameter in list(on_device):
             own_weight, _ = on_device[parameter]
-            own_weight.copy_(parameter.data)
+            own_weight.copy_(parameter.data, non_blocking=True)
             put_back(parameter)
 
     def before_load(*_):

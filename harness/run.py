@@ -32,6 +32,7 @@ from formats.model_files import enable_checkpointing, load_model, load_skeleton,
 from harness import (
     checkpoints,
     device,
+    endings,
     flags,
     locks,
     memory_report,
@@ -109,9 +110,9 @@ class Run:
         self.full = getattr(args, "lora_r", None) == 0  # all weights are trained
         self.world = distributed.start(args.device, args.ddp_timeout)
         self.sharded = self.full and self.world.size > 1  # weights, gradients and optimiser, over the ranks
-        optimizers.check(args, self.world.device.type, self.sharded)
         self.watch = speed.Stopwatch(self.world.device, "start")
         self.checkpoint = checkpoints.find(args.output_dir, args.resume, self.say)  # a folder or None
+        optimizers.check(args, self.world.device.type, self.dtype, self.sharded)
         run_files.check_output(args, self.checkpoint)
         if not args.estimate_memory:  # which writes nothing
             lock, what = Path(args.output_dir) / ".lock", f"--output-dir {args.output_dir}"
@@ -147,10 +148,15 @@ class Run:
         other = getattr(self.args, "ref_model_path", None)
         reference = load_skeleton(other, tokenizer, self.args) if other else None
         self.estimate = Estimate(skeleton, self.world.size, reference, reward_folders, vectors)
+        endings.advise_on_memory = self._advise_on_memory
         if self.args.estimate_memory:
             self.say(memory_report.report(self.estimate, self.args))
             distributed.stop()
         return self.args.estimate_memory
+
+    def _advise_on_memory(self):
+        phase, room = self.watch.marks[-1][0], device.own_room(self.world)
+        return memory_report.out_of_memory(self.estimate, self.args, phase, room)
 
     def read(self, source, tokenizer, limit, prefer=None, by_default=False):
         """(pairs, lines to print) of a file, a folder or a dataset on a hub; prefer, by_default: see load_pairs."""

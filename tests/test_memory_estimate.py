@@ -28,7 +28,7 @@ import train_safe_mm_dpo
 import train_with_preference_prompt
 from harness import memory_estimate, pass_memory, sharding
 from harness.memory_estimate import CUDA, Estimate, EstimateError
-from harness.memory_report import GB, compared, first_update, lever, report
+from harness.memory_report import GB, compared, first_update, lever, out_of_memory, report
 from harness.pass_memory import measure
 
 MODELS = "qwen3", "llama", "gpt2"
@@ -409,3 +409,17 @@ def test_the_first_update_on_a_gpu_is_compared_with_the_estimate_of_its_largest_
     assert bloom.startswith(
         "GPU memory of the first update: 20.00 GB measured; the memory of this model's passes cannot "
     )
+
+
+def test_out_of_memory_names_the_phase_what_was_estimated_and_flags_that_are_enough(mistral):
+    estimate, args = Estimate(mistral), flags(gradient_checkpointing="off")
+    total = estimate.total(args)
+    # A card that is too small; one that would have been enough: others are on it, or the estimate is wrong.
+    for room, limit in ((24 * GB, 0.9 * 24 * GB), (80 * GB, 0.9 * total)):
+        said = out_of_memory(estimate, args, "backward", room)
+        start = "it ran out in a pass of the training, and the run was estimated to take 40.57 GB of "
+        assert said == f"{start}{room / GB:.2f} GB; try {lever(estimate, args, limit)}"
+    auto = flags(gradient_checkpointing="auto", batch_size=16)  # which is on there
+    said = out_of_memory(estimate, auto, "other", 24 * GB)
+    assert said.startswith("the run was estimated to take ") and "--gradient-checkpointing" not in said
+    assert said.endswith("of 24.00 GB; try --batch-size 8 --gradient-accumulation-steps 4")

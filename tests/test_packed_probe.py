@@ -23,7 +23,6 @@ from transformers.masking_utils import (
 )
 from worlds import RUNS, write_world
 
-import distributed
 import lora
 from formats.model_files import ModelError, load_skeleton, load_tokenizer
 from packed_attention import NO_REACH, reach_mask
@@ -252,17 +251,6 @@ def test_dropout_of_lora_is_no_fault_and_stays():
 
 
 # -- CUDA ----------------------------------------------------------------------------------------------------------
-
-
-def test_attention_of_cudnn_is_off_on_a_gpu(monkeypatch):
-    for name, answer in (("is_available", True), ("device_count", 1), ("set_device", None)):
-        monkeypatch.setattr(torch.cuda, name, lambda *_, answer=answer: answer)
-    assert torch.backends.cuda.cudnn_sdp_enabled()
-    try:
-        assert distributed.start("cuda").device == torch.device("cuda:0")
-        assert not torch.backends.cuda.cudnn_sdp_enabled()
-    finally:
-        torch.backends.cuda.enable_cudnn_sdp(True)
 
 
 class Calls(TorchFunctionMode):
