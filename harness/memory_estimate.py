@@ -12,7 +12,9 @@ A run has four moments (columns of memory_report's table), and its memory is tha
 """
 
 import copy
+import itertools
 from argparse import Namespace
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -33,6 +35,7 @@ NCCL = 0.5e9  # what its buffers take where there are several ranks, about
 WIDE = 4  # bytes of fp32
 USABLE = 0.9  # of a device; the rest is for fragmentation and for what is left out here
 MANY = 16 * HEAD_CHUNK  # tokens that are counted chunk by chunk
+PASSES = 16_384, 8_192, 4_096, 2_048  # tokens of a pass on a GPU, for `--tokens-per-microbatch auto`
 SOME = 1024  # tokens that are measured: with fused attention memory grows in line with them
 
 
@@ -254,17 +257,34 @@ class Estimate:
         """Bytes at the moment that has the most."""
         return max(map(sum, zip(*self.rows(args, tokens).values(), strict=True)))
 
+    def fits(self, args, room, tokens=None):
+        """Whether a run, with checkpointing `auto` as off, leaves a tenth of devices of `room` bytes.  Raises
+        EstimateError."""
+        # More than any takes: 8 bytes of activations for each weight and token.  Small models need not be measured.
+        most = size_of(self.skeleton.parameters(), 40 + 8 * (tokens or self.tokens(args))) + CUDA + NCCL
+        is_small = most <= USABLE * room and self.reference is None
+        return is_small or self.total(args, tokens) <= USABLE * room
+
     def checkpointing(self, args, room, tokens=None, packs=True):
         """Whether a run on devices of `room` bytes has gradient checkpointing; auto: where it would not fit without."""
         self.packs = packs
-        # More than any takes: 8 bytes of activations for each weight and token.  Small models need not be measured.
-        most = size_of(self.skeleton.parameters(), 40 + 8 * (tokens or self.tokens(args))) + CUDA
-        if args.gradient_checkpointing != "auto" or (most <= USABLE * room and self.reference is None):
+        if args.gradient_checkpointing != "auto":
             return args.gradient_checkpointing == "on"
         try:
-            return self.total(args, tokens) > USABLE * room
+            return not self.fits(args, room, tokens)
         except EstimateError:
             return getattr(args, "lora_r", None) == 0  # a guess: there it is needed most
+
+    def pass_that_fits(self, args, room):
+        """The most of PASSES that a run has room for, if need be with checkpointing where that is `auto`; else the
+        least."""
+        modes = ("off", "on") if args.gradient_checkpointing == "auto" else (args.gradient_checkpointing,)
+        for mode, tokens in itertools.product(modes, PASSES):
+            flags = {"gradient_checkpointing": mode, "tokens_per_microbatch": tokens}
+            with suppress(EstimateError):
+                if self.fits(Namespace(**vars(args) | flags), room):
+                    return tokens
+        return PASSES[-1]
 
     def first_update(self, args, checkpointing, tokens=None):
         """Bytes of tensors at most in the first update, whose passes have no moments yet; checkpointing: whether on."""

@@ -74,8 +74,10 @@ def add_common_flags(
     add("--estimate-memory", action="store_true", help=what)
     what = "slower, less memory; auto: where it is needed; alone it means on"
     add("--gradient-checkpointing", choices=("auto", "on", "off"), default="auto", help=what)
-    what = "passes of at most T tokens instead of B pairs; an update has the same pairs (0: off)"
-    add("--tokens-per-microbatch", type=count, default=0, metavar="T", help=what)
+    what = "passes of at most T tokens instead of B pairs; an update has the same pairs (0: off; auto: what is fast"
+    what += " and fits, the default without --batch-size)"
+    count_or_auto = lambda text: text if text == "auto" else count(text)
+    add("--tokens-per-microbatch", type=count_or_auto, metavar="T", help=what)
     add("--optimizer", choices=("adamw", "adamw8bit"), default="adamw", help="adamw8bit: 8-bit moments (bitsandbytes)")
     add("--optimizer-offload", action="store_true", help="AdamW's moments in the CPU's memory: slower")
     add("--dtype", choices=("auto", "bf16", "fp16", "fp32"), default="auto", help="of the base model's weights")
@@ -147,6 +149,8 @@ def _filled(parser, argv):
     if args.max_prompt_length is None:
         follows = "max_length" in args.given
         args.max_prompt_length = args.max_length // 2 if follows else parser.max_prompt_length
+    if args.tokens_per_microbatch is None:
+        args.tokens_per_microbatch = 0 if "batch_size" in args.given else "auto"
     return args
 
 

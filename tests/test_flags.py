@@ -75,7 +75,7 @@ DEFAULTS = dict(
     max_steps=0,
     batch_size=2,
     gradient_accumulation_steps=4,
-    tokens_per_microbatch=0,
+    tokens_per_microbatch="auto",
     learning_rate=1e-4,  # with LoRA
     warmup_steps=0,
     lr_scheduler="linear",
@@ -906,6 +906,31 @@ def test_passes_of_a_budget_of_tokens_are_the_same_update(run, world, monkeypatc
     assert "take a pass each" not in capsys.readouterr().out
     run(**same, tokens_per_microbatch=longest - 1)
     assert f"Pairs of more than {longest - 1} tokens take a pass each; the longest has " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("", "auto"),
+        ("--batch-size 3", 0),
+        ("--config {config}", 0),
+        ("--batch-size 3 --tokens-per-microbatch auto", "auto"),
+        ("--tokens-per-microbatch 700", 700),
+    ],
+)
+def test_passes_are_of_tokens_unless_their_pairs_are_given(words, expected, tmp_path):
+    config = tmp_path / "some.yaml"
+    config.write_text("batch_size: 4\n")
+    assert parse(*words.format(config=config).split()).tokens_per_microbatch == expected
+
+
+def test_auto_is_what_is_fast_on_a_cpu_and_the_same_update(run):
+    same = dict(eval_samples=0, max_steps=1, max_grad_norm=0)
+    by_pairs, auto = run(**same, batch_size=2), run(**same, batch_size=None)
+    flags = [json.loads((one.folder / "args.json").read_text())["tokens_per_microbatch"] for one in (by_pairs, auto)]
+    assert flags == [0, 1024]
+    assert auto.train[0]["num_tokens"] == by_pairs.train[0]["num_tokens"]
+    assert auto.train[0]["grad_norm"] == pytest.approx(by_pairs.train[0]["grad_norm"], rel=1e-4)
 
 
 def test_eval_samples(run, capsys):

@@ -411,6 +411,21 @@ def test_the_first_update_on_a_gpu_is_compared_with_the_estimate_of_its_largest_
     )
 
 
+@pytest.mark.parametrize(("room", "tokens", "checkpointing"), [(24, 8192, True), (40, 2048, False), (80, 8192, False)])
+def test_auto_is_the_longest_pass_that_fits_and_checkpoints_only_where_none_does(mistral, room, tokens, checkpointing):
+    estimate, auto = Estimate(mistral), flags(gradient_checkpointing="auto")
+    assert estimate.pass_that_fits(auto, room * GB) == tokens
+    sized = {size: flags(gradient_checkpointing="auto", tokens_per_microbatch=size) for size in (tokens, 2 * tokens)}
+    assert estimate.checkpointing(sized[tokens], room * GB) == checkpointing
+    for size, fits in ((tokens, True), (2 * tokens, False)):
+        vars(sized[size]).update(gradient_checkpointing="on" if checkpointing else "off")
+        assert (estimate.total(sized[size]) <= 0.9 * room * GB) == fits
+
+
+def test_auto_of_a_model_that_cannot_be_measured_is_the_shortest_pass():
+    assert estimate_of("bloom", 4).pass_that_fits(flags(), 1) == 2048
+
+
 def test_out_of_memory_names_the_phase_what_was_estimated_and_flags_that_are_enough(mistral):
     estimate, args = Estimate(mistral), flags(gradient_checkpointing="off")
     total = estimate.total(args)
