@@ -47,7 +47,6 @@ from packed_model import prepare_model
 from packing import epoch_plan, hold_out, largest_pass, pack, passes_of_rank, rows_of_run
 from preference_data import DataError, fingerprint, load_pairs
 
-CPU_PASS = 1024  # tokens: faster than two pairs, and than longer ones (docs/results.md)
 TOY_FOLDER = "outputs/toy_world"
 CHECKPOINT_LAYOUT = 3  # of what `begin` and Training put into a checkpoint; another layout is refused
 
@@ -151,22 +150,12 @@ class Run:
         self.estimate = memory_estimate.Estimate(skeleton, self.world.size, reference, reward_folders, vectors)
         endings.advise_on_memory = self._advise_on_memory
         if self.args.tokens_per_microbatch == "auto":
-            self.args.tokens_per_microbatch = self._tokens_of_a_pass()
+            kind, room = self.world.device.type, device.room(self.world)
+            self.args.tokens_per_microbatch = self.estimate.auto_pass(self.args, kind, room)
         if self.args.estimate_memory:
             self.say(memory_report.report(self.estimate, self.args))
             distributed.stop()
         return self.args.estimate_memory
-
-    def _tokens_of_a_pass(self):
-        """--tokens-per-microbatch auto: what is fast on this device and has room there; 0: --batch-size pairs."""
-        if self.world.device.type == "cuda":
-            tokens = self.estimate.pass_that_fits(self.args, device.room(self.world))
-            self.say(f"Passes of at most {tokens:,} tokens (--tokens-per-microbatch auto)")
-        elif self.args.estimate_memory:  # of the GPUs of others: what a run has there at least
-            tokens = memory_estimate.PASSES[-1]
-        else:
-            tokens = {"cpu": CPU_PASS}.get(self.world.device.type, 0)
-        return tokens
 
     def _advise_on_memory(self):
         phase, room = self.watch.marks[-1][0], device.own_room(self.world)

@@ -414,7 +414,8 @@ def test_the_first_update_on_a_gpu_is_compared_with_the_estimate_of_its_largest_
 @pytest.mark.parametrize(("room", "tokens", "checkpointing"), [(24, 8192, True), (40, 2048, False), (80, 8192, False)])
 def test_auto_is_the_longest_pass_that_fits_and_checkpoints_only_where_none_does(mistral, room, tokens, checkpointing):
     estimate, auto = Estimate(mistral), flags(gradient_checkpointing="auto")
-    assert estimate.pass_that_fits(auto, room * GB) == tokens
+    assert estimate.auto_pass(auto, "cuda", room * GB) == tokens
+    assert estimate.auto_pass(flags(estimate_memory=True), "cpu", 0) == 2048  # what a GPU has at least
     sized = {size: flags(gradient_checkpointing="auto", tokens_per_microbatch=size) for size in (tokens, 2 * tokens)}
     assert estimate.checkpointing(sized[tokens], room * GB) == checkpointing
     for size, fits in ((tokens, True), (2 * tokens, False)):
@@ -423,7 +424,7 @@ def test_auto_is_the_longest_pass_that_fits_and_checkpoints_only_where_none_does
 
 
 def test_auto_of_a_model_that_cannot_be_measured_is_the_shortest_pass():
-    assert estimate_of("bloom", 4).pass_that_fits(flags(), 1) == 2048
+    assert estimate_of("bloom", 4).auto_pass(flags(), "cuda", 1) == 2048
 
 
 def test_out_of_memory_names_the_phase_what_was_estimated_and_flags_that_are_enough(mistral):
