@@ -35,7 +35,7 @@ NCCL = 0.5e9  # what its buffers take where there are several ranks, about
 WIDE = 4  # bytes of fp32
 USABLE = 0.9  # of a device; the rest is for fragmentation and for what is left out here
 MANY = 16 * HEAD_CHUNK  # tokens that are counted chunk by chunk
-# Tokens of a pass, for `--tokens-per-microbatch auto`: on a GPU the most that fit, on a CPU what is fastest (results.md).
+# Tokens of a pass, for `--tokens-per-microbatch auto`: on a GPU the most that fit, on a CPU the fastest (docs/results.md).
 PASSES = 16_384, 8_192, 4_096, 2_048
 CPU_PASS = 1_024
 SOME = 1024  # tokens that are measured: with fused attention memory grows in line with them
@@ -280,8 +280,8 @@ class Estimate:
     def auto_pass(self, args, device_type, room):
         """Tokens of a pass of `--tokens-per-microbatch auto` on a cuda, cpu or mps device of `room` bytes.
 
-        On a GPU the most of PASSES, if need be with checkpointing where that is `auto`.  --estimate-memory is about GPUs:
-        elsewhere it gets the least that a run has there.
+        On a GPU the most of PASSES, if need be with checkpointing where that is `auto`.  --estimate-memory is about
+        GPUs: elsewhere it gets the least that a run has there.
         """
         if device_type != "cuda":
             others = {"cpu": CPU_PASS}  # 0, by pairs: not measured there
