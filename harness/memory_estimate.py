@@ -35,7 +35,7 @@ NCCL = 0.5e9  # what its buffers take where there are several ranks, about
 WIDE = 4  # bytes of fp32
 USABLE = 0.9  # of a device; the rest is for fragmentation and for what is left out here
 MANY = 16 * HEAD_CHUNK  # tokens that are counted chunk by chunk
-# Tokens of a pass, for `--tokens-per-microbatch auto`: on a GPU the most that fit, on a CPU the fastest (docs/results.md).
+# Tokens of a pass, for `--tokens-per-microbatch auto`: on a GPU the most that fit, on a CPU the fastest (results.md).
 PASSES = 16_384, 8_192, 4_096, 2_048
 CPU_PASS = 1_024
 SOME = 1024  # tokens that are measured: with fused attention memory grows in line with them
