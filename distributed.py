@@ -184,10 +184,9 @@ def take_step(parameters, optimizer, scheduler, scaler, max_grad_norm):
     norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm or math.inf)
     if isinstance(norm, DTensor):  # of sharded weights: each rank has a part of it
         norm = norm.full_tensor()
-    scale = scaler.get_scale()
     scaler.step(optimizer)
     scaler.update()
-    if scaler.get_scale() >= scale:
+    if not scaler.is_enabled() or norm.isfinite():  # with fp16 alone it waits for the GPU
         scheduler.step()
     optimizer.zero_grad()
     return norm

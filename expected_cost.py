@@ -137,7 +137,8 @@ class Constraint:
             counted = [place for place, i in enumerate(indices) if i in self.costly]
             changes = torch.stack((metrics["logps/chosen_change"], metrics["logps/rejected_change"])).detach()
             costs = send(self.costs[indices][counted].t().flatten(), self.run.world.device)
-            self.samples = slide(self.samples, changes[:, counted].flatten(), costs)
+            places = send(torch.tensor(counted, dtype=torch.long), changes.device)
+            self.samples = slide(self.samples, changes.index_select(1, places).flatten(), costs)
 
     def update(self, step):
         """After an update of the policy: E[cost] anew, and one step of lambda."""

@@ -58,25 +58,26 @@ class FusedLoRA(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, rows, weight, bias, a, b, scale):  # (N, in) -> (N, out)
-        low = rows @ a.to(rows.dtype).t()  # (N, r)
+        ctx.scale, ctx.dtype = scale, a.dtype
+        a, b = a.to(rows.dtype), b.to(rows.dtype)  # once, for backward too
+        low = rows @ a.t()  # (N, r)
         ctx.save_for_backward(rows, weight, a, b, low)
-        ctx.scale = scale
-        return F.linear(rows, weight, bias).addmm_(low, b.to(rows.dtype).t(), alpha=scale)
+        return F.linear(rows, weight, bias).addmm_(low, b.t(), alpha=scale)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_rows):  # (N, out)
         rows, weight, a, b, low = ctx.saved_tensors
-        grad_low = (grad_rows @ b.to(grad_rows.dtype)).mul_(ctx.scale)  # (N, r)
+        grad_low = (grad_rows @ b).mul_(ctx.scale)  # (N, r)
         grad_x = grad_weight = grad_bias = None
         if ctx.needs_input_grad[0]:
-            grad_x = (grad_rows @ weight).addmm_(grad_low, a.to(grad_rows.dtype))
+            grad_x = (grad_rows @ weight).addmm_(grad_low, a)
         if ctx.needs_input_grad[1]:  # not in a model: add_adapter freezes the base
             grad_weight = grad_rows.t() @ rows
         if ctx.needs_input_grad[2]:
             grad_bias = grad_rows.sum(0)
-        grad_a = (grad_low.t() @ rows).to(a.dtype)
-        grad_b = (grad_rows.t() @ low).to(b.dtype).mul_(ctx.scale)
+        grad_a = (grad_low.t() @ rows).to(ctx.dtype)
+        grad_b = (grad_rows.t() @ low).to(ctx.dtype).mul_(ctx.scale)
         return grad_x, grad_weight, grad_bias, grad_a, grad_b, None
 
 
@@ -120,6 +121,11 @@ def linear_shape(module):
 def lora_layers(model):
     """{module path: LoRALinear} of every layer that carries an adapter."""
     return {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
+
+
+def has_dropout(model):
+    """Whether any adapter draws dropout in training."""
+    return any(dropout for layer in lora_layers(model).values() for _, dropout in layer.settings.values())
 
 
 def add_adapter(model, name, r, alpha, dropout=0.0, target_modules=None, trainable=True):

@@ -73,10 +73,8 @@ def use_soft_prompt(model, vectors):
         return (args[0].clamp(min=0), *args[1:])
 
     def replace(module, args, states):  # (..., T, D)
-        virtual = ids[0] < 0
-        if virtual.any():
-            states = states.masked_scatter(virtual[..., None], vectors[-1 - ids[0][virtual]].to(states.dtype))
-        return states
+        own = vectors[(-1 - ids[0]).clamp(min=0)]  # at every place: to choose places would wait for a GPU
+        return torch.where((ids[0] < 0)[..., None], own.to(states.dtype), states)
 
     embedding = model.get_input_embeddings()
     hooks = embedding.register_forward_pre_hook(look_up), embedding.register_forward_hook(replace)

@@ -33,19 +33,19 @@ def closed(response, ends, end):
 class RowDraws(LogitsProcessor):
     """Leaves each row one token: the first at which the sum of the probabilities so far exceeds the row's number.
 
-    numbers: (rows, max_new_tokens) in [0, 1); width: tokens of the prompts.  Raises FloatingPointError for
-    probabilities that are not finite.
+    numbers: (rows, max_new_tokens) in [0, 1); width: tokens of the prompts.
     """
 
     def __init__(self, numbers, width):
         self.numbers, self.width = numbers, width
+        self.finite = True  # whether all probabilities were: to be looked at in the end, as each look waits for a GPU
 
     def __call__(self, input_ids, scores):
         sums = scores.softmax(-1).cumsum(-1, dtype=self.numbers.dtype)
-        if not sums[:, -1].isfinite().all():
-            raise FloatingPointError("the model gives no finite probabilities: try --dtype fp32, or mend its weights")
+        self.finite = self.finite & sums[:, -1].isfinite().all()
         number = self.numbers[:, input_ids.shape[1] - self.width, None]
         tokens = torch.searchsorted(sums, number * sums[:, -1:], right=True)  # the last sum is 1 but for rounding
+        tokens = tokens.clamp(max=scores.shape[1] - 1)  # behind the last: of sums that are not finite
         return torch.full_like(scores, -torch.inf).scatter(1, tokens, 0.0)
 
 
@@ -102,6 +102,8 @@ def sample(
     finally:
         model.generation_config = own
         model.train(was_training)
+    if draws and not draws[-1].finite:
+        raise FloatingPointError("the model gives no finite probabilities: try --dtype fp32, or mend its weights")
     responses = []
     for response in output[:, width:].tolist():
         end = next((place + 1 for place, token in enumerate(response) if token in ends), len(response))

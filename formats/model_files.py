@@ -225,10 +225,13 @@ def save_tokenizer(tokenizer, folder):
             settings.save_pretrained(folder)
 
 
-def enable_checkpointing(model):
-    """Recompute each block in backward instead of keeping its activations (non-reentrant)."""
+def enable_checkpointing(model, draws=True):
+    """Recompute each block in backward instead of keeping its activations (non-reentrant).
+
+    draws: whether a block draws random numbers, which have to be the same again.
+    """
     enable = getattr(model, "activation_checkpointing_enable", None)  # the name since transformers 5.2x
-    (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
+    (enable or model.gradient_checkpointing_enable)({"use_reentrant": False, "preserve_rng_state": draws})
 
 
 def _first_sentence(error):

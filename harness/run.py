@@ -250,7 +250,7 @@ class Run:
         room = device.room(self.world)
         self.checkpointing = self.estimate.checkpointing(self.args, room, tokens, model.packs_pairs)
         if self.checkpointing:
-            enable_checkpointing(model)
+            enable_checkpointing(model, draws=lora.has_dropout(model))
             self.say("gradient checkpointing: on")
 
     def begin(self, model, parameters, frozen=None, **facts):

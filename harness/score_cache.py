@@ -20,6 +20,7 @@ import distributed
 from formats import written_files
 from formats.tensor_files import save_file
 from harness import locks
+from packing import send
 
 
 def weights_sha256(named_tensors, dtype=None):
@@ -123,7 +124,8 @@ def pair_scores(path, num_pairs, needed, share, score, world, termination, say):
     say(sentence)
     new = torch.zeros(num_pairs, 3, device=world.device)  # the two numbers, and 1 where they are there
     for indices in tqdm(share(missing), desc=path.name.partition("-")[0], disable=not distributed.shows_bars(world)):
-        new[indices] = pad(torch.stack(score(indices), dim=1).float(), (0, 1), value=1.0)
+        rows = pad(torch.stack(score(indices), dim=1).float(), (0, 1), value=1.0)
+        new.index_copy_(0, send(torch.tensor(indices, dtype=torch.long), world.device), rows)
         if distributed.on_any_rank(termination.asked, world):  # of all ranks after the same pass
             break
     new = distributed.all_reduce_sum(new, world).cpu()

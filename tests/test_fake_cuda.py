@@ -1,0 +1,141 @@
+"""Packed passes and the training scripts on CUDA, without a GPU (fake_cuda.py): no error of device or type, no wait of
+the host inside the loop, no kernel that holds tokens x tokens; as many kernels whatever the number of pairs.
+"""
+
+import pytest
+import torch
+from fake_cuda import cuda_without_gpu, pytestmark, to_fake_cuda  # noqa: F401
+from tiny_models import random_pairs, tiny_model
+
+import distributed
+import lora
+import packed_model
+from formats.model_files import enable_checkpointing
+from losses import dpo_loss
+from packing import pack
+
+CUDA = torch.device("cuda:0")
+VOLTA, AMPERE, HOPPER = (7, 0), (8, 6), (9, 0)
+SHAPES = [(9, 5, 4), (7, 3, 8), (12, 6, 6)]
+HALF = torch.bfloat16, torch.float16
+
+
+def update(name, dtype, full=False, checkpointing=False, path="logps", capability=AMPERE, shapes=SHAPES, **changes):
+    """Two updates of a tiny model on fake CUDA; the FakeCuda of the second."""
+    model = tiny_model(name, torch.float32 if full else dtype, **changes)
+    parameters = list(model.parameters()) if full else lora.add_adapter(model, "policy", 4, 8)
+    head = torch.randn(1, 32) if path == "scores" else None
+    packed_model.prepare_model(model)
+    assert model.packs_pairs
+    with cuda_without_gpu(capability) as mode:
+        moved = {}
+        to_fake_cuda(model, mode, moved)
+        parameters = [moved[parameter] for parameter in parameters]
+        head = None if head is None else mode.fake(head)
+        if checkpointing:
+            enable_checkpointing(model, draws=False)
+        model.train()
+        optimizer = torch.optim.AdamW(parameters, lr=1e-3, fused=True)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+        scaler = torch.amp.GradScaler("cuda", enabled=dtype == torch.float16)
+        for _ in range(2):
+            for counts in (mode.waits, mode.kernels, mode.attention):
+                counts.clear()
+            batch = pack(random_pairs(shapes), CUDA)
+            with torch.autocast("cuda", dtype, enabled=full and dtype != torch.float32):
+                if path == "scores":
+                    numbers = packed_model.packed_scores(model, batch, head)
+                elif path == "kl":
+                    with torch.no_grad(), lora.use_adapter(model, None):
+                        reference = model.response_states(batch)
+                    numbers = model.packed_logps(batch, reference)
+                else:
+                    numbers = model.packed_logps(batch)
+                chosen, rejected, *divergences = numbers
+                losses = dpo_loss(chosen, rejected, chosen.detach(), rejected.detach(), 0.1)[0]
+                loss = sum([losses, *divergences]).sum()
+            scaler.scale(loss).backward()
+            trained = [parameter for parameter in parameters if parameter.grad is not None]
+            assert trained and all(parameter.grad.dtype == parameter.dtype == torch.float32 for parameter in trained)
+            distributed.take_step(parameters, optimizer, schedule, scaler, 1.0)
+    return mode
+
+
+@pytest.mark.parametrize("path", ["logps", "kl", "scores"])
+@pytest.mark.parametrize("full", [False, True], ids=["LoRA", "all weights"])
+@pytest.mark.parametrize("name", ["qwen3", "mistral", "gemma3", "gpt2"])
+def test_an_update_in_bf16_waits_for_nothing(name, full, path):
+    mode = update(name, torch.bfloat16, full, path == "logps", path)
+    assert not mode.waits
+    assert not mode.attention and mode.kernels["aten::_flash_attention_forward"] > 0
+
+
+@pytest.mark.parametrize("full", [False, True], ids=["LoRA", "all weights"])
+def test_an_update_in_fp16_waits_once_for_whether_it_counts(full):
+    (((kind, line), times),) = update("qwen3", torch.float16, full).waits.items()
+    assert (kind, line.partition(":")[0], times) == ("read", "distributed.py", 1)
+
+
+@pytest.mark.parametrize("name", ["qwen3", "mistral", "gemma3", "gpt2"])
+@pytest.mark.parametrize(
+    ("dtype", "capability"), [(torch.float32, HOPPER), (torch.float16, VOLTA), (torch.float32, VOLTA)]
+)
+def test_where_flash_does_not_run_no_kernel_holds_tokens_x_tokens(name, dtype, capability):
+    """Nor is a mask copied in each layer: fake attention asserts that."""
+    attention = update(name, dtype, capability=capability).attention
+    assert attention and {kernel for kernel, _ in attention} == {"efficient"}
+
+
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("name", ["qwen3", "mistral"])
+def test_a_layer_takes_as_many_kernels_whatever_the_number_of_pairs(name, dtype):
+    """Of a whole update with LoRA: two pairs or six, in three layers more."""
+
+    def kernels(pairs, layers):
+        return update(name, dtype, shapes=[(9, 5, 4)] * pairs, num_hidden_layers=layers).kernels
+
+    layers = {pairs: kernels(pairs, 4) - kernels(pairs, 1) for pairs in (2, 6)}
+    assert layers[2] == layers[6] and layers[2]["aten::_flash_attention_forward"] == 3
+
+
+def test_without_flash_they_grow_with_the_pairs():
+    """Else the test above could not fail."""
+    totals = [update("qwen3", torch.float32, shapes=[(9, 5, 4)] * pairs).kernels.total() for pairs in (2, 6)]
+    assert totals[1] > totals[0] + 40
+
+
+# -- mistakes are seen -----------------------------------------------------------------------------------------------
+
+
+def test_a_mask_on_the_cpu_is_seen(monkeypatch):
+    on_cpu = lambda self, queries, keys, reach, like, copies=1: torch.zeros(queries, keys, dtype=like.dtype)
+    monkeypatch.setattr(packed_attention.PairLayout, "mask", on_cpu)
+    with pytest.raises(Exception, match="device"):
+        update("qwen3", torch.float32)
+
+
+def test_a_type_that_does_not_fit_is_seen(monkeypatch):
+    plain = lora.FusedLoRA.forward
+
+    def forward(ctx, rows, weight, bias, a, b, scale):
+        plain(ctx, rows, weight, bias, a, b, scale)
+        return rows @ a.t()  # bf16 times fp32
+
+    monkeypatch.setattr(lora.FusedLoRA, "forward", staticmethod(forward))
+    with pytest.raises(RuntimeError, match="dtype"):
+        update("qwen3", torch.bfloat16)
+
+
+def test_a_hidden_wait_is_seen(monkeypatch):
+    plain = packed_model._sum_responses
+
+    def sums(numbers, batch):
+        if numbers.is_cuda:
+            numbers[numbers < 0]  # a boolean mask
+            float(numbers.sum())
+            torch.ones(3).to(CUDA)
+            numbers.cpu()
+        return plain(numbers, batch)
+
+    monkeypatch.setattr(packed_model, "_sum_responses", sums)
+    assert {kind for kind, _ in update("qwen3", torch.bfloat16).waits} == {"shape", "read", "H2D", "D2H"}
