@@ -59,14 +59,15 @@ def is_mask(index):
 
 
 class FakeCuda(TorchDispatchMode):
-    """waits {(kind, line of ours): how often}, while `listens`; kernels {operator: how often}; attention {(kernel of
-    torch's attention, causal or mask): how often}."""
+    """waits {(kind, line of ours): how often}, while `listens`, to `heard` kernels; kernels {operator: how often};
+    attention {(kernel of torch's attention, causal or mask): how often}.
+    """
 
     def __init__(self):
         super().__init__()
         self.fake_mode = FakeTensorMode(allow_non_fake_inputs=True)
         self.waits, self.kernels, self.attention = (collections.Counter() for _ in range(3))
-        self.listens = True
+        self.listens, self.heard = True, 0
         self.pinned = []  # held, so that no other storage gets the number of one
 
     def wait(self, kind):
@@ -122,6 +123,7 @@ class FakeCuda(TorchDispatchMode):
             args = args[0], self._indices(args[1]), *args[2:]
         if not function.is_view and function.name().partition(".")[0] not in NO_KERNEL:
             self.kernels[function.name().partition(".")[0]] += 1
+            self.heard += self.listens
         with self.fake_mode:
             return function(*args, **kwargs)
 

@@ -2,15 +2,21 @@
 the host inside the loop, no kernel that holds tokens x tokens; as many kernels whatever the number of pairs.
 """
 
+import collections
+
 import pytest
 import torch
 from fake_cuda import cuda_without_gpu, pytestmark, to_fake_cuda  # noqa: F401
+from runs import run_script
 from tiny_models import random_pairs, tiny_model
+from worlds import QUICK, words_of
 
 import distributed
 import lora
+import packed_attention
 import packed_model
 from formats.model_files import enable_checkpointing
+from harness import run, speed, training
 from losses import dpo_loss
 from packing import pack
 
@@ -102,6 +108,105 @@ def test_without_flash_they_grow_with_the_pairs():
     """Else the test above could not fail."""
     totals = [update("qwen3", torch.float32, shapes=[(9, 5, 4)] * pairs).kernels.total() for pairs in (2, 6)]
     assert totals[1] > totals[0] + 40
+
+
+# -- whole scripts ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def fake_run(labelled_world, monkeypatch, tmp_path):
+    """fake_run(script, words ...) -> the FakeCuda of a whole run, which listened in the updates behind the first, up to
+    log lines, evaluations and checkpoints.
+
+    Models are loaded, looked at and hashed as real ones on the CPU, and are fake from Run.begin on.
+    """
+    begin, update_of, modes = run.Run.begin, training.Training._update, []
+    plain_to = torch.nn.Module.to
+
+    def stays_real(self, *args, **kwargs):
+        to_cuda = args and isinstance(args[0], torch.device) and args[0].type == "cuda"
+        return self if to_cuda else plain_to(self, *args, **kwargs)
+
+    def begins_fake(self, model, parameters, frozen=None, **facts):
+        parameters = begin(self, model, parameters, frozen, **facts)
+        moved = {}
+        for one in {model, *(role.model for role in (frozen or {}).values())}:
+            to_fake_cuda(one, modes[0], moved)
+        for role in (frozen or {}).values():
+            if role.head is not None:
+                role.head = modes[0].fake(role.head)
+        return [moved[parameter] for parameter in parameters]
+
+    def listens(self, passes_of_ranks):
+        modes[0].listens = self.step_number > 0
+        return update_of(self, passes_of_ranks)
+
+    def deaf(method):
+        def call(self, *args, **kwargs):
+            modes[0].listens = False
+            return method(self, *args, **kwargs)
+
+        return call
+
+    monkeypatch.setattr(torch.nn.Module, "to", stays_real)
+    monkeypatch.setattr(run.Run, "begin", begins_fake)
+    monkeypatch.setattr(training.Training, "_update", listens)
+    for where, names in ((training.Training, "means log evaluation _save"), (speed.Stopwatch, "read")):
+        for name in names.split():
+            monkeypatch.setattr(where, name, deaf(getattr(where, name)))
+
+    def run_fake(script, *words):
+        with cuda_without_gpu() as mode:
+            modes[:] = [mode]
+            mode.listens = False
+            here = [
+                "--model",
+                labelled_world / "model",
+                *words_of(script, labelled_world),
+                "--output-dir",
+                tmp_path / "run",
+            ]
+            quick = [*QUICK, "--device", "cuda", "--max-steps", 4, "--logging-steps", 4, "--eval-steps", 0]
+            run_script([*here, *quick, *words], __import__(script))
+        return mode
+
+    return run_fake
+
+
+PASSES = ["--batch-size", 2, "--gradient-accumulation-steps", 2]
+
+
+@pytest.mark.parametrize(
+    ("script", "words"),
+    [
+        ("dpo_hf_run", ["--dtype", "bf16"]),
+        ("dpo_hf_run", ["--dtype", "bf16", "--gradient-checkpointing", "on", *PASSES]),
+        ("dpo_hf_run", ["--dtype", "fp32", "--save-steps", 1]),
+        ("dpo_hf_run", ["--dtype", "bf16", "--lora-dropout", 0.1]),
+        ("train_rm", ["--dtype", "bf16", "--lora-r", 0]),
+        ("train_rm", ["--dtype", "bf16", *PASSES]),
+        ("train_safe_mm_dpo", ["--dtype", "bf16", "--cost-every", 100, *PASSES]),
+        ("train_with_preference_prompt", ["--dtype", "bf16", *PASSES]),
+        ("learn_prompt", ["--dtype", "bf16", *PASSES]),
+    ],
+)
+def test_a_script_waits_for_the_gpu_at_log_lines_alone(script, words, fake_run):
+    mode = fake_run(script, *words)
+    assert not mode.waits and mode.heard > 300
+
+
+@pytest.mark.parametrize(
+    ("script", "words", "line"),
+    [
+        ("dpo_hf_run", ["--dtype", "fp16"], "read distributed.py"),  # whether the update counts
+        ("train_safe_mm_dpo", ["--dtype", "bf16", "--cost-estimate", "snis"], "D2H distributed.py"),  # lambda goes on
+    ],
+)
+def test_where_the_host_has_to_know_it_waits_once_for_each_update(script, words, line, fake_run):
+    waits = collections.Counter()
+    for (kind, where), times in fake_run(script, *words).waits.items():
+        waits[f"{kind} {where.partition(':')[0]}"] += times
+    assert waits == {line: 3}
 
 
 # -- mistakes are seen -----------------------------------------------------------------------------------------------
