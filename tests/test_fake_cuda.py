@@ -9,7 +9,7 @@ import torch
 from fake_cuda import cuda_without_gpu, pytestmark, to_fake_cuda  # noqa: F401
 from runs import run_script
 from tiny_models import random_pairs, tiny_model
-from worlds import QUICK, words_of
+from worlds import QUICK, data_of
 
 import distributed
 import lora
@@ -113,6 +113,13 @@ def test_without_flash_they_grow_with_the_pairs():
 # -- whole scripts ---------------------------------------------------------------------------------------------------
 
 
+LOOK = [  # what may wait: log lines, evaluations, checkpoints, the end of an epoch
+    *((training.Training, name) for name in ("means", "log", "evaluation", "_save")),
+    (speed.Stopwatch, "read"),
+    (run.Run, "save_epoch"),
+]
+
+
 @pytest.fixture
 def fake_run(labelled_world, monkeypatch, tmp_path):
     """fake_run(script, words ...) -> the FakeCuda of a whole run, which listened in the updates behind the first, up to
@@ -151,9 +158,8 @@ def fake_run(labelled_world, monkeypatch, tmp_path):
     monkeypatch.setattr(torch.nn.Module, "to", stays_real)
     monkeypatch.setattr(run.Run, "begin", begins_fake)
     monkeypatch.setattr(training.Training, "_update", listens)
-    for where, names in ((training.Training, "means log evaluation _save"), (speed.Stopwatch, "read")):
-        for name in names.split():
-            monkeypatch.setattr(where, name, deaf(getattr(where, name)))
+    for where, name in LOOK:
+        monkeypatch.setattr(where, name, deaf(getattr(where, name)))
 
     def run_fake(script, *words):
         with cuda_without_gpu() as mode:
@@ -162,7 +168,7 @@ def fake_run(labelled_world, monkeypatch, tmp_path):
             here = [
                 "--model",
                 labelled_world / "model",
-                *words_of(script, labelled_world),
+                *data_of(script, labelled_world),
                 "--output-dir",
                 tmp_path / "run",
             ]
@@ -213,7 +219,12 @@ def test_where_the_host_has_to_know_it_waits_once_for_each_update(script, words,
 
 
 def test_a_mask_on_the_cpu_is_seen(monkeypatch):
-    on_cpu = lambda self, queries, keys, reach, like, copies=1: torch.zeros(queries, keys, dtype=like.dtype)
+    plain = packed_attention.PairLayout.mask
+
+    def on_cpu(self, queries, keys, reach, like, copies=1):
+        like = torch.empty(0, dtype=like.dtype) if like.device.type == "cuda" else like
+        return plain(self, queries, keys, reach, like, copies)
+
     monkeypatch.setattr(packed_attention.PairLayout, "mask", on_cpu)
     with pytest.raises(Exception, match="device"):
         update("qwen3", torch.float32)
@@ -235,7 +246,7 @@ def test_a_hidden_wait_is_seen(monkeypatch):
     plain = packed_model._sum_responses
 
     def sums(numbers, batch):
-        if numbers.is_cuda:
+        if numbers.device.type == "cuda":
             numbers[numbers < 0]  # a boolean mask
             float(numbers.sum())
             torch.ones(3).to(CUDA)
