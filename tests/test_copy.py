@@ -62,7 +62,7 @@ def lines_of_main(name):
 
 
 def test_there_are_scripts_and_leaves():
-    assert len(SCRIPTS) == 8
+    assert len(SCRIPTS) == 9
     assert len(TRAINERS) == 5
     assert {"lora.py", "losses.py", "preference_data.py", "packing.py"} <= set(LEAVES)
 

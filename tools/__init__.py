@@ -1,4 +1,4 @@
-"""What the three tools beside the trainers are made of; a file's first word says whose it is.
+"""What the four tools beside the trainers are made of; a file's first word says whose it is.
 
 of generate.py and evaluate_alignment.py
     prompts              the prompts of a file of rows -> token ids, as in training
@@ -27,4 +27,10 @@ of prepare_data.py
     prepare_rows         raw rows of every kind -> pairs and labelled responses
     prepare_pairs        one of each pair, in splits by prompt
     prepare_account      what became of every row
+
+of gpu_check.py
+    gpu_models           the report; tiny models, pairs, updates
+    gpu_numbers          the machine, kernels, numbers beside fp64, optimisers, waits
+    gpu_load             memory beside the estimate, speed
+    gpu_runs             whole scripts, resume, ranks
 """
