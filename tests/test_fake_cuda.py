@@ -6,10 +6,11 @@ import collections
 
 import pytest
 import torch
+import transformers
 from fake_cuda import cuda_without_gpu, pytestmark, to_fake_cuda  # noqa: F401
 from runs import run_script
 from tiny_models import random_pairs, tiny_model
-from worlds import QUICK, words_of
+from worlds import QUICK, char_tokenizer, data_of
 
 import distributed
 import lora
@@ -19,6 +20,7 @@ from formats.model_files import enable_checkpointing
 from harness import run, speed, training
 from losses import dpo_loss
 from packing import pack
+from sampling import sample
 
 CUDA = torch.device("cuda:0")
 VOLTA, AMPERE, HOPPER = (7, 0), (8, 6), (9, 0)
@@ -113,6 +115,13 @@ def test_without_flash_they_grow_with_the_pairs():
 # -- whole scripts ---------------------------------------------------------------------------------------------------
 
 
+LOOK = [  # what may wait: log lines, evaluations, checkpoints, the end of an epoch
+    *((training.Training, name) for name in ("means", "log", "evaluation", "_save")),
+    (speed.Stopwatch, "read"),
+    (run.Run, "save_epoch"),
+]
+
+
 @pytest.fixture
 def fake_run(labelled_world, monkeypatch, tmp_path):
     """fake_run(script, words ...) -> the FakeCuda of a whole run, which listened in the updates behind the first, up to
@@ -151,9 +160,8 @@ def fake_run(labelled_world, monkeypatch, tmp_path):
     monkeypatch.setattr(torch.nn.Module, "to", stays_real)
     monkeypatch.setattr(run.Run, "begin", begins_fake)
     monkeypatch.setattr(training.Training, "_update", listens)
-    for where, names in ((training.Training, "means log evaluation _save"), (speed.Stopwatch, "read")):
-        for name in names.split():
-            monkeypatch.setattr(where, name, deaf(getattr(where, name)))
+    for where, name in LOOK:
+        monkeypatch.setattr(where, name, deaf(getattr(where, name)))
 
     def run_fake(script, *words):
         with cuda_without_gpu() as mode:
@@ -162,7 +170,7 @@ def fake_run(labelled_world, monkeypatch, tmp_path):
             here = [
                 "--model",
                 labelled_world / "model",
-                *words_of(script, labelled_world),
+                *data_of(script, labelled_world),
                 "--output-dir",
                 tmp_path / "run",
             ]
@@ -183,9 +191,12 @@ PASSES = ["--batch-size", 2, "--gradient-accumulation-steps", 2]
         ("dpo_hf_run", ["--dtype", "bf16", "--gradient-checkpointing", "on", *PASSES]),
         ("dpo_hf_run", ["--dtype", "fp32", "--save-steps", 1]),
         ("dpo_hf_run", ["--dtype", "bf16", "--lora-dropout", 0.1]),
+        ("dpo_hf_run", ["--dtype", "bf16", "--lora-r", 0]),
+        ("dpo_hf_run", ["--dtype", "bf16", "--tokens-per-microbatch", 60]),
         ("train_rm", ["--dtype", "bf16", "--lora-r", 0]),
         ("train_rm", ["--dtype", "bf16", *PASSES]),
         ("train_safe_mm_dpo", ["--dtype", "bf16", "--cost-every", 100, *PASSES]),
+        ("train_safe_mm_dpo", ["--dtype", "bf16", "--combine", "margin", "--cost-every", 100]),
         ("train_with_preference_prompt", ["--dtype", "bf16", *PASSES]),
         ("learn_prompt", ["--dtype", "bf16", *PASSES]),
     ],
@@ -209,11 +220,39 @@ def test_where_the_host_has_to_know_it_waits_once_for_each_update(script, words,
     assert waits == {line: 3}
 
 
+def test_between_log_lines_safe_mm_dpo_waits_where_it_samples_alone(fake_run):
+    waits = fake_run("train_safe_mm_dpo", "--dtype", "bf16", "--cost-every", 1).waits
+    assert {line.partition(":")[0] for _, line in waits} == {"sampling.py", "expected_cost.py"}
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_sampling_waits_once_for_each_token(temperature, monkeypatch):
+    """transformers' generate looks whether all rows have ended.  Ours looks at nothing before the end."""
+
+    def waits(num_tokens):
+        model, steps = tiny_model("qwen3", torch.bfloat16), iter(range(num_tokens))
+        # A fake token cannot end a row: the test ends them all.
+        goes_on = lambda *_, **__: next(steps, None) is not None
+        monkeypatch.setattr(transformers.GenerationMixin, "_has_unfinished_sequences", goes_on)
+        with cuda_without_gpu() as mode:
+            to_fake_cuda(model, mode)
+            sample(model, char_tokenizer(), [[5, 6, 7], [9, 8]], num_tokens, seed=0, temperature=temperature)
+        return mode.waits
+
+    further = waits(12) - waits(4)
+    assert [kind for kind, _ in further] == ["read"] and further.total() == 8
+
+
 # -- mistakes are seen -----------------------------------------------------------------------------------------------
 
 
 def test_a_mask_on_the_cpu_is_seen(monkeypatch):
-    on_cpu = lambda self, queries, keys, reach, like, copies=1: torch.zeros(queries, keys, dtype=like.dtype)
+    plain = packed_attention.PairLayout.mask
+
+    def on_cpu(self, queries, keys, reach, like, copies=1):
+        like = torch.empty(0, dtype=like.dtype) if like.device.type == "cuda" else like
+        return plain(self, queries, keys, reach, like, copies)
+
     monkeypatch.setattr(packed_attention.PairLayout, "mask", on_cpu)
     with pytest.raises(Exception, match="device"):
         update("qwen3", torch.float32)
@@ -235,7 +274,7 @@ def test_a_hidden_wait_is_seen(monkeypatch):
     plain = packed_model._sum_responses
 
     def sums(numbers, batch):
-        if numbers.is_cuda:
+        if numbers.device.type == "cuda":
             numbers[numbers < 0]  # a boolean mask
             float(numbers.sum())
             torch.ones(3).to(CUDA)
