@@ -9,6 +9,7 @@ import torch
 import transformers
 from fake_cuda import cuda_without_gpu, pytestmark, to_fake_cuda  # noqa: F401
 from runs import run_script
+from safetensors.torch import save_file
 from tiny_models import random_pairs, tiny_model
 from worlds import QUICK, char_tokenizer, data_of
 
@@ -163,14 +164,14 @@ def fake_run(labelled_world, monkeypatch, tmp_path):
     for where, name in LOOK:
         monkeypatch.setattr(where, name, deaf(getattr(where, name)))
 
-    def run_fake(script, *words):
+    def run_fake(script, *words, data=None):
         with cuda_without_gpu() as mode:
             modes[:] = [mode]
             mode.listens = False
             here = [
                 "--model",
                 labelled_world / "model",
-                *data_of(script, labelled_world),
+                *(data or data_of(script, labelled_world)),
                 "--output-dir",
                 tmp_path / "run",
             ]
@@ -218,6 +219,15 @@ def test_where_the_host_has_to_know_it_waits_once_for_each_update(script, words,
     for (kind, where), times in fake_run(script, *words).waits.items():
         waits[f"{kind} {where.partition(':')[0]}"] += times
     assert waits == {line: 3}
+
+
+def test_a_soft_preference_waits_for_nothing_either(fake_run, labelled_world, tmp_path):
+    vectors = tmp_path / "soft.safetensors"
+    save_file({"prompt_embeddings": torch.randn(3, 32)}, vectors)
+    data = ["--dataset-path", labelled_world / "train.jsonl", "--test-dataset-path", labelled_world / "val.jsonl"]
+    data += ["--use-prompt-embedding", "--prompt-embedding-path", vectors]
+    mode = fake_run("train_with_preference_prompt", "--dtype", "bf16", *PASSES, data=data)
+    assert not mode.waits and mode.heard > 300
 
 
 def test_between_log_lines_safe_mm_dpo_waits_where_it_samples_alone(fake_run):
