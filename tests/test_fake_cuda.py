@@ -193,7 +193,7 @@ PASSES = ["--batch-size", 2, "--gradient-accumulation-steps", 2]
         ("dpo_hf_run", ["--dtype", "fp32", "--save-steps", 1]),
         ("dpo_hf_run", ["--dtype", "bf16", "--lora-dropout", 0.1]),
         ("dpo_hf_run", ["--dtype", "bf16", "--lora-r", 0]),
-        ("dpo_hf_run", ["--dtype", "bf16", "--tokens-per-microbatch", 60]),
+        ("dpo_hf_run", ["--dtype", "bf16", "--tokens-per-microbatch", 200]),
         ("train_rm", ["--dtype", "bf16", "--lora-r", 0]),
         ("train_rm", ["--dtype", "bf16", *PASSES]),
         ("train_safe_mm_dpo", ["--dtype", "bf16", "--cost-every", 100, *PASSES]),
