@@ -1,0 +1,141 @@
+"""What the checks stand on: lines of a report, tiny models of four kinds, pairs of random tokens, updates."""
+
+import collections
+from argparse import Namespace
+
+import torch
+import transformers
+
+import distributed
+import lora
+import losses
+from formats.model_files import enable_checkpointing
+from harness import optimizers
+from packed_model import prepare_model
+from packing import pack
+from preference_data import Pair
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+SIZES = dict(vocab_size=2048, hidden_size=256, intermediate_size=512, num_hidden_layers=2, max_position_embeddings=1024)
+SIZES |= dict(num_attention_heads=8, num_key_value_heads=2, bos_token_id=0, eos_token_id=1, pad_token_id=0)
+GEMMA = dict(sliding_window=16, layer_types=["sliding_attention", "full_attention"])
+KINDS = {  # name -> (transformers' name, its config)
+    "qwen3": ("qwen3", SIZES | dict(head_dim=64, tie_word_embeddings=True)),
+    "mistral, window 16": ("mistral", SIZES | dict(head_dim=64, sliding_window=16)),
+    "gemma3, window 16": ("gemma3_text", SIZES | dict(head_dim=64) | GEMMA),
+    "gpt2": ("gpt2", dict(vocab_size=2048, n_layer=2, n_head=4, n_embd=256, n_positions=1024)),
+}
+SHAPES = [(37, 20, 31), (5, 64, 1), (80, 48, 49), (16, 1, 96)]  # tokens of prompt, chosen, rejected
+
+
+class Report:
+    """A line for each finding: ok, FAIL (wrong), slow (right, but far from what the card can), note."""
+
+    def __init__(self):
+        self.found = collections.Counter()
+
+    def line(self, kind, what, text):
+        self.found[kind] += 1
+        print(f"{kind:4}  {what:36} {text}", flush=True)
+
+    def check(self, is_right, what, text, otherwise="FAIL"):
+        self.line("ok" if is_right else otherwise, what, text)
+
+    def judge(self, what, value, limit):
+        """A distance that is to be at most `limit`."""
+        self.check(value <= limit, what, f"{value:.1e} (at most {limit:.0e})")
+
+
+def tiny_model(kind, dtype, device, seed=0):
+    """A model with random weights, the same on every device."""
+    name, settings = KINDS[kind]
+    torch.manual_seed(seed)
+    model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(name, **settings))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(0, 0.05)
+    return model.to(device, dtype).eval()
+
+
+def adapted(kind, dtype, device):
+    """(tiny model with LoRA, its parameters): A and B random."""
+    model = tiny_model(kind, dtype, device)
+    torch.manual_seed(1)
+    parameters = lora.add_adapter(model, "policy", 8, 16)
+    draw = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for b in parameters[1::2]:
+            b.copy_(0.02 * torch.randn(b.shape, generator=draw))
+    return model, parameters
+
+
+def random_pairs(shapes, vocab=2048, seed=0):
+    draw = torch.Generator().manual_seed(seed)
+    ids = lambda count: torch.randint(2, vocab, (count,), generator=draw).tolist()
+    return [Pair(ids(prompt), ids(chosen), ids(rejected)) for prompt, chosen, rejected in shapes]
+
+
+def loss_and_gradient(model, parameters, batch, with_kl, scale=1.0):
+    """(log-probs (2B,), flat gradient of the DPO loss), fp64 on the CPU; scale: of the loss in backward, for fp16."""
+    for parameter in parameters:
+        parameter.grad = None
+    states = None
+    if with_kl:
+        with torch.no_grad(), lora.use_adapter(model, None):
+            states = model.response_states(batch)
+    chosen, rejected, *divergences = model.packed_logps(batch, states)
+    total = losses.dpo_loss(chosen, rejected, chosen.detach() - 1, rejected.detach() + 1, 0.1)[0].sum()
+    total = total + 0.1 * sum(divergences).sum() if divergences else total
+    (total * scale).backward()
+    gradient = torch.cat([(parameter.grad / scale).double().flatten().cpu() for parameter in parameters])
+    return torch.cat((chosen, rejected)).detach().double().cpu(), gradient
+
+
+def distance(one, other):
+    return ((one - other).norm() / other.norm()).item()
+
+
+class Updates:
+    """Updates of DPO on a model with random weights, with LoRA (full: of all weights); its reference is the model."""
+
+    def __init__(self, config, dtype, device, full=False, checkpointing=False, roles=("policy",)):
+        with device:
+            model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32 if full else dtype)
+        self.model, self.device, self.roles = model, device, roles
+        self.parameters = list(model.parameters()) if full else []
+        for role in () if full else reversed(roles):  # the policy last: it is on
+            parameters = lora.add_adapter(model, role, 16, 32, trainable=role == "policy")
+            self.parameters = parameters if role == "policy" else []
+        prepare_model(model)
+        if checkpointing:
+            enable_checkpointing(model, draws=False)
+        model.train()
+        flags = dict(optimizer="adamw", optimizer_offload=False, learning_rate=1e-5, weight_decay=0.0)
+        self.optimizer = optimizers.make_optimizer(self.parameters, Namespace(**flags))
+        self.schedule = torch.optim.lr_scheduler.ConstantLR(self.optimizer, 1.0)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+        self.autocast = torch.autocast(device.type, dtype, enabled=full)
+
+    def update(self, pairs):
+        batch = pack(pairs, self.device)
+        with self.autocast:
+            chosen, rejected = self.model.packed_logps(batch)
+            all_losses = losses.dpo_loss(chosen, rejected, chosen.detach(), rejected.detach(), 0.1)[0]
+        self.scaler.scale(all_losses.sum() / len(pairs)).backward()
+        distributed.take_step(self.parameters, self.optimizer, self.schedule, self.scaler, 1.0)
+
+    def update_with_four_roles(self, pairs):
+        """One of Safe-MM-DPO: the KL to the reference, which is the base, and scores of two reward models."""
+        batch = pack(pairs, self.device)
+        head = torch.ones(1, self.model.config.hidden_size, device=self.device)
+        with torch.no_grad():
+            for role in self.roles[1:]:
+                with lora.use_adapter(self.model, role):
+                    self.model.packed_scores(batch, head)
+            with lora.use_adapter(self.model, None):
+                states = self.model.response_states(batch)
+        chosen, rejected, chosen_kl, rejected_kl = self.model.packed_logps(batch, states)
+        all_losses = losses.dpo_loss(chosen, rejected, chosen.detach(), rejected.detach(), 0.1)[0]
+        ((all_losses + 0.1 * (chosen_kl + rejected_kl)).sum() / len(pairs)).backward()
+        distributed.take_step(self.parameters, self.optimizer, self.schedule, self.scaler, 1.0)
