@@ -6,10 +6,12 @@ import collections
 
 import pytest
 import torch
+import transformers
 from fake_cuda import cuda_without_gpu, pytestmark, to_fake_cuda  # noqa: F401
 from runs import run_script
+from safetensors.torch import save_file
 from tiny_models import random_pairs, tiny_model
-from worlds import QUICK, data_of
+from worlds import QUICK, char_tokenizer, data_of
 
 import distributed
 import lora
@@ -19,6 +21,7 @@ from formats.model_files import enable_checkpointing
 from harness import run, speed, training
 from losses import dpo_loss
 from packing import pack
+from sampling import sample
 
 CUDA = torch.device("cuda:0")
 VOLTA, AMPERE, HOPPER = (7, 0), (8, 6), (9, 0)
@@ -161,14 +164,14 @@ def fake_run(labelled_world, monkeypatch, tmp_path):
     for where, name in LOOK:
         monkeypatch.setattr(where, name, deaf(getattr(where, name)))
 
-    def run_fake(script, *words):
+    def run_fake(script, *words, data=None):
         with cuda_without_gpu() as mode:
             modes[:] = [mode]
             mode.listens = False
             here = [
                 "--model",
                 labelled_world / "model",
-                *data_of(script, labelled_world),
+                *(data or data_of(script, labelled_world)),
                 "--output-dir",
                 tmp_path / "run",
             ]
@@ -189,9 +192,12 @@ PASSES = ["--batch-size", 2, "--gradient-accumulation-steps", 2]
         ("dpo_hf_run", ["--dtype", "bf16", "--gradient-checkpointing", "on", *PASSES]),
         ("dpo_hf_run", ["--dtype", "fp32", "--save-steps", 1]),
         ("dpo_hf_run", ["--dtype", "bf16", "--lora-dropout", 0.1]),
+        ("dpo_hf_run", ["--dtype", "bf16", "--lora-r", 0]),
+        ("dpo_hf_run", ["--dtype", "bf16", "--tokens-per-microbatch", 200]),
         ("train_rm", ["--dtype", "bf16", "--lora-r", 0]),
         ("train_rm", ["--dtype", "bf16", *PASSES]),
         ("train_safe_mm_dpo", ["--dtype", "bf16", "--cost-every", 100, *PASSES]),
+        ("train_safe_mm_dpo", ["--dtype", "bf16", "--combine", "margin", "--cost-every", 100]),
         ("train_with_preference_prompt", ["--dtype", "bf16", *PASSES]),
         ("learn_prompt", ["--dtype", "bf16", *PASSES]),
     ],
@@ -213,6 +219,38 @@ def test_where_the_host_has_to_know_it_waits_once_for_each_update(script, words,
     for (kind, where), times in fake_run(script, *words).waits.items():
         waits[f"{kind} {where.partition(':')[0]}"] += times
     assert waits == {line: 3}
+
+
+def test_a_soft_preference_waits_for_nothing_either(fake_run, labelled_world, tmp_path):
+    vectors = tmp_path / "soft.safetensors"
+    save_file({"prompt_embeddings": torch.randn(3, 32)}, vectors)
+    data = ["--dataset-path", labelled_world / "train.jsonl", "--test-dataset-path", labelled_world / "val.jsonl"]
+    data += ["--use-prompt-embedding", "--prompt-embedding-path", vectors]
+    mode = fake_run("train_with_preference_prompt", "--dtype", "bf16", *PASSES, data=data)
+    assert not mode.waits and mode.heard > 300
+
+
+def test_between_log_lines_safe_mm_dpo_waits_where_it_samples_alone(fake_run):
+    waits = fake_run("train_safe_mm_dpo", "--dtype", "bf16", "--cost-every", 1).waits
+    assert {line.partition(":")[0] for _, line in waits} == {"sampling.py", "expected_cost.py"}
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_sampling_waits_once_for_each_token(temperature, monkeypatch):
+    """transformers' generate looks whether all rows have ended.  Ours looks at nothing before the end."""
+
+    def waits(num_tokens):
+        model, steps = tiny_model("qwen3", torch.bfloat16), iter(range(num_tokens))
+        # A fake token cannot end a row: the test ends them all.
+        goes_on = lambda *_, **__: next(steps, None) is not None
+        monkeypatch.setattr(transformers.GenerationMixin, "_has_unfinished_sequences", goes_on)
+        with cuda_without_gpu() as mode:
+            to_fake_cuda(model, mode)
+            sample(model, char_tokenizer(), [[5, 6, 7], [9, 8]], num_tokens, seed=0, temperature=temperature)
+        return mode.waits
+
+    further = waits(12) - waits(4)
+    assert [kind for kind, _ in further] == ["read"] and further.total() == 8
 
 
 # -- mistakes are seen -----------------------------------------------------------------------------------------------
