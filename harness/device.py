@@ -42,6 +42,16 @@ def pick_dtype(name, world, begun_in=None):
     return DTYPES[name]
 
 
+def use_tf32(world, dtype):
+    """Let products of fp32 run in TF32 (--tf32).  Raises DeviceError where there are none."""
+    if dtype != torch.float32:
+        name = str(dtype).removeprefix("torch.")
+        raise DeviceError(f"--tf32 is for --dtype fp32, and this run computes in {name}: leave one of them out")
+    if world.device.type != "cuda" or torch.cuda.get_device_capability(world.device) < (8, 0):
+        raise DeviceError("--tf32 needs a GPU that has it (Ampere or newer): leave it out")
+    torch.set_float32_matmul_precision("high")
+
+
 def cpu_has_bf16(cpuinfo="/proc/cpuinfo"):
     """Whether the processor multiplies in bf16 (x86: AVX512-BF16 or AMX; Arm: its BF16 extension), as Linux tells.
 

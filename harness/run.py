@@ -113,6 +113,8 @@ class Run:
         self.watch = speed.Stopwatch(self.world.device, "start")
         self.checkpoint = checkpoints.find(args.output_dir, args.resume, self.say)  # a folder or None
         optimizers.check(args, self.world.device.type, self.dtype, self.sharded)
+        if args.tf32:
+            device.use_tf32(self.world, self.dtype)
         run_files.check_output(args, self.checkpoint)
         if not args.estimate_memory:  # which writes nothing
             lock, what = Path(args.output_dir) / ".lock", f"--output-dir {args.output_dir}"

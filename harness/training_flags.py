@@ -81,6 +81,11 @@ def add_common_flags(
     add("--optimizer", choices=("adamw", "adamw8bit"), default="adamw", help="adamw8bit: 8-bit moments (bitsandbytes)")
     add("--optimizer-offload", action="store_true", help="AdamW's moments in the CPU's memory: slower")
     add("--dtype", choices=("auto", "bf16", "fp16", "fp32"), default="auto", help="of the base model's weights")
+    add(
+        "--tf32",
+        action="store_true",
+        help="products of --dtype fp32 in TF32 on a GPU: faster, with 10 bits instead of 23",
+    )
     add("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto", help="where to train")
     what = "how long a rank waits for the others before it ends"
     add("--ddp-timeout", type=number(int, least=1, most=10**6), default=600, metavar="SECONDS", help=what)

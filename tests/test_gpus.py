@@ -137,6 +137,54 @@ def test_fp16_shards_on_the_cpu_would_be_divided_by_a_scale_that_may_not_be_ther
     )
 
 
+@pytest.fixture
+def full_precision():
+    before = torch.get_float32_matmul_precision()
+    yield before
+    torch.set_float32_matmul_precision(before)
+
+
+def test_tf32_rounds_products_of_fp32(gpu, full_precision):
+    gpu(get_device_capability=(8, 0))
+    assert full_precision == "highest"
+    device.use_tf32(GPU, torch.float32)
+    assert torch.get_float32_matmul_precision() == "high" and torch.backends.cuda.matmul.allow_tf32
+
+
+@pytest.mark.parametrize(
+    ("world", "capability", "dtype", "sentence"),
+    [
+        (
+            GPU,
+            (8, 0),
+            torch.bfloat16,
+            "--tf32 is for --dtype fp32, and this run computes in bfloat16: leave one of them out",
+        ),
+        (GPU, (7, 5), torch.float32, "--tf32 needs a GPU that has it (Ampere or newer): leave it out"),
+        (
+            World(0, 1, torch.device("cpu")),
+            None,
+            torch.float32,
+            "--tf32 needs a GPU that has it (Ampere or newer): leave it out",
+        ),
+    ],
+)
+def test_tf32_where_there_is_none(gpu, full_precision, world, capability, dtype, sentence):
+    gpu(get_device_capability=capability)
+    with pytest.raises(DeviceError) as caught:
+        device.use_tf32(world, dtype)
+    assert str(caught.value) == sentence and torch.get_float32_matmul_precision() == full_precision
+
+
+@pytest.mark.parametrize("script", TRAINERS)
+def test_a_script_refuses_tf32_on_a_cpu_before_it_writes(script, labelled_world, tmp_path, capsys):
+    words = ["--model", labelled_world / "model", *words_of(script, labelled_world), "--output-dir", tmp_path / "run"]
+    with pytest.raises(SystemExit) as ended:
+        run_script([*words, *QUICK, "--tf32"], __import__(script))
+    assert ended.value.code == 2 and not (tmp_path / "run").exists()
+    assert one_line(capsys) == f"{script}.py: --tf32 needs a GPU that has it (Ampere or newer): leave it out"
+
+
 # -- memory --------------------------------------------------------------------------------------------------------
 
 
