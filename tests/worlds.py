@@ -187,6 +187,7 @@ RUNS = {
     "--device cpu",
     "generate.py": "--model {world}/model --prompts {world}/pairs.jsonl --num-samples 2 --max-new-tokens 4 "
     "--output run/responses.jsonl --device cpu",
+    "gpu_check.py": "--device cpu --only machine",
 }
 
 
