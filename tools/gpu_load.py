@@ -10,7 +10,7 @@ import transformers
 import lora
 from harness import speed
 from harness.memory_estimate import CUDA, Estimate
-from tools.gpu_models import Updates, random_pairs
+from tools.gpu_models import NEEDS_GPU, Updates, launches_of, random_pairs
 
 GB = 1e9
 QWEN3 = "qwen3", dict(vocab_size=151_936, hidden_size=1024, intermediate_size=3072, num_hidden_layers=28, head_dim=128)
@@ -47,15 +47,20 @@ def predicted(config, full, checkpointing, roles=("policy",), **flags):
 def memory(report, device):
     """What updates take beside what --estimate-memory says of them; what CUDA takes outside of torch."""
     if device.type != "cuda":
-        return
+        return report.line("note", "memory", NEEDS_GPU)
     for what, model, full, checkpointing, size in RUNS:
         if (free := torch.cuda.mem_get_info()[0]) < size * GB:
             report.line("note", f"memory, {what}", f"not tried: {free / GB:.0f} GB are free, of {size}")
             continue
         config = config_of(model)
-        with peak() as measured:
-            Updates(config, torch.bfloat16, device, full, checkpointing).update(random_pairs(PAIRS, config.vocab_size))
-        _compare(report, what, predicted(config, full, checkpointing), measured[0])
+        try:
+            with peak() as measured:
+                updates = Updates(config, torch.bfloat16, device, full, checkpointing)
+                updates.update(random_pairs(PAIRS, config.vocab_size))
+            _compare(report, what, predicted(config, full, checkpointing), measured[0])
+        except torch.OutOfMemoryError as error:  # the others may fit
+            report.line("FAIL", f"memory, {what}", str(error)[:200])
+        updates = None  # its memory is for the next
     _four_roles(report, device)
     free, total = torch.cuda.mem_get_info()
     outside = (total - free - torch.cuda.memory_reserved()) / GB
@@ -96,7 +101,7 @@ def _compare(report, what, expected, measured):
 def speeds(report, device):
     """Pairs, tokens, useful operations a second, in passes of new lengths; launches; the GPU's share of the time."""
     if device.type != "cuda":
-        return
+        return report.line("note", "speeds", NEEDS_GPU)
     from torch.profiler import ProfilerActivity, profile
 
     config = config_of(QWEN3)
@@ -122,6 +127,6 @@ def speeds(report, device):
         events = profiler.key_averages()
         busy = min(1.0, sum(event.self_device_time_total for event in events) / 1e6 / seconds)
         text = f"{count / seconds:.1f} pairs/s, {3 * longest * count / seconds:,.0f} tokens/s, "
-        text += f"{operations / seconds / 1e12:.0f} TFLOP/s, {sum(event.count for event in events)} launches, "
+        text += f"{operations / seconds / 1e12:.0f} TFLOP/s, {launches_of(events)} launches, "
         report.check(busy > 0.7, f"bf16 LoRA, {what}", f"{text}GPU busy {100 * busy:.0f} %", "slow")
         del updates

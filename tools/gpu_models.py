@@ -5,6 +5,7 @@ from argparse import Namespace
 
 import torch
 import transformers
+from torch.autograd import DeviceType
 
 import distributed
 import lora
@@ -25,6 +26,7 @@ KINDS = {  # name -> (transformers' name, its config)
     "gemma3, window 16": ("gemma3_text", SIZES | dict(head_dim=64) | GEMMA),
     "gpt2": ("gpt2", dict(vocab_size=2048, n_layer=2, n_head=4, n_embd=256, n_positions=1024)),
 }
+NEEDS_GPU = "not tried: this needs a GPU"
 SHAPES = [(37, 20, 31), (5, 64, 1), (80, 48, 49), (16, 1, 96)]  # tokens of prompt, chosen, rejected
 
 
@@ -90,6 +92,11 @@ def loss_and_gradient(model, parameters, batch, with_kl, scale=1.0):
     (total * scale).backward()
     gradient = torch.cat([(parameter.grad / scale).double().flatten().cpu() for parameter in parameters])
     return torch.cat((chosen, rejected)).detach().double().cpu(), gradient
+
+
+def launches_of(events):
+    """Kernels and copies of a profile, once each: the host's calls that launched them are events too."""
+    return sum(event.count for event in events if event.device_type != DeviceType.CPU)
 
 
 def distance(one, other):

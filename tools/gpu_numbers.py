@@ -23,10 +23,12 @@ from packing import Segment, pack
 from tools.gpu_models import (
     DTYPES,
     KINDS,
+    NEEDS_GPU,
     SHAPES,
     Updates,
     adapted,
     distance,
+    launches_of,
     loss_and_gradient,
     random_pairs,
 )
@@ -52,13 +54,16 @@ def machine(report, device):
     if shutil.which("nvidia-smi"):
         words = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
         driver = subprocess.run(words, capture_output=True, text=True).stdout.partition("\n")[0]
-    libraries = f"cuDNN {torch.backends.cudnn.version()}, NCCL {torch.cuda.nccl.version()}"
+    nccl = torch.cuda.nccl.version() if torch.distributed.is_nccl_available() else "not there"
+    libraries = f"cuDNN {torch.backends.cudnn.version()}, NCCL {nccl}"
     print(f"CUDA {torch.version.cuda}, driver {driver}, {libraries}")
     for number in range(torch.cuda.device_count()):
         free, total = torch.cuda.mem_get_info(number)
         card = torch.cuda.get_device_properties(number)
         size = f"{total / GB:.1f} GB, {free / GB:.1f} free"
         print(f"GPU {number}: {card.name}, compute {card.major}.{card.minor}, {size}")
+        if free < 0.95 * total - GB:
+            report.line("note", f"GPU {number}", f"{(total - free) / GB:.1f} GB are taken by others")
     allocator = os.environ.get("PYTORCH_ALLOC_CONF") or os.environ.get("PYTORCH_CUDA_ALLOC_CONF")
     report.check("expandable_segments:True" in (allocator or ""), "allocator", allocator or "as torch has it", "note")
     has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
@@ -94,7 +99,7 @@ def kernels(report, device):
         report.judge(f"attention in {name}, from fp64", furthest, {"fp32": 1e-4, "bf16": 2e-2, "fp16": 3e-3}[name])
         if device.type == "cuda":
             _kernels_of(report, name, lambda given=given: attend(*given).sum().backward())
-            _cost_of_a_length(report, name, lambda length, dtype=dtype: attend(*inputs(dtype, length)))
+            _cost_of_a_length(report, name, attend, lambda length, dtype=dtype: inputs(dtype, length))
 
 
 def _kernels_of(report, name, work):
@@ -106,17 +111,18 @@ def _kernels_of(report, name, work):
     events = profiler.key_averages()
     kinds = {"flash": "flash", "mem-efficient": "fmha", "cuDNN": "cudnn", "math": "softmax_warp"}
     taken = [kind for kind, word in kinds.items() if any(word in event.key.lower() for event in events)]
-    launches = f"{sum(event.count for event in events)} launches for 2 pairs, there and back"
+    launches = f"{launches_of(events)} launches for 2 pairs, there and back"
     is_fast = not {"cuDNN", "math"} & set(taken)
     report.check(is_fast, f"kernels of attention in {name}", f"{', '.join(taken) or 'others'}; {launches}", "slow")
 
 
-def _cost_of_a_length(report, name, work):
+def _cost_of_a_length(report, name, attend, inputs):
     times = []
     for length in range(901, 911):
+        given = inputs(length)  # drawn on the CPU: that takes longer than the attention
         torch.cuda.synchronize()
         began = time.perf_counter()
-        work(length)
+        attend(*given)
         torch.cuda.synchronize()
         times.append(1000 * (time.perf_counter() - began))
     middle = sorted(times)[len(times) // 2]
@@ -217,7 +223,7 @@ def _overflow(report, device):
 def waits(report, device):
     """Where an update makes the host wait for the GPU: nowhere, but once in fp16."""
     if device.type != "cuda":
-        return
+        return report.line("note", "waits", NEEDS_GPU)
     config = transformers.AutoConfig.for_model("qwen3", **KINDS["qwen3"][1])
     for name, allowed in (("bf16", 0), ("fp16", 1)):
         updates = Updates(config, DTYPES[name], device)

@@ -16,12 +16,17 @@ QUIET = "--model toy --report-to none --eval-samples 20".split()
 DPO = "dpo_hf_run.py --dataset toy --beta 1 --learning-rate 1e-3 --num-samples 116 --logging-steps 1".split()
 SHORT = "--max-steps 3 --num-samples 100 --report-to none".split()
 FP32 = "--dtype", "fp32"
+LONGEST = 280  # seconds of a run
 
 
 def run(words, ranks=1):
     """A script in a process of its own.  Raises RuntimeError with the end of what it said."""
     launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
-    done = subprocess.run([sys.executable, *launch, *map(str, words)], cwd=HERE, capture_output=True, text=True)
+    words = [sys.executable, *launch, *map(str, words)]
+    try:
+        done = subprocess.run(words, cwd=HERE, capture_output=True, text=True, timeout=LONGEST)
+    except subprocess.TimeoutExpired:  # ranks that wait for each other would wait for ever
+        raise RuntimeError(f"no end after {LONGEST} s: {' '.join(words[1:])[:200]}") from None
     if done.returncode:
         raise RuntimeError(" | ".join((done.stdout + done.stderr).splitlines()[-8:])[-800:])
 
@@ -47,7 +52,7 @@ def furthest(one, other):
 
 
 def scripts(report, device):
-    """Each script once; DPO on this device and on the CPU; a run that goes on from a checkpoint."""
+    """Trainers and generate.py once; DPO on this device and on the CPU; a run that goes on from a checkpoint."""
     here = ["--device", device.type]
     with tempfile.TemporaryDirectory() as folder:
         out = {name: Path(folder) / name for name in "cpu here whole again helpful harmless safe snis".split()}
