@@ -17,8 +17,9 @@ Deviations from the papers: E[cost] is of offline prompts, sampled every few upd
     python train_safe_mm_dpo.py --config configs/dpo_config.yaml                            # one GPU
     torchrun --nproc_per_node=8 train_safe_mm_dpo.py --config configs/dpo_config.yaml       # eight GPUs
 
-Copy with: formats/ harness/ distributed.py expected_cost.py lora.py lora_targets.py losses.py packed_attention.py
-    packed_model.py packed_probe.py packing.py preference_data.py reward_models.py sampling.py toy_world.py
+Copy with: formats/ harness/ distributed.py expected_cost.py four_bit.py lora.py lora_targets.py losses.py
+    packed_attention.py packed_model.py packed_probe.py packing.py preference_data.py reward_models.py sampling.py
+    toy_world.py
 """
 
 import math

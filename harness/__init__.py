@@ -1,6 +1,7 @@
 """What every run needs, and nobody has to read to learn a method.  A training script talks to the first two.
 
 run               a run around its method: what it reads and loads, what it is, what it leaves behind
+data              its pairs, cut into updates and passes
 training          its updates: optimiser, gradients of all ranks, log lines, evaluations, checkpoints
 
 checkpoints       whole or not there; exact resume; Ctrl-C, SIGTERM, SIGHUP

@@ -23,6 +23,7 @@ import torch
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+import four_bit
 import lora
 from formats.user_errors import UserError
 from harness.device import DTYPES
@@ -76,6 +77,7 @@ class Case(NamedTuple):
     with_kl: bool  # the reference takes part in every pass
     samples: bool  # the policy samples, and the harmless model scores that
     width: int  # bytes of a number that is computed with
+    in_four_bits: bool  # the frozen base
 
     def between_passes(self, numbers):
         """Bytes of fp32 numbers that a rank keeps of all ranks', on its device."""
@@ -83,7 +85,20 @@ class Case(NamedTuple):
 
     def policy_weights(self):
         base = [parameter for name, parameter in self.model.named_parameters() if "lora_" not in name]
-        return [self.between_passes(size_of(base, 1)) if self.full else size_of(base)] * 4
+        return [self.between_passes(size_of(base, 1)) if self.full else size_of(base) - self.spared(self.model)] * 4
+
+    def spared(self, model):
+        """Bytes that a frozen model has less in 4 bits."""
+        if not self.in_four_bits:
+            return 0
+        numbers = size_of((layer.weight for layer in four_bit.linears_of_blocks(model)), 1)
+        return numbers * (self.width - four_bit.BITS / 8)
+
+    def made_whole(self):
+        """The largest weight that a pass takes out of 4 bits."""
+        layers = four_bit.linears_of_blocks(self.model) if self.in_four_bits else []
+        most = max((self.width * layer.weight.numel() for layer in layers), default=0)
+        return [most, 0, most, 0]
 
     def gradients(self):
         trained = self.between_passes(sum(self.trained))
@@ -100,7 +115,7 @@ class Case(NamedTuple):
         if self.reference is None:
             return [0] * 4
         weights = size_of(self.reference.parameters(), 1)
-        size = self.between_passes(weights) if self.full else weights * self.width
+        size = self.between_passes(weights) if self.full else weights * self.width - self.spared(self.reference)
         return [size] * 4 if self.with_kl else [size, 0, 0, 0]
 
     def reward_models(self, sizes):
@@ -223,6 +238,7 @@ class Estimate:
             with_kl=with_kl,
             samples=getattr(args, "cost_estimate", None) == "policy" and "harmless" in self.reward_folders,
             width=dtype.itemsize,
+            in_four_bits=getattr(args, "base_dtype", "same") == "nf4",
         )
         adapters = size_of(p for name, p in model.named_parameters() if "lora_" in name)
         rewards = {task: self._reward_bytes(folder, case, adapters) for task, folder in self.reward_folders.items()}
@@ -237,6 +253,8 @@ class Estimate:
             "passing in a block": [measured.ungraded * passes, 0, measured.passing * passes, 0],
             "logits chunk": [ungraded_head, head, 0, 0],
         }
+        if case.in_four_bits:
+            rows["weights made whole"] = case.made_whole()
         if case.shards > 1:
             rows |= {"gathered weights": case.gathered_weights(), "whole gradients": case.whole_gradients()}
         else:

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 
 import distributed
+import four_bit
 import lora
 import lora_targets
 import toy_world
@@ -43,8 +44,9 @@ from harness import (
     sharding,
     speed,
 )
+from harness.data import Data, pair_length
 from packed_model import prepare_model
-from packing import epoch_plan, hold_out, largest_pass, pack, passes_of_rank, rows_of_run
+from packing import hold_out, largest_pass, pack
 from preference_data import DataError, fingerprint, load_pairs
 
 TOY_FOLDER = "outputs/toy_world"
@@ -66,39 +68,6 @@ class Frozen:
             return self.model.packed_logps(batch) if self.head is None else self.model.packed_scores(batch, self.head)
 
 
-def pair_length(pair):
-    """Tokens of a packed pair, which has its prompt once."""
-    return len(pair.prompt_ids) + len(pair.chosen_ids) + len(pair.rejected_ids)
-
-
-class Data:
-    """The pairs of a run, the places of those to train on and of those held out, and how they are cut into passes."""
-
-    def __init__(self, pairs, train, held_out, args, world):
-        self.pairs, self.train, self.held_out, self.world = pairs, train, held_out, world
-        self.lengths = [pair_length(pair) for pair in pairs]  # tokens
-        self.cut = {"ranks": world.size, "batch_size": args.batch_size, "budget": args.tokens_per_microbatch}
-        self.shuffle = {"seed": args.seed, "accumulation": args.gradient_accumulation_steps}
-        self.updates_per_epoch = len(self.updates(0))
-        self.num_updates = args.epochs * self.updates_per_epoch
-        if args.max_steps:
-            self.num_updates = min(self.num_updates, args.max_steps)
-        self.needed = rows_of_run(self.updates, self.num_updates, held_out)  # of these a frozen model is asked
-        self.train_sha256 = fingerprint([pairs[i] for i in train])
-
-    def batch(self, indices):
-        """The pairs at these places, packed, on the device."""
-        return pack([self.pairs[i] for i in indices], self.world.device)
-
-    def updates(self, epoch):
-        """Of one epoch: [(pairs in the update, passes of each rank)]."""
-        return epoch_plan(self.train, epoch, **self.shuffle, **self.cut, lengths=self.lengths)
-
-    def passes(self, indices, lengths=None):
-        """This rank's share of the pairs at these places, cut into passes."""
-        return passes_of_rank(indices, self.world.rank, **self.cut, lengths=lengths or self.lengths)
-
-
 class Run:
     """One run of a training script.  toy: {flag: its file in the toy world} of flags that may be `toy`, as --model may.
 
@@ -115,6 +84,8 @@ class Run:
         optimizers.check(args, self.world.device.type, self.dtype, self.sharded)
         if args.tf32:
             device.use_tf32(self.world, self.dtype)
+        if args.base_dtype == "nf4":
+            four_bit.check(self.full)
         run_files.check_output(args, self.checkpoint)
         if not args.estimate_memory:  # which writes nothing
             lock, what = Path(args.output_dir) / ".lock", f"--output-dir {args.output_dir}"
@@ -233,8 +204,13 @@ class Run:
     def load(self, path, scores=False):
         """A causal language model, or one with a scalar head; on the CPU where it will be sharded."""
         self.watch.phase("load")
-        place = "cpu" if self.sharded else self.world.device
-        return load_model(path, self.weights_dtype, place, self.args.trust_remote_code, scores)
+        in_four_bits = self.args.base_dtype == "nf4"
+        place = "cpu" if self.sharded or in_four_bits else self.world.device
+        model = load_model(path, self.weights_dtype, place, self.args.trust_remote_code, scores)
+        if in_four_bits:
+            model.source_sha256 = score_cache.base_sha256(model)  # a reward model is of this base, whatever it became
+            self.say(four_bit.quantise(model, self.world.device))
+        return model
 
     def add_adapter(self, model, name):
         """What is trained: the parameters of a new LoRA adapter; with --lora-r 0 all there are."""
@@ -366,6 +342,8 @@ class Run:
             if folder:
                 self._write_policy(folder, policy, tokenizer, state)
             if folder and self.args.save_merged:
+                if four_bit.make_whole(policy):
+                    self.say(f"merged: its base is what 4 bits left, made whole in {policy.dtype}")
                 lora.merge_adapter(policy, self.adapter_name)
                 policy.save_pretrained(folder / "merged")
                 model_files.save_tokenizer(tokenizer, folder / "merged")

@@ -81,6 +81,8 @@ def add_common_flags(
     add("--optimizer", choices=("adamw", "adamw8bit"), default="adamw", help="adamw8bit: 8-bit moments (bitsandbytes)")
     add("--optimizer-offload", action="store_true", help="AdamW's moments in the CPU's memory: slower")
     add("--dtype", choices=("auto", "bf16", "fp16", "fp32"), default="auto", help="of the base model's weights")
+    what = "nf4: the frozen base in 4 bits (bitsandbytes); same: in --dtype"
+    add("--base-dtype", choices=("same", "nf4"), default="same", help=what)
     add(
         "--tf32",
         action="store_true",

@@ -83,6 +83,7 @@ DEFAULTS = dict(
     max_grad_norm=1.0,
     optimizer="adamw",
     optimizer_offload=False,
+    base_dtype="same",
     tf32=False,
     nll_coeff=0.0,
     beta=0.1,

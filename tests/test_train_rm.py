@@ -75,6 +75,7 @@ DEFAULTS = dict(
     max_grad_norm=1.0,
     optimizer="adamw",
     optimizer_offload=False,
+    base_dtype="same",
     tf32=False,
     seed=42,
 )
