@@ -26,18 +26,11 @@ class OptimizerError(UserError):
     """An optimiser that cannot step here, in one sentence for the user."""
 
 
-def check(args, device_type, dtype, sharded=False):
+def check(args, device_type, sharded=False):
     """Raise OptimizerError, before any model loads, if the optimiser of the flags cannot step on cpu, cuda or mps.
 
-    dtype: what is computed in; sharded: the parameters will be DTensors of fully_shard.
+    sharded: the parameters will be DTensors of fully_shard.
     """
-    if sharded and args.optimizer_offload and dtype == torch.float16:
-        # GradScaler copies its scale to the gradients without waiting: on the CPU they may be divided by what is not
-        # there yet.
-        raise OptimizerError(
-            "--optimizer-offload does not go with fp16 where weights are sharded over ranks: use --dtype bf16 or fp32, "
-            "or leave it out"
-        )
     if args.optimizer == "adamw":
         return
     if args.optimizer_offload:
@@ -65,6 +58,18 @@ def check(args, device_type, dtype, sharded=False):
             f"--optimizer adamw8bit: bitsandbytes {bitsandbytes.__version__} cannot step on {device_type} ({reason}): "
             "use --optimizer adamw"
         ) from None
+
+
+def check_dtype(args, dtype, sharded):
+    """Raise OptimizerError for fp16 gradients that are shards in the CPU's memory; dtype: what is computed in.
+
+    GradScaler copies its scale to them without waiting: they may be divided by what is not there yet.
+    """
+    if sharded and args.optimizer_offload and dtype == torch.float16:
+        raise OptimizerError(
+            "--optimizer-offload does not go with fp16 where weights are sharded over ranks: use --dtype bf16 or fp32, "
+            "or leave it out"
+        )
 
 
 def moments_bytes(sizes, optimizer):

@@ -63,16 +63,19 @@ class AsOnGPU(TorchFunctionMode):
     def __torch_function__(self, function, types, args=(), kwargs=None):
         if function is F.dropout:
             return torch.native_dropout(args[0], kwargs["p"], kwargs["training"])[0]
-        args = [self._cast(arg) for arg in args] if self.dtype and function in self.PRODUCTS else args
+        if function is torch.Tensor.to and isinstance(args[0], nn.Parameter) and isinstance(args[1], torch.dtype):
+            return self._cast(args[0], args[1])  # LoRA's A and B
+        if self.dtype and function in self.PRODUCTS:
+            args = [self._cast(arg, self.dtype) for arg in args]
         return function(*args, **(kwargs or {}))
 
-    def _cast(self, arg):
+    def _cast(self, arg, dtype):
         if not isinstance(arg, torch.Tensor) or not arg.is_floating_point():
             return arg
         if not isinstance(arg, nn.Parameter):
-            return arg.to(self.dtype)
+            return arg.to(dtype)
         if arg not in self.weights:
-            self.weights[arg] = arg.to(self.dtype)
+            self.weights[arg] = arg.to(dtype)
         return self.weights[arg]
 
 

@@ -81,9 +81,7 @@ class Run:
         self.sharded = self.full and self.world.size > 1  # weights, gradients and optimiser, over the ranks
         self.watch = speed.Stopwatch(self.world.device, "start")
         self.checkpoint = checkpoints.find(args.output_dir, args.resume, self.say)  # a folder or None
-        optimizers.check(args, self.world.device.type, self.dtype, self.sharded)
-        if args.tf32:
-            device.use_tf32(self.world, self.dtype)
+        optimizers.check(args, self.world.device.type, self.sharded)
         if args.base_dtype == "nf4":
             four_bit.check(self.full)
         run_files.check_output(args, self.checkpoint)
@@ -184,6 +182,9 @@ class Run:
             facts |= {"data": fingerprint(pairs), "checkpoint": self.checkpoint and self.checkpoint.name}
             facts |= run_files.weights_of_flags(args)
             distributed.check_same_on_all_ranks(run_files.flags_of_a_run(args) | facts, self.world)
+        optimizers.check_dtype(args, self.dtype, self.sharded)
+        if args.tf32:
+            device.use_tf32(self.world, self.dtype)
         return data
 
     # -- models ------------------------------------------------------------------------------------------------------

@@ -127,10 +127,10 @@ def test_bf16_on_a_gpu_that_would_emulate_it(gpu):
 def test_fp16_shards_on_the_cpu_would_be_divided_by_a_scale_that_may_not_be_there_yet(dtype, sharded, offload, fits):
     args = Namespace(optimizer="adamw", optimizer_offload=offload)
     if fits:
-        optimizers.check(args, "cuda", dtype, sharded)
+        optimizers.check_dtype(args, dtype, sharded)
         return
     with pytest.raises(optimizers.OptimizerError) as caught:
-        optimizers.check(args, "cuda", dtype, sharded)
+        optimizers.check_dtype(args, dtype, sharded)
     assert str(caught.value) == (
         "--optimizer-offload does not go with fp16 where weights are sharded over ranks: use --dtype bf16 or fp32, or "
         "leave it out"

@@ -331,20 +331,20 @@ def test_an_offloaded_step_that_is_skipped_copies_nothing():
 
 def error(args, device_type="cpu", **named):
     with pytest.raises(optimizers.OptimizerError) as caught:
-        optimizers.check(args, device_type, torch.float32, **named)
+        optimizers.check(args, device_type, **named)
     return str(caught.value)
 
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_what_can_be(device):
-    optimizers.check(flags(), device, torch.float32)
-    optimizers.check(flags(offload=True), device, torch.float32, sharded=True)
-    optimizers.check(adamw8bit(), device, torch.float32)
+    optimizers.check(flags(), device)
+    optimizers.check(flags(offload=True), device, sharded=True)
+    optimizers.check(adamw8bit(), device)
 
 
 def test_8_bits_without_bitsandbytes(monkeypatch):
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)  # importing it raises ImportError
-    optimizers.check(flags(), "cpu", torch.float32)
+    optimizers.check(flags(), "cpu")
     line = error(flags("adamw8bit"))
     assert line.startswith("--optimizer adamw8bit needs bitsandbytes (")
     assert line.endswith("): pip install bitsandbytes, or --optimizer adamw")

@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from test_packed_probe import Calls, build
+from odd_models import Calls, build
 from tiny_models import ON, PACKING, SHAPES, assert_same, double_model, oracle, random_pairs, scores, tiny_model
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode

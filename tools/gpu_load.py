@@ -10,7 +10,7 @@ import transformers
 import lora
 from harness import speed
 from harness.memory_estimate import CUDA, Estimate
-from tools.gpu_models import NEEDS_GPU, Updates, launches_of, random_pairs
+from tools.gpu_models import NEEDS_GPU, Updates, build, launches_of, random_pairs
 
 GB = 1e9
 QWEN3 = "qwen3", dict(vocab_size=151_936, hidden_size=1024, intermediate_size=3072, num_hidden_layers=28, head_dim=128)
@@ -31,13 +31,13 @@ RUNS = [  # (what, model, all weights, checkpointing, GB of a card that has the 
 
 
 def config_of(model):
-    return transformers.AutoConfig.for_model(model[0], **model[1])
+    return transformers.CONFIG_MAPPING[model[0]](**model[1])
 
 
 def predicted(config, full, checkpointing, roles=("policy",), **flags):
     """Bytes of the first update, by the estimate of the scripts."""
     with torch.device("meta"):
-        skeleton = transformers.AutoModelForCausalLM.from_config(config)
+        skeleton = build(config)
     for role in () if full else roles:
         lora.add_adapter(skeleton, role, 16, 32, trainable=role == "policy")
     args = Namespace(**SETTINGS | {"lora_r": 0 if full else 16} | flags)

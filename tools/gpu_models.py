@@ -48,11 +48,16 @@ class Report:
         self.check(value <= limit, what, f"{value:.1e} (at most {limit:.0e})")
 
 
+def build(config, dtype=torch.float32):
+    """A causal language model of transformers with random weights."""
+    return transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]._from_config(config, dtype=dtype)
+
+
 def tiny_model(kind, dtype, device, seed=0):
     """A model with random weights, the same on every device."""
     name, settings = KINDS[kind]
     torch.manual_seed(seed)
-    model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(name, **settings))
+    model = build(transformers.CONFIG_MAPPING[name](**settings))
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim > 1:
@@ -108,7 +113,7 @@ class Updates:
 
     def __init__(self, config, dtype, device, full=False, checkpointing=False, roles=("policy",)):
         with device:
-            model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32 if full else dtype)
+            model = build(config, torch.float32 if full else dtype)
         self.model, self.device, self.roles = model, device, roles
         self.parameters = list(model.parameters()) if full else []
         for role in () if full else reversed(roles):  # the policy last: it is on

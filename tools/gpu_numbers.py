@@ -224,7 +224,7 @@ def waits(report, device):
     """Where an update makes the host wait for the GPU: nowhere, but once in fp16."""
     if device.type != "cuda":
         return report.line("note", "waits", NEEDS_GPU)
-    config = transformers.AutoConfig.for_model("qwen3", **KINDS["qwen3"][1])
+    config = transformers.CONFIG_MAPPING["qwen3"](**KINDS["qwen3"][1])
     for name, allowed in (("bf16", 0), ("fp16", 1)):
         updates = Updates(config, DTYPES[name], device)
         updates.update(random_pairs(SHAPES))
