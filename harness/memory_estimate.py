@@ -36,7 +36,7 @@ NCCL = 0.5e9  # what its buffers take where there are several ranks, about
 WIDE = 4  # bytes of fp32
 USABLE = 0.9  # of a device; the rest is for fragmentation and for what is left out here
 MANY = 16 * HEAD_CHUNK  # tokens that are counted chunk by chunk
-# Tokens of a pass, for `--tokens-per-microbatch auto`: on a GPU the most that fit, on a CPU the fastest (results.md).
+# Tokens of a pass, for `--tokens-per-microbatch auto`: on a GPU the most that fit, on a CPU see docs/results.md.
 PASSES = 16_384, 8_192, 4_096, 2_048
 CPU_PASS = 1_024
 SOME = 1024  # tokens that are measured: with fused attention memory grows in line with them
@@ -302,8 +302,8 @@ class Estimate:
         GPUs: elsewhere it gets the least that a run has there.
         """
         if device_type != "cuda":
-            others = {"cpu": CPU_PASS}  # 0, by pairs: not measured there
-            return PASSES[-1] if args.estimate_memory else others.get(device_type, 0)
+            on_others = CPU_PASS if device_type == "cpu" else 0  # by pairs on mps: not measured there
+            return PASSES[-1] if args.estimate_memory else on_others
         modes = ("off", "on") if args.gradient_checkpointing == "auto" else (args.gradient_checkpointing,)
         for mode, tokens in itertools.product(modes, PASSES):
             flags = {"gradient_checkpointing": mode, "tokens_per_microbatch": tokens}

@@ -74,8 +74,8 @@ def add_common_flags(
     add("--estimate-memory", action="store_true", help=what)
     what = "slower, less memory; auto: where it is needed; alone it means on"
     add("--gradient-checkpointing", choices=("auto", "on", "off"), default="auto", help=what)
-    what = "passes of at most T tokens instead of B pairs; an update has the same pairs (0: off; auto: what is fast"
-    what += " and fits, the default without --batch-size)"
+    what = "passes of at most T tokens instead of B pairs; an update has the same pairs (0: off; auto: as many"
+    what += " as fit, the default without --batch-size)"
     count_or_auto = lambda text: text if text == "auto" else count(text)
     add("--tokens-per-microbatch", type=count_or_auto, metavar="T", help=what)
     add("--optimizer", choices=("adamw", "adamw8bit"), default="adamw", help="adamw8bit: 8-bit moments (bitsandbytes)")

@@ -10,7 +10,7 @@ ours that asked:
     shape     nonzero, boolean masks, masked_select, unique       the shape of the result is read
 
 Kernels are counted as operators that are no views: one may be several, so the count is a lower bound.  torch's private
-parts are in use here: it works with the torch of requirements.txt alone (`pytestmark`).
+parts are in use here: it works with the torch of requirements.txt alone (`on_tested_torch`).
 """
 
 import collections
@@ -29,7 +29,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 ROOT = Path(__file__).resolve().parents[1]
 TESTED = next(line for line in (ROOT / "requirements.txt").read_text().splitlines() if line.startswith("torch=="))
-pytestmark = pytest.mark.skipif(
+on_tested_torch = pytest.mark.skipif(
     torch.__version__.partition("+")[0] != TESTED.removeprefix("torch==") or torch.version.cuda is not None,
     reason=f"fake CUDA takes the place of private parts of {TESTED} without CUDA",
 )

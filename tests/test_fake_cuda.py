@@ -7,7 +7,7 @@ import collections
 import pytest
 import torch
 import transformers
-from fake_cuda import cuda_without_gpu, pytestmark, to_fake_cuda  # noqa: F401
+from fake_cuda import cuda_without_gpu, on_tested_torch, to_fake_cuda
 from runs import run_script
 from safetensors.torch import save_file
 from tiny_models import random_pairs, tiny_model
@@ -23,6 +23,7 @@ from losses import dpo_loss
 from packing import pack
 from sampling import sample
 
+pytestmark = on_tested_torch
 CUDA = torch.device("cuda:0")
 VOLTA, AMPERE, HOPPER = (7, 0), (8, 6), (9, 0)
 SHAPES = [(9, 5, 4), (7, 3, 8), (12, 6, 6)]

@@ -13,7 +13,7 @@ import torch
 from helpers import TRAINERS
 from runs import assert_same_files, metrics_of, one_line, run_script
 from safetensors.torch import load_file
-from tiny_models import MISTRAL, ON, SHAPES, oracle, random_pairs, scores, tiny_model
+from tiny_models import MISTRAL, ON, SHAPES, oracle, random_adapter, random_pairs, scores, tiny_model
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from worlds import QUICK, data_of, words_of
@@ -41,15 +41,6 @@ def both(name, dtype=torch.float32):
     return model, whole
 
 
-def adapted(model):
-    torch.manual_seed(1)
-    parameters = lora.add_adapter(model, "policy", 4, 8)
-    with torch.no_grad():
-        for parameter in parameters:
-            parameter.normal_(0, 0.2)
-    return parameters
-
-
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", ["qwen3", "mistral", "gemma3"])
@@ -57,7 +48,7 @@ def test_it_is_the_model_of_its_whole_weights_to_the_bit(name, dtype, checkpoint
     """Packed pairs, log-probs and gradients of LoRA; and the packed path is sequences one by one."""
     results, pairs = [], random_pairs(SHAPES)
     for model in both(name, dtype):
-        parameters = adapted(model)
+        parameters = random_adapter(model, 4, 8)
         assert prepare_model(model) == ON
         if checkpointing:
             enable_checkpointing(model)
@@ -119,7 +110,7 @@ def test_lora_on_it_is_pefts_on_layers_of_bitsandbytes():
     theirs = peft.get_peft_model(theirs, peft.LoraConfig(r=4, lora_alpha=8, target_modules=names))
     layer = theirs.base_model.model.model.layers[0].mlp.up_proj
     assert type(layer).__module__ == "peft.tuners.lora.bnb" and layer.base_layer.weight.dtype == torch.uint8
-    adapted(ours)
+    random_adapter(ours, 4, 8)
     state = lora.adapter_state(ours, "policy")
     live = {name.replace(".default", ""): p for name, p in theirs.named_parameters() if "lora_" in name}
     assert live.keys() == state.keys()

@@ -7,6 +7,7 @@ import torch
 import transformers
 from torch import nn
 
+import lora
 import packed_model
 from packing import pack
 from preference_data import Pair
@@ -53,6 +54,16 @@ def tiny_model(name, dtype=torch.float32, seed=0, **changes):
             if parameter.ndim > 1:
                 parameter.normal_(0, 0.2)
     return model.to(dtype).eval()
+
+
+def random_adapter(model, r=3, alpha=6):
+    """Add an adapter whose A and B are both random; its parameters, in the type of LoRA's, fp32."""
+    torch.manual_seed(1)
+    parameters = lora.add_adapter(model, "policy", r, alpha)
+    with torch.no_grad():
+        for parameter in parameters:
+            parameter.normal_(0, 0.2)
+    return parameters
 
 
 def random_pairs(shapes, seed=0, vocab=64):
