@@ -224,6 +224,15 @@ def gather(values, world):
     return torch.stack(of_ranks).cpu()
 
 
+def gather_objects(value, world):
+    """The values of all ranks, a list."""
+    of_ranks = [value]
+    if world.size > 1:
+        of_ranks = [None] * world.size
+        dist.all_gather_object(of_ranks, value)
+    return of_ranks
+
+
 def on_any_rank(asked, world):
     """The greatest of the ranks' numbers `asked`, 0 where nobody asks; all ranks get the same answer."""
     greatest = torch.tensor(asked, dtype=torch.int32)
@@ -241,10 +250,7 @@ def check_same_on_all_ranks(values, world):
     To be called before any model loads: ranks that read other rows or flags wait for each other without end, or train
     on what nobody meant.
     """
-    if world.size == 1:
-        return
-    of_ranks = [None] * world.size
-    dist.all_gather_object(of_ranks, values)
+    of_ranks = gather_objects(values, world)
     first = of_ranks[0]
     for rank, other in enumerate(of_ranks):
         for name in first | other:

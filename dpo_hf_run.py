@@ -12,8 +12,8 @@ Deviations from the paper: AdamW instead of RMSprop; label smoothing, robust, hi
     python dpo_hf_run.py --model Qwen/Qwen3-0.6B --dataset pairs.jsonl --learning-rate 1e-4    # one GPU
     torchrun --nproc_per_node=4 dpo_hf_run.py --dataset pairs.jsonl --learning-rate 1e-4       # four GPUs
 
-Copy with: formats/ harness/ distributed.py four_bit.py lora.py lora_targets.py losses.py packed_attention.py
-    packed_model.py packed_probe.py packing.py preference_data.py toy_world.py
+Copy with: formats/ harness/ distributed.py lora.py lora_targets.py losses.py packed_attention.py packed_model.py
+    packed_probe.py packing.py preference_data.py toy_world.py
 """
 
 from harness import endings, flags, training_flags

@@ -6,17 +6,20 @@ snis     sum w c / sum w, w = pi/ref of the last responses of the pairs: no samp
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 
 import distributed
 import reward_models
 from losses import Multiplier
-from packing import pack, passes, send
+from packing import pack, passes_of_rank, send
 from sampling import closed, end_tokens, gathered, sample
 
 WINDOW = 512  # responses that importance weighting looks back on, over all ranks
 AT_CAP = 50  # updates that lambda may be at its cap before the log says so
+START_RESPONSES = 8  # to each prompt before training: what the policy could do shows in the best of them
+MOST = 4  # times as many prompts, at most, where the threshold is within the error (--cost-samples auto)
 LEAST_SAMPLES = 32  # effective ones, below which the estimate is not to be used
 
 
@@ -26,42 +29,51 @@ def prompts_of(pairs, eos):
     return [(list(ids), end) for ids, end in ends.items()]
 
 
-def draw(prompts, count, seed, rank, ranks):
-    """This rank's share of `count` different prompts, drawn alike on all ranks."""
-    order = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(seed % 2**63))
-    return [prompts[i] for i in order[:count].tolist()[rank::ranks]]
+def shuffled(prompts, seed):
+    """The prompts in an order that follows from the seed: alike on all ranks."""
+    generator = torch.Generator().manual_seed(seed % 2**63)
+    return [prompts[i] for i in torch.randperm(len(prompts), generator=generator).tolist()]
 
 
-def place_of(n, rank, ranks):
-    """Where this rank's n-th response stands among those of all ranks, two to a prompt."""
-    prompt = rank + n // 2 * ranks
-    return 2 * prompt + n % 2
+class Draw(NamedTuple):
+    """Responses sampled from the policy: those of a prompt two by two, as pairs; the same on all ranks."""
+
+    pairs: list  # (prompt, one response, another) ids, as packing.pack takes them, in the order of the prompts
+    scores: torch.Tensor  # (prompts, responses) of the harmless model
 
 
 @torch.no_grad()
-def sampled_cost(policy, judge, prompts, tokenizer, step, args, world):
-    """E[cost] under the policy now: the mean over two responses to each of as many prompts as an update has pairs.
+def sampled_pairs(policy, tokenizer, prompts, responses, seed, first, args, world):
+    """So many responses to each of the prompts, as pairs: the same on any number of ranks but for rounding.
 
-    judge(batch): scores of the harmless model, (B,) and (B,).  prompts: of `prompts_of`.  A finished response is scored
-    with the end that the harmless model was trained on.
+    prompts: of `prompts_of`, `first` of them sampled with this seed before.  A finished response ends as those do that
+    the harmless model was trained on.
     """
-    count, room = args.batch_size * args.gradient_accumulation_steps, args.max_length - args.max_prompt_length
-    seed = args.seed * 1_000_003 + step
-    drawn = draw(prompts, count * world.size, seed, world.rank, world.size)
-    asked = [ids for ids, _ in drawn for _ in range(2)]
-    places = [place_of(n, world.rank, world.size) for n in range(len(asked))]
+    own = range(world.rank, len(prompts), world.size)
+    asked = [prompts[place][0] for place in own for _ in range(responses)]
+    places = [responses * (first + place) + n for place in own for n in range(responses)]
+    room, at_once = args.max_length - args.max_prompt_length, 2 * args.batch_size * args.gradient_accumulation_steps
+    answers = []
     with gathered(policy):
-        answers = sample(policy, tokenizer, asked, room, seed, places=places) if asked else []
+        for start in range(0, len(asked), at_once):
+            some = slice(start, start + at_once)
+            answers += sample(policy, tokenizer, asked[some], room, seed, places=places[some])
     ends = end_tokens(policy, tokenizer)
-    answers = [closed(answer, ends, drawn[n // 2][1]) for n, answer in enumerate(answers)]
-    triples = list(zip(asked[::2], answers[::2], answers[1::2], strict=True))
-    lengths = [sum(map(len, triple)) for triple in triples]
-    total = torch.zeros(2, dtype=torch.float64)  # of costs, of responses
-    for indices in passes(range(len(triples)), args.batch_size, lengths, args.tokens_per_microbatch):
-        scores = judge(pack([triples[i] for i in indices], world.device))
-        total += torch.tensor([-torch.cat(scores).sum().item(), 2 * len(indices)])
-    cost, responses = distributed.all_reduce_sum(total, world).tolist()
-    return cost / responses
+    answers = [closed(answer, ends, prompts[own[n // responses]][1]) for n, answer in enumerate(answers)]
+    triples = zip(asked[::2], answers[::2], answers[1::2], strict=True)
+    of_ranks = [iter(of_rank) for of_rank in distributed.gather_objects(list(triples), world)]
+    return [next(of_ranks[place % world.size]) for place in range(len(prompts)) for _ in range(responses // 2)]
+
+
+@torch.no_grad()
+def numbers_of(frozen, pairs, args, world):
+    """What a frozen model, asked as frozen(batch), gives to both responses of each pair, (N, 2) on the CPU."""
+    lengths, numbers = [sum(map(len, pair)) for pair in pairs], torch.zeros(len(pairs), 2, device=world.device)
+    cut = args.batch_size, lengths, args.tokens_per_microbatch
+    for indices in passes_of_rank(range(len(pairs)), world.rank, world.size, *cut):
+        both = torch.stack(frozen(pack([pairs[i] for i in indices], world.device)), dim=1)  # (B, 2)
+        numbers[indices] = both.to(numbers)
+    return distributed.all_reduce_sum(numbers, world).cpu()
 
 
 def empty_window(ranks, device):
@@ -98,32 +110,48 @@ def importance_weighted(windows):
 class Constraint:
     """E[cost] <= threshold: what the policy costs, as far as it can be told now, and lambda, which holds it there.
 
-    judge: the harmless model, Frozen, where responses are sampled for it to score, else None; costs (N, 2): what it
-    says of chosen and rejected, negated; costly: the places of the pairs whose prompts E[cost] is over.
+    judge: the harmless model, Frozen, where responses are sampled for it to score, else None; unit: CostUnit; scores
+    (N, 2): what it says of chosen and rejected; costly: the places of the pairs whose prompts E[cost] is over.
     """
 
-    def __init__(self, run, policy, tokenizer, judge, costs, costly):
+    def __init__(self, run, policy, tokenizer, judge, unit, scores, costly):
         args = self.args = run.args
         self.run, self.policy, self.tokenizer, self.judge = run, policy, tokenizer, judge
-        self.costs, self.costly = costs, set(costly)
+        self.unit, self.scores, self.costly = unit, scores, set(costly)
         self.prompts = prompts_of([run.data.pairs[i] for i in costly], tokenizer.eos_token_id)
         self.multiplier = Multiplier(args.lambda_init, args.lambda_lr, args.lambda_min, args.lambda_max)
-        self.cost, self.ess, self.threshold = math.nan, math.nan, 0.0  # ess: effective sample size of the weights
+        self.numbers = dict.fromkeys(("cost", "error", "score", "ess"), math.nan)  # ess: effective size of the weights
+        self.threshold = 0.0
         self.samples = empty_window(run.world.size, run.world.device)  # of this rank, for importance weights
+        self.draw = None  # what the last update of lambda has sampled
 
     def start(self, record):
-        """The threshold, of --cost-threshold and of what the policy costs before training; says how."""
-        if self.judge:  # an uncalibrated `auto` stands on it: from several draws
-            draws = 4 if self.args.cost_threshold == "auto" and not record["calibrated"] else 1
-            start_cost = self.cost = sum(self._sampled(step=-n) for n in range(draws)) / draws
-        else:
-            start_cost = self.costs[sorted(self.costly)].mean().item()  # of the pairs, where nothing is sampled
-        self.threshold, how = reward_models.threshold(self.args.cost_threshold, record, start_cost)
-        self.run.say(f"E[cost] before training {start_cost:.4f}; threshold {self.threshold:.4f}: {how}")
+        """The threshold, of --cost-threshold and of what the policy says before training; says how."""
+        scores, whose = self.scores[sorted(self.costly)], "the pairs'"
+        if self.judge:
+            self.draw = self._draw(step=0, responses=START_RESPONSES)
+            scores, whose = self.draw.scores, "the policy's own"
+        self.threshold, how = reward_models.threshold(self.args, record, self.unit, scores, whose)
+        self._look_at(scores)
+        cost, raw = self.numbers["cost"], -self.numbers["score"]
+        self.run.say(
+            f"E[cost] before training {cost:.4f} ± {self.numbers['error']:.4f} (minus the harmless score {raw:.4f}); "
+            f"threshold {self.threshold:.4f}: {how}"
+        )
+        if self.judge and self.args.lambda_lr:
+            self._warn_unless_in_reach(self.unit.cost(scores))
         self._warn_unless_it_binds()
 
+    def _warn_unless_in_reach(self, costs):
+        best = reward_models.best_of(costs.shape[1], costs)
+        if self.threshold < best:
+            self.run.say(
+                f"The cheapest of {costs.shape[1]} of the policy's responses to a prompt costs {best:.4f} on average: "
+                f"a threshold of {self.threshold:.4f} may be out of reach"
+            )
+
     def _warn_unless_it_binds(self):
-        costs = self.costs[sorted(self.costly)]
+        costs = self.unit.cost(self.scores[sorted(self.costly)])
         costs = costs[costs.isfinite().all(1)]  # of those that the run needs
         if not len(costs) or costs.min() <= self.threshold <= costs.max():
             return
@@ -136,31 +164,53 @@ class Constraint:
         if self.args.cost_estimate == "snis":
             counted = [place for place, i in enumerate(indices) if i in self.costly]
             changes = torch.stack((metrics["logps/chosen_change"], metrics["logps/rejected_change"])).detach()
-            costs = send(self.costs[indices][counted].t().flatten(), self.run.world.device)
+            costs = self.unit.cost(self.scores[indices][counted])
+            costs = send(costs.t().flatten(), self.run.world.device)
             places = send(torch.tensor(counted, dtype=torch.long), changes.device)
             self.samples = slide(self.samples, changes.index_select(1, places).flatten(), costs)
 
     def update(self, step):
         """After an update of the policy: E[cost] anew, and one step of lambda."""
         self.run.watch.phase("cost")
+        self.draw = None
         if self.judge and step % self.args.cost_every == 0:
-            self.cost = self._sampled(step)
+            self.draw = self._draw(step, responses=2)
         elif not self.judge:
-            self.cost, self.ess = importance_weighted(distributed.gather(self.samples, self.run.world))
-        self.multiplier.update(self.cost - self.threshold)
+            windows = distributed.gather(self.samples, self.run.world)
+            self.numbers["cost"], self.numbers["ess"] = importance_weighted(windows)
+        self.multiplier.update(self.numbers["cost"] - self.threshold)
         self.run.watch.phase("other")
 
-    def _sampled(self, step):
-        with self.run.autocast:
-            world = self.run.world
-            return sampled_cost(self.policy, self.judge, self.prompts, self.tokenizer, step, self.args, world)
+    def _look_at(self, scores):
+        """E[cost] by scores (prompts, responses), and its standard error: prompts differ, and so do responses."""
+        costs = self.unit.cost(scores).double().mean(1)
+        numbers = {"cost": costs.mean().item(), "error": (costs.std() / len(costs) ** 0.5).item()}
+        self.numbers |= numbers | {"score": scores.double().mean().item()}
+
+    def _draw(self, step, responses):
+        """A Draw of so many responses to each of as many prompts as --cost-samples says."""
+        args, world, seed = self.args, self.run.world, self.args.seed * 1_000_003 + step
+        pairs_of_update = args.batch_size * args.gradient_accumulation_steps * world.size
+        at_once = pairs_of_update if args.cost_samples in (None, "auto") else args.cost_samples
+        prompts, pairs = shuffled(self.prompts, seed), []
+        most = MOST * at_once if args.cost_samples == "auto" and step else at_once
+        for first in range(0, min(len(prompts), most), at_once):
+            some = prompts[first : first + at_once]
+            with self.run.autocast:
+                pairs += sampled_pairs(self.policy, self.tokenizer, some, responses, seed, first, args, world)
+                scores = numbers_of(self.judge, pairs, args, world).view(-1, responses)
+            self._look_at(scores)
+            if self.numbers["error"] < abs(self.numbers["cost"] - self.threshold):
+                break
+        return Draw(pairs, scores)
 
     def at_a_glance(self):
         """What moves at each update {name: number}."""
-        return {"lambda": self.multiplier.value, "J_C": self.multiplier.violation, "E_cost": self.cost}
+        return {"lambda": self.multiplier.value, "J_C": self.multiplier.violation, "E_cost": self.numbers["cost"]}
 
     def metrics(self):
-        more = {"ess": self.ess, "cost_threshold": self.threshold, "lambda_skipped": self.multiplier.skipped}
+        more = {"E_cost_se": self.numbers["error"], "E_cost_raw": -self.numbers["score"], "ess": self.numbers["ess"]}
+        more |= {"cost_threshold": self.threshold, "lambda_skipped": self.multiplier.skipped}
         return self.at_a_glance() | more
 
     def at_cap(self):
@@ -168,19 +218,20 @@ class Constraint:
         if self.multiplier.at_cap >= AT_CAP:
             return (
                 f"lambda has been at its cap of {self.args.lambda_max:g} for {self.multiplier.at_cap} updates: "
-                f"E[cost] {self.cost:.4f} is to be at most {self.threshold:.4f}.\n"
+                f"E[cost] {self.numbers['cost']:.4f} is to be at most {self.threshold:.4f}.\n"
                 "Ask for less (--cost-threshold), allow more (--lambda-max), or weigh otherwise (--combine)."
             )
 
     def keep(self, training):
         """Put into the training's state what a checkpoint has to have."""
-        numbers = {"cost": self.cost, "ess": self.ess, "threshold": self.threshold}
-        training.state["constraint"] = numbers | {"multiplier": self.multiplier.state()}
+        state = self.numbers | {"threshold": self.threshold, "multiplier": self.multiplier.state()}
+        training.state["constraint"] = state
         training.tensors["samples"] = self.samples
 
     def restore(self, training):
         """Take what `keep` put into a checkpoint, from all ranks."""
         state, world = training.state["constraint"], self.run.world
-        self.cost, self.ess, self.threshold = state["cost"], state["ess"], state["threshold"]
+        self.numbers = {name: state[name] for name in self.numbers}
+        self.threshold = state["threshold"]
         self.multiplier.load(state["multiplier"])
         self.samples = own_window(training.tensors["samples"], world.rank, world.size).to(world.device)

@@ -8,7 +8,7 @@ versions.
     python gpu_check.py --only numbers kernels     # some of its parts
     python gpu_check.py --device cpu               # what a CPU can: tries the check itself
 
-Copy with: formats/ harness/ tools/ distributed.py four_bit.py lora.py lora_targets.py losses.py packed_attention.py
+Copy with: formats/ harness/ tools/ distributed.py lora.py lora_targets.py losses.py packed_attention.py
     packed_model.py packed_probe.py packing.py preference_data.py
 """
 

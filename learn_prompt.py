@@ -12,8 +12,8 @@ Deviations from prompt tuning's paper: preference pairs instead of targets; Adam
     python learn_prompt.py --model Qwen/Qwen2.5-1.5B-Instruct --dataset-path pairs.jsonl --prompt-init vocab  # one GPU
     torchrun --nproc_per_node=4 learn_prompt.py --dataset-path pairs.jsonl --prompt-init vocab             # four GPUs
 
-Copy with: formats/ harness/ distributed.py four_bit.py lora.py lora_targets.py losses.py packed_attention.py
-    packed_model.py packed_probe.py packing.py preference_data.py preference_prompt.py toy_world.py
+Copy with: formats/ harness/ distributed.py lora.py lora_targets.py losses.py packed_attention.py packed_model.py
+    packed_probe.py packing.py preference_data.py preference_prompt.py toy_world.py
 """
 
 from harness import endings, flags, training_flags

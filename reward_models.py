@@ -5,6 +5,7 @@ of their own.
 cost of a response is minus its harmless score, and only a model trained with labels (`calibrated`) knows its zero.
 """
 
+import math
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -147,34 +148,100 @@ def _num_bytes(tensors):
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
-def threshold(asked, record, start_cost):
-    """The threshold of E[cost] for --cost-threshold, a number or "auto", and a sentence that says how it came about.
+# -- what cost is counted in, and what it may be ---------------------------------------------------------------------
 
-    start_cost: E[cost] of the policy before training.  auto: cost_threshold of a calibrated model; without a zero to go
-    by, start_cost minus half the spread of its validation scores.
+
+class CostUnit(NamedTuple):
+    """What cost is counted in (--score-units, --harm-rate), so that lambda means the same whatever the reward models.
+
+    spread: the harmless score is divided by it.  A rate instead is the probability of harm that a calibrated model
+    sees, sigmoid(-score).  At lambda = 1 one unit of cost weighs as much as `worth` of the helpful score.
     """
-    if asked != "auto":
-        unknown = "" if record["calibrated"] else ", of a model that was trained without labels: its zero means nothing"
-        return asked, f"--cost-threshold{unknown}"
-    if "score_std" not in (record["validation"] or {}):
+
+    spread: float = 1.0
+    worth: float = 1.0
+    is_rate: bool = False
+
+    def cost(self, scores):
+        """Of harmless scores, any shape."""
+        return torch.sigmoid(-scores) if self.is_rate else -scores / self.spread
+
+    def margins(self, scores):
+        """ds of pairs, (N,), in the helpful score's unit, from the scores (N, 2) of chosen and rejected."""
+        chosen, rejected = self.cost(scores).unbind(1)
+        return self.worth * (rejected - chosen)
+
+
+def cost_unit(records, folders, args):
+    """The CostUnit of a run, from {task: reward_model.json} and {task: folder}.  Raises RewardModelError."""
+    is_rate = args.harm_rate is not None
+    if is_rate and not records["harmless"]["calibrated"]:
+        raise RewardModelError(
+            f"--harm-rate is of a harmless model that knows its zero, and {folders['harmless']} was trained without "
+            "safety labels: train it with them, or give --cost-threshold"
+        )
+    if args.score_units == "raw":
+        return CostUnit(is_rate=is_rate)
+    spreads = {task: spread(record, folders[task]) for task, record in records.items()}
+    return CostUnit(1.0 if is_rate else spreads["harmless"], spreads.get("helpful", 1.0), is_rate)
+
+
+def spread(record, folder):
+    """How far apart scores are on the validation pairs: the means of safe and of harmful responses where labels tell
+    them apart, else the standard deviation.  Raises RewardModelError where nobody has looked.
+    """
+    known = record["validation"] or {}
+    apart = known["safe_score"] - known["harmful_score"] if known.keys() >= APART else 0.0
+    found = apart if apart > 0 else known.get("score_std", 0.0)
+    if not found > 0:
+        raise RewardModelError(
+            f"--score-units spread needs the validation scores of {folder}, and its reward_model.json has none: train "
+            "it with validation pairs, or take --score-units raw"
+        )
+    return found
+
+
+FEW = 16  # responses, of which no mean is taken
+APART = {"safe_score", "harmful_score"}  # means of a calibrated model's validation responses
+
+
+def check_threshold(args, record):
+    """Raise RewardModelError, before anything loads, for a --cost-threshold auto that cannot be."""
+    is_validated = (record["validation"] or {}).keys() >= APART
+    if args.cost_threshold == "auto" and record["calibrated"] and not is_validated:
         raise RewardModelError("--cost-threshold auto needs a harmless model that was validated: give a number instead")
-    if record["calibrated"] and {"safe_score", "harmful_score"} <= record["validation"].keys():
-        return cost_threshold(record)
-    spread = record["validation"]["score_std"]
-    return (
-        start_cost - spread / 2,
-        f"the start policy's {start_cost:.4f} - half a spread of validation scores ({spread:.4f})",
-    )
 
 
-def cost_threshold(record):
-    """The expected cost to ask for, of a calibrated harmless model, and the sentence that says how it came about.
+def threshold(args, record, unit, scores, whose):
+    """(threshold of E[cost], the sentence that says how it came about), of --cost-threshold and --harm-rate.
 
-    Mean cost of its safe validation responses + 5 % of the distance to the harmful ones.
+    scores (prompts, responses): what the harmless model gives to responses before training; whose: "the policy's own"
+    or, where nothing is sampled, "the pairs'".  auto asks for what the policy can do: 5 % harm of a calibrated model,
+    the better of two responses of one that does not know its zero.
     """
-    safe, harmful = -record["validation"]["safe_score"], -record["validation"]["harmful_score"]
-    threshold = safe + 0.05 * (harmful - safe)
-    return threshold, f"mean cost of safe responses {safe:.4f} + 5 % of the way to harmful ones ({harmful:.4f})"
+    if args.harm_rate is not None:
+        return args.harm_rate, "--harm-rate, by the harmless model"
+    if args.cost_threshold != "auto":
+        unknown = "" if record["calibrated"] else ", of a model that was trained without labels: its zero means nothing"
+        return args.cost_threshold, f"--cost-threshold{unknown}"
+    if record["calibrated"]:
+        safe, harmful = unit.cost(scores[scores > 0]), unit.cost(scores[scores <= 0])
+        if min(len(safe), len(harmful)) < FEW:
+            whose, known = "validation", record["validation"]
+            safe, harmful = (unit.cost(torch.tensor(known[name])) for name in ("safe_score", "harmful_score"))
+        safe, harmful = safe.mean().item(), harmful.mean().item()
+        asked = "a harm rate of about 5 % by the harmless model"
+        costs = f"{whose} safe responses cost {safe:.4f} and harmful ones {harmful:.4f}"
+        return safe + 0.05 * (harmful - safe), f"{asked}: {costs}"
+    return best_of(2, unit.cost(scores)), f"what the cheaper of two of {whose} responses costs"
+
+
+def best_of(n, costs):
+    """The mean of the least of n costs, over all choices of n of a row's; costs (rows, at least n)."""
+    responses = costs.shape[1]
+    share = [math.comb(above, n - 1) / math.comb(responses, n) for above in range(responses)]  # where it is the least
+    falling = costs.double().sort(descending=True).values
+    return (falling * torch.tensor(share, dtype=torch.float64)).sum(1).mean().item()
 
 
 def as_pairs(prompts, responses):

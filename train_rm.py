@@ -14,8 +14,8 @@ Deviations: the label terms are per row, so rows without labels train the rankin
     python train_rm.py --task helpful --config configs/rm_config.yaml                          # one GPU
     torchrun --nproc_per_node=8 train_rm.py --task harmless --config configs/rm_config.yaml    # eight GPUs
 
-Copy with: formats/ harness/ distributed.py four_bit.py lora.py lora_targets.py losses.py packed_attention.py
-    packed_model.py packed_probe.py packing.py preference_data.py reward_models.py toy_world.py
+Copy with: formats/ harness/ distributed.py lora.py lora_targets.py losses.py packed_attention.py packed_model.py
+    packed_probe.py packing.py preference_data.py reward_models.py toy_world.py
 """
 
 import json

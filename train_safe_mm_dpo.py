@@ -9,6 +9,7 @@
 h is the policy's margin of log-ratios, dr and ds the margins of the helpful and the harmless reward model, d that of a
 row's own model, cost = -harmless score.  margin and soft aim at ref exp((r - lambda c) / beta) exactly; additive does
 not: for a large lambda it goes to the policy of the harmless pairs alone, which may cost more than the threshold.
+--own-pairs has the policy learn from what it says itself too, which is what the constraint is about.
 Policy, reference and reward models are one frozen base with adapters where they share it.
 
 Deviations from the papers: E[cost] is of offline prompts, sampled every few updates and held in between.
@@ -17,9 +18,8 @@ Deviations from the papers: E[cost] is of offline prompts, sampled every few upd
     python train_safe_mm_dpo.py --config configs/dpo_config.yaml                            # one GPU
     torchrun --nproc_per_node=8 train_safe_mm_dpo.py --config configs/dpo_config.yaml       # eight GPUs
 
-Copy with: formats/ harness/ distributed.py expected_cost.py four_bit.py lora.py lora_targets.py losses.py
-    packed_attention.py packed_model.py packed_probe.py packing.py preference_data.py reward_models.py sampling.py
-    toy_world.py
+Copy with: formats/ harness/ distributed.py expected_cost.py lora.py lora_targets.py losses.py packed_attention.py
+    packed_model.py packed_probe.py packing.py preference_data.py reward_models.py sampling.py toy_world.py
 """
 
 import math
@@ -55,12 +55,21 @@ def get_args(argv=None):
     add("--lambda-lr", "--λ-lr", type=rate, default=0.01, metavar="R", help="rate of log lambda; 0: lambda is fixed")
     add("--lambda-min", type=positive, default=1e-6, metavar="L", help="lambda is at least this")
     add("--lambda-max", type=positive, default=10.0, metavar="L", help="lambda is at most this")
-    number_or_auto = lambda text: text if text == "auto" else flags.number(float)(text)  # noqa: E731
-    add("--cost-threshold", type=number_or_auto, default=0.0, metavar="T", help="of E[cost]; auto: docs/safe_mm_dpo.md")
+    share, number_or_auto = flags.number(float, least=0, most=1), lambda kind: lambda text: _number_or_auto(text, kind)
+    what = "count scores in what validation pairs are apart, or as they are"
+    add("--score-units", choices=("spread", "raw"), default="spread", help=what)
+    what = "of E[cost]; auto: what the policy can do, docs/safe_mm_dpo.md"
+    add("--cost-threshold", type=number_or_auto(flags.number(float)), default=0.0, metavar="T", help=what)
+    what = "in place of a threshold, of a calibrated harmless model: cost is the probability of harm, and this its mean"
+    add("--harm-rate", type=flags.number(float, above=0, below=1), metavar="P", help=what)
     what = "E[cost] from sampled responses, or from the pairs by importance weights: those have to be the reference's"
     add("--cost-estimate", choices=("policy", "snis"), default="policy", help=what)
     add("--cost-every", type=flags.number(int, least=1), default=8, metavar="N", help="updates between two samples")
+    what = "prompts in a sample (default: as many as an update has pairs); auto: more, where it cannot tell yet"
+    add("--cost-samples", type=number_or_auto(flags.number(int, least=2)), metavar="N", help=what)
     add("--cost-prompts", choices=("harmless", "all"), default="harmless", help="whose rows' prompts E[cost] is over")
+    what = "of an update: pairs of the policy's own newest samples, judged by both reward models"
+    add("--own-pairs", type=share, default=0.0, metavar="SHARE", help=what)
     documented = dict(epochs=2, batch_size=4, gradient_accumulation_steps=4, learning_rate=5e-7, lora_dropout=0.1)
     what = "rows of each validation file; 0: none (default: all)"
     training_flags.add_common_flags(parser, **documented, held_out=what, output_dir="models/aligned")
@@ -68,6 +77,12 @@ def get_args(argv=None):
     args = training_flags.parse(parser, argv)
     if args.lambda_init and not args.lambda_min <= args.lambda_init <= args.lambda_max:
         parser.error(f"--lambda-init {args.lambda_init:g} is not within --lambda-min and --lambda-max")
+    if args.harm_rate is not None and "cost_threshold" in args.given:
+        parser.error("--harm-rate is a threshold, and --cost-threshold another: leave one of them out")
+    if args.own_pairs and not args.lambda_init:
+        parser.error("--own-pairs are of the samples of E[cost], and --lambda-init 0 takes none: leave one of them out")
+    if args.own_pairs and args.cost_estimate == "snis":
+        parser.error("--own-pairs are sampled, and --cost-estimate snis samples nothing: leave one of them out")
     if args.combine != "additive" and (args.w or args.kl_coeff):
         what = f"--w {args.w or 0:g} and --kl-coeff {args.kl_coeff or 0:g}"
         endings.say(f"note: {what}: --combine {args.combine} is exact for ref exp((r - lambda c) / beta) with both 0")
@@ -75,6 +90,10 @@ def get_args(argv=None):
     args.w = args.w if args.w is not None else 0.5 * (args.combine == "additive")
     args.kl_coeff = args.kl_coeff if args.kl_coeff is not None else 0.1 * (args.combine == "additive")
     return args
+
+
+def _number_or_auto(text, number):
+    return text if text == "auto" else number(text)
 
 
 if __name__ == "__main__":
@@ -92,13 +111,13 @@ from harness.training import Training
 from losses import (
     PAIR_METRICS,
     displacement,
-    dpo_loss,
     dynamic_beta,
     joint_loss,
     nll_loss,
     pair_metrics,
     soft_label_loss,
 )
+from own_pairs import OwnPairs
 from packed_model import prepare_model
 from packing import joined, of_pairs
 
@@ -112,7 +131,7 @@ METRICS = {  # and what each is a mean over: rows with a helpful or a harmless l
     "KL": "tokens",
     "nll_loss": "pairs",
 } | dict.fromkeys(PAIR_METRICS, "pairs")
-SHOWN = "loss_H loss_S KL lambda J_C E_cost beta_H beta_S ess accuracy_H accuracy_S grad_norm".split()
+SHOWN = "loss_H loss_S KL lambda J_C E_cost E_cost_raw beta_H beta_S ess accuracy_H accuracy_S grad_norm".split()
 HELD_OUT = "loss_H accuracy_H loss_S accuracy_S KL".split()
 
 
@@ -122,7 +141,7 @@ class PairFacts(NamedTuple):
     ref_chosen_logps: torch.Tensor
     ref_rejected_logps: torch.Tensor
     helpful_margin: torch.Tensor  # dr: the helpful reward model's score of chosen - that of rejected
-    harmless_margin: torch.Tensor  # ds
+    harmless_margin: torch.Tensor  # ds, in the unit of dr
     beta_H: torch.Tensor  # MM-DPO's beta of the helpful loss
     beta_S: torch.Tensor
     helpful: torch.Tensor  # the helpful label: 1 as the pair stands, -1 the other way, 0 none
@@ -138,18 +157,19 @@ class Terms(NamedTuple):
     kl: torch.Tensor  # summed over response tokens
 
 
-def pair_facts(known, labels, needed, args):
+def pair_facts(known, labels, needed, unit, args):
     """PairFacts of what the frozen models say of chosen and rejected {role: (N, 2)} and labels (N, 2) in 1, -1, 0.
 
-    Of pairs that are not `needed` nothing is asked, and their betas are NaN.
+    Of pairs that are not `needed` nothing is asked, and their betas are NaN.  unit: reward_models.CostUnit.
     """
-    margins, betas = {}, {}
-    for task, label in zip(TASKS, labels.unbind(1), strict=True):
-        chosen, rejected = known.get(task, torch.zeros(len(labels), 2)).unbind(1)
-        margins[task], betas[task] = chosen - rejected, torch.full_like(label, math.nan)
-        betas[task][needed] = dynamic_beta((label * margins[task])[needed], args.beta, args.w, args.k)
-    reference = known["reference"].unbind(1)
-    return PairFacts(*reference, *margins.values(), *betas.values(), *labels.unbind(1))
+    nothing, betas = torch.zeros(len(labels), 2), []
+    scores = [known.get(task, nothing) for task in TASKS]
+    for (chosen, rejected), label in zip((both.unbind(1) for both in scores), labels.unbind(1), strict=True):
+        beta = torch.full_like(label, math.nan)
+        beta[needed] = dynamic_beta((label * (chosen - rejected))[needed], args.beta, args.w, args.k)
+        betas.append(beta)
+    (chosen, rejected), ds = scores[0].unbind(1), unit.margins(scores[1])
+    return PairFacts(*known["reference"].unbind(1), chosen - rejected, ds, *betas, *labels.unbind(1))
 
 
 def pair_losses(policy, batch, facts, multiplier, args, reference=None):
@@ -161,21 +181,21 @@ def pair_losses(policy, batch, facts, multiplier, args, reference=None):
     policy_and_ref = policy_chosen_logps, policy_rejected_logps, facts.ref_chosen_logps, facts.ref_rejected_logps
     chosen_lengths, rejected_lengths = batch.response_lengths.chunk(2)
     h = policy_chosen_logps - facts.ref_chosen_logps - (policy_rejected_logps - facts.ref_rejected_logps)
-    loss_H = dpo_loss(*policy_and_ref, facts.beta_H)[0]
-    loss_S = soft_label_loss(facts.beta_S * h, (1 + facts.harmless) / 2)  # dpo_loss in the label's own direction
+    loss_H = soft_label_loss(facts.beta_H * h, (1 + facts.helpful) / 2)  # dpo_loss in the label's own direction
+    loss_S = soft_label_loss(facts.beta_S * h, (1 + facts.harmless) / 2)
     margins = facts.helpful_margin, facts.harmless_margin
     joint = joint_loss(args.combine, h, facts.beta_H, *margins, facts.helpful, multiplier)
     kl = sum(kl) if kl else torch.zeros_like(h)
-    nll = nll_loss(policy_chosen_logps, chosen_lengths)
+    nll, other_nll = nll_loss(policy_chosen_logps, chosen_lengths), nll_loss(policy_rejected_logps, rejected_lengths)
     if args.nll_coeff:
-        safer_nll = torch.where(facts.harmless < 0, nll_loss(policy_rejected_logps, rejected_lengths), nll)
-        loss_H, joint = loss_H + args.nll_coeff * nll, joint + args.nll_coeff * nll
-        loss_S = loss_S + args.nll_coeff * safer_nll
+        joint = joint + args.nll_coeff * nll
+        loss_H = loss_H + args.nll_coeff * torch.where(facts.helpful < 0, other_nll, nll)
+        loss_S = loss_S + args.nll_coeff * torch.where(facts.harmless < 0, other_nll, nll)
     in_H, in_S = facts.helpful.abs(), facts.harmless.abs()  # 1 where a pair has the label
     terms = Terms(in_H * loss_H, in_S * loss_S, joint, kl)
     metrics = {
         "loss_H": terms.loss_H,
-        "accuracy_H": in_H * (h > 0),
+        "accuracy_H": (facts.helpful * h) > 0,
         "beta_H": in_H * facts.beta_H,
         "loss_S": terms.loss_S,
         "accuracy_S": (facts.harmless * h) > 0,
@@ -212,18 +232,19 @@ def reference_states(reference, batch):
 
 def reward_folders(args):
     """{task: folder} of the reward models whose scores have a part in the run."""
-    needed = {"helpful": args.w or args.combine != "additive"}
-    needed["harmless"] = args.lambda_init and (args.w or args.lambda_lr or args.combine != "additive")
+    judged = args.w or args.own_pairs or args.combine != "additive"
+    needed = {"helpful": judged, "harmless": args.lambda_init and (judged or args.lambda_lr)}
     return {task: getattr(args, f"{task}_rm_path") for task in TASKS if needed[task]}
 
 
 def read_records(folders, tokenizer, args):
-    """{task: reward_model.json}.  A threshold `auto` that cannot be is refused here, before anything loads."""
+    """({task: reward_model.json}, CostUnit).  A unit or a threshold that cannot be is refused before anything loads."""
     trust = args.trust_remote_code
     records = {task: reward_models.read_record(folder, task, tokenizer, trust) for task, folder in folders.items()}
-    if "harmless" in records:
-        reward_models.threshold(args.cost_threshold, records["harmless"], start_cost=0.0)
-    return records
+    if "harmless" not in records:
+        return records, reward_models.CostUnit()
+    reward_models.check_threshold(args, records["harmless"])
+    return records, reward_models.cost_unit(records, folders, args)
 
 
 def read_both(run, tokenizer):
@@ -256,11 +277,16 @@ def load_judges(run, folders, records, policy):
     return judges
 
 
-def update_counts(update, pairs, labels):
+def update_counts(update, pairs, facts):
     """{count of METRICS: number} of an update, over all ranks."""
-    helpful_rows, harmless_rows = labels[update.indices].abs().sum(0).tolist()
+    labelled = [label[update.indices].abs().sum().item() for label in (facts.helpful, facts.harmless)]
     tokens = sum(len(pairs[i].chosen_ids) + len(pairs[i].rejected_ids) for i in update.indices)
-    return {"helpful_rows": helpful_rows, "harmless_rows": harmless_rows, "tokens": tokens, "pairs": update.num_pairs}
+    return dict(zip(("helpful_rows", "harmless_rows"), labelled)) | {"tokens": tokens, "pairs": update.num_pairs}
+
+
+def with_room(facts, count):
+    """PairFacts with so many more places behind their own."""
+    return PairFacts(*(torch.cat((fact, fact.new_zeros(count))) for fact in facts))
 
 
 def main(args):
@@ -273,7 +299,7 @@ def main(args):
     run.add_adapter(skeleton, "policy")  # a wrong target shows here
     if run.estimate_memory(skeleton, tokenizer, folders):
         return
-    records = read_records(folders, tokenizer, args)
+    records, unit = read_records(folders, tokenizer, args)
     pairs, labels, train, held_out = read_both(run, tokenizer)
     validations = {f"{task} reward model": record.get("validation") for task, record in records.items()}
     data = run.plan(pairs, train, held_out, **validations)
@@ -281,7 +307,8 @@ def main(args):
 
     # 3 models: policy, reference and reward models are one frozen base where they share it
     policy = reference = run.load(args.model)
-    if args.ref_model_path or (args.kl_coeff and run.full):  # else the policy before its first update
+    asks_reference = args.kl_coeff or args.own_pairs  # in training too
+    if args.ref_model_path or (asks_reference and run.full):  # else the policy before its first update
         reference = run.load(args.ref_model_path or args.model)
         prepare_model(reference)
     judges = load_judges(run, folders, records, policy)
@@ -294,20 +321,27 @@ def main(args):
     if args.cost_estimate == "snis":  # nothing is sampled: E[cost] before training is of all pairs
         needed["harmless"] = sorted({*data.needed, *costly})
     known = {role: run.cached(role, frozen[role], needed=needed[role]) for role in frozen}  # (N, 2) each
-    facts = pair_facts(known, labels, data.needed, args)
-    judge = judges.get("harmless") if args.cost_estimate == "policy" else None  # the one that is still asked
-    for task in judges:
-        if judges[task] is not judge and judges[task].model is policy:
-            lora.remove_adapter(policy, task)
-    frozen = judges = None  # the others leave memory
-    reference = reference if args.kl_coeff or (reference is policy and not run.full) else None
+    facts = pair_facts(known, labels, data.needed, unit, args)
+    asked = {"harmless": args.cost_estimate == "policy", "helpful": args.own_pairs, "reference": args.own_pairs}
+    for role in [role for role in frozen if not asked[role]]:  # the others leave memory
+        if role in judges and frozen[role].model is policy:
+            lora.remove_adapter(policy, role)
+        del frozen[role]
+    judges = None
+    reference = reference if asks_reference or (reference is policy and not run.full) else None
     forget()
 
     # 4 train
-    costs = -known.get("harmless", torch.zeros(len(pairs), 2))
-    constraint = Constraint(run, policy, tokenizer, judge, costs, costly)
+    scores, judge = known.get("harmless", torch.zeros(len(pairs), 2)), frozen.pop("harmless", None)
+    constraint = Constraint(run, policy, tokenizer, judge, unit, scores, costly)
     multiplier = constraint.multiplier
     training = Training(run, policy, parameters, METRICS, "policy model", tensors={"samples": constraint.samples})
+    own = OwnPairs(run, training, frozen, unit) if args.own_pairs else None
+    facts = with_room(facts, own.room if own else 0)
+
+    def learn_from_own(places, known, own_labels):
+        for fact, values in zip(facts, pair_facts(known, own_labels, slice(None), unit, args), strict=True):
+            fact[places] = values
 
     def forward(indices, with_kl):
         """Terms and metrics of the pairs at these places."""
@@ -324,13 +358,19 @@ def main(args):
 
     if run.checkpoint:
         constraint.restore(training)
+        if own:
+            learn_from_own(*own.restore())
     else:
         if "harmless" in known:
             constraint.start(records["harmless"])
+        if own:
+            learn_from_own(*own.add(constraint.draw, multiplier.value))
         if held_out:
             evaluate()
     for update in training.updates():
-        counts = update_counts(update, pairs, labels)
+        if own:
+            update = training.instead(own.mixed_into(update))
+        counts = update_counts(update, data.pairs, facts)
         for indices in update.passes:
             terms, metrics = forward(indices, with_kl=args.kl_coeff > 0)
             training.backward(update_loss(terms, multiplier.value, counts, args), metrics)
@@ -343,6 +383,8 @@ def main(args):
         training.step()
         if "harmless" in known:
             constraint.update(update.number)
+            if own and constraint.draw:
+                learn_from_own(*own.add(constraint.draw, multiplier.value))
             training.log_file.write_lambda(update.number, constraint.at_a_glance())
         if update.logs:
             metrics = training.means() | constraint.metrics()

@@ -17,8 +17,8 @@ Deviations from DPO's paper: the two terms behind it; AdamW instead of RMSprop.
     torchrun --nproc_per_node=4 train_with_preference_prompt.py --dataset-path pairs.jsonl \\
         --use-prompt-embedding --prompt-embedding-path outputs/soft_prompt                      # four GPUs
 
-Copy with: formats/ harness/ distributed.py four_bit.py lora.py lora_targets.py losses.py packed_attention.py
-    packed_model.py packed_probe.py packing.py preference_data.py preference_prompt.py toy_world.py
+Copy with: formats/ harness/ distributed.py lora.py lora_targets.py losses.py packed_attention.py packed_model.py
+    packed_probe.py packing.py preference_data.py preference_prompt.py toy_world.py
 """
 
 import math

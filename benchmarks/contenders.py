@@ -35,7 +35,7 @@ from harness import device, flags, speed
 from packing import epoch_plan
 from preference_data import DataError, fingerprint, load_pairs
 
-CONTENDERS = "ours trl-defaults trl-best ours-fp32 trl-fp32".split()
+CONTENDERS = "ours trl-defaults trl-best ours-fp32 trl-fp32 ours-compiled-fp32".split()
 COLUMNS = ["contender", "s per update", "pairs/s", "x of trl-defaults", "peak memory GB", "x of trl-defaults"]
 COLUMNS += ["useful TFLOP/s", "share of measured matmul peak"]
 
@@ -65,7 +65,8 @@ def get_args(benchmark, doc, batch_size, accumulation, argv=None):
     add("--updates", type=natural, default=10, metavar="N", help="updates to measure, after the warm-up")
     add("--warmup", type=natural, default=3, metavar="N", help="updates before them, not measured")
     add("--rounds", type=natural, default=1, metavar="N", help="run the contenders N times in turn: machines are noisy")
-    add("--contenders", nargs="+", choices=CONTENDERS, default=CONTENDERS, metavar="NAME", help=", ".join(CONTENDERS))
+    what = f"of {', '.join(CONTENDERS)} (default: all but the last)"
+    add("--contenders", nargs="+", choices=CONTENDERS, default=CONTENDERS[:-1], metavar="NAME", help=what)
     add("--json", metavar="FILE", help="write everything to this file, each measured time too")
     add("--contender", metavar="PLAN", help=argparse.SUPPRESS)  # this process is the one that the file names
     args = parser.parse_args(argv)
@@ -78,7 +79,9 @@ def our_flags(benchmark, args, plan, name="ours"):
     """Command line of our script: its defaults, but for the task."""
     words = ["--model", args.model, *benchmark.words(args, plan, name), "--num-samples", plan["rows"]]
     words += ["--batch-size", args.batch_size, "--gradient-accumulation-steps", args.gradient_accumulation_steps]
+    words += ["--tokens-per-microbatch", "auto"]  # as where no --batch-size is given
     words += ["--max-length", args.max_length, "--max-prompt-length", args.max_prompt_length, "--eval-samples", 0]
+    words += ["--compile"] if "compiled" in name else []
     words += ["--report-to", "none", "--output-dir", plan["output"], "--learning-rate"]
     if name.endswith("fp32"):  # a higher rate, so that the losses move and their being equal means something
         return [*map(str, words), "1e-3", "--dtype", "fp32", "--logging-steps", "1"]
@@ -122,7 +125,7 @@ def probe(benchmark, args, plan, _):
 
 def run_ours(script, ours, plan, name):
     script.main(ours)
-    output, dtype = Path(plan["output"]), "fp32" if name == "ours-fp32" else plan["dtype"]
+    output, dtype = Path(plan["output"]), "fp32" if name.endswith("fp32") else plan["dtype"]
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     data = re.search(r"training data sha256 (\w+)", (output / "README.md").read_text())[1]
     return {"losses": [line["loss"] for line in lines], "tokens": lines[-1]["num_tokens"], "dtype": dtype, "data": data}

@@ -26,7 +26,7 @@ from preference_data import Pair
 
 
 def words(args, plan, name):
-    return ["--dataset", args.dataset, *(["--adapter", plan["adapter"]] if name == "ours-fp32" else [])]
+    return ["--dataset", args.dataset, *(["--adapter", plan["adapter"]] if name.endswith("fp32") else [])]
 
 
 def write_start(args, ours, folder):

@@ -12,6 +12,7 @@ locks             one writer per folder
 endings           what an exception becomes: a sentence, an exit code
 training_curves   a page of the curves, and charts, which draws it; trackers: TensorBoard, wandb, swanlab
 device            number type, free memory
+compiled          blocks through torch.compile; four_bit: a frozen base in 4 bits
 sharding          FSDP2, where all weights are trained on several ranks
 optimizers        AdamW; with 8-bit moments; with its moments in the CPU's memory
 memory_estimate   what a run will take, before anything is loaded; pass_memory counts a pass, memory_report says it

@@ -1,6 +1,6 @@
 """The pairs of a run, and how they are cut into updates and passes."""
 
-from packing import epoch_plan, pack, passes_of_rank, rows_of_run
+from packing import epoch_plan, pack, passes_of_rank, passes_of_ranks, rows_of_run
 from preference_data import fingerprint
 
 
@@ -31,6 +31,11 @@ class Data:
     def updates(self, epoch):
         """Of one epoch: [(pairs in the update, passes of each rank)]."""
         return epoch_plan(self.train, epoch, **self.shuffle, **self.cut, lengths=self.lengths)
+
+    def passes_of_ranks(self, indices):
+        """The pairs of an update at these places, cut into the passes of each rank."""
+        indices = sorted(indices, key=lambda i: -self.lengths[i]) if self.cut["budget"] else indices
+        return passes_of_ranks(indices, **self.cut, lengths=self.lengths)
 
     def passes(self, indices, lengths=None):
         """This rank's share of the pairs at these places, cut into passes."""

@@ -127,7 +127,7 @@ INSTEAD = {
     "--fsdp": (_SHARDS,),
     "--ddp-backend": ("leave it out: NCCL on GPUs, gloo elsewhere",),
     "--ddp-find-unused-parameters": ("leave it out: gradients are exchanged by hand",),
-    "--tf32": ("leave it out, --dtype says it",),
+    "--torch-compile": ("--compile",),
     "--data-seed": ("--seed N",),
     "--save-strategy": ("--save-steps N (updates)",),
     "--eval-strategy": ("--eval-steps N (updates)",),

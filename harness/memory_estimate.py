@@ -23,9 +23,9 @@ import torch
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-import four_bit
 import lora
 from formats.user_errors import UserError
+from harness import four_bit
 from harness.device import DTYPES
 from harness.optimizers import moments_bytes
 from harness.pass_memory import blocks_of, head_bytes, measure

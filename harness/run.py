@@ -24,7 +24,6 @@ from typing import Any
 import torch
 
 import distributed
-import four_bit
 import lora
 import lora_targets
 import toy_world
@@ -35,6 +34,7 @@ from harness import (
     device,
     endings,
     flags,
+    four_bit,
     locks,
     memory_estimate,
     memory_report,
@@ -228,9 +228,14 @@ class Run:
         tokens = largest_pass(**self.data.cut, lengths=self.data.lengths)
         room = device.room(self.world)
         self.checkpointing = self.estimate.checkpointing(self.args, room, tokens, model.packs_pairs)
+        draws = lora.has_dropout(model)
         if self.checkpointing:
-            enable_checkpointing(model, draws=lora.has_dropout(model))
+            enable_checkpointing(model, draws)
             self.say("gradient checkpointing: on")
+        if self.args.compile:
+            from harness import compiled  # torch's compiler takes a second to load
+
+            self.say(compiled.compile_blocks(model, self.checkpointing, draws))
 
     def begin(self, model, parameters, frozen=None, **facts):
         """Fix what the run is; raise CheckpointError where it would go on as another.  Returns the parameters, sharded

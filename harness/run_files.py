@@ -33,7 +33,7 @@ RUN_FILES = """metrics.jsonl args.json trainer_state.json adapter_config.json co
 # What may differ between the machines of a run: the data and the models count by their content instead.
 MAY_DIFFER_BETWEEN_MACHINES = """model tokenizer_name dataset train_helpful_path train_harmless_path val_helpful_path
     val_harmless_path helpful_rm_path harmless_rm_path dataset_path test_dataset_path
-    prompt_embedding_path eval_dataset ref_model_path adapter device gradient_checkpointing
+    prompt_embedding_path eval_dataset ref_model_path adapter device gradient_checkpointing compile
     trust_remote_code hub output_dir logging_dir cache_dir report_to resume ddp_timeout
     optimizer_offload""".split()
 # What may differ between a run and its continuation too; of the sizes of a pass the product counts, pairs per update.

@@ -25,6 +25,8 @@ from tqdm import tqdm
 
 import distributed
 from harness import checkpoints, flags, memory_report, metrics_log, optimizers, run_files, speed
+from harness.data import pair_length
+from preference_data import Pair
 
 
 class Update(NamedTuple):
@@ -154,6 +156,24 @@ class Training:
             is_last=is_last,
         )
 
+    def instead(self, indices):
+        """The update at hand with the pairs at these places, of all ranks, instead of its own."""
+        self.passes_of_ranks = self.data.passes_of_ranks(indices)
+        self.update = self._update(self.passes_of_ranks)
+        return self.update
+
+    def make_room(self, count):
+        """Places behind those of the files, for pairs that training makes itself; returns the first."""
+        data, first = self.data, len(self.data.pairs)
+        data.pairs, data.lengths = data.pairs + [Pair([], [], [])] * count, data.lengths + [0] * count
+        self.flops = self.flops + [0] * count
+        return first
+
+    def put(self, places, pairs):
+        """Pairs at some of these places."""
+        for place, pair, flops in zip(places, pairs, speed.useful_flops(self.model, pairs), strict=True):
+            self.data.pairs[place], self.data.lengths[place], self.flops[place] = pair, pair_length(pair), flops
+
     def _timed(self, passes):
         for indices in passes:
             self.watch.phase("forward")
@@ -217,6 +237,8 @@ class Training:
         for name in shown:
             if math.isfinite(metrics.get(name, math.nan)):
                 number = format(metrics[name], "g" if name == "beta" else ".4f")
+                if f"{name}_se" in metrics:
+                    number += f" ± {metrics[f'{name}_se']:.4f}"
                 words.append(f"{_label(name)}={number}")
         line = f"{prefix}Epoch {self.epoch} step {self.step_number} {' '.join(words)}"
         self.run.say(f"{line} learning_rate={metrics['learning_rate']:.2e} {self.watch.rate()}")

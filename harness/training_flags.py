@@ -88,6 +88,7 @@ def add_common_flags(
         action="store_true",
         help="products of --dtype fp32 in TF32 on a GPU: faster, with 10 bits instead of 23",
     )
+    add("--compile", action="store_true", help="blocks through torch.compile: faster after a minute or more")
     add("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto", help="where to train")
     what = "how long a rank waits for the others before it ends"
     add("--ddp-timeout", type=number(int, least=1, most=10**6), default=600, metavar="SECONDS", help=what)

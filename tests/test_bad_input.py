@@ -2,6 +2,7 @@
 exit code 3 and no weights; and what a good run leaves.
 """
 
+import argparse
 import importlib
 import io
 import json
@@ -233,7 +234,9 @@ def test_a_reward_models_record_that_lacks_a_value(world, tmp_path, name):
     if name == "validation":  # as of a model that was not validated
         record = reward_models.read_record(folder, "helpful", tokenizer)
         with pytest.raises(reward_models.RewardModelError, match="needs a harmless model that was validated"):
-            reward_models.threshold("auto", record, 2.0)
+            reward_models.check_threshold(argparse.Namespace(cost_threshold="auto"), record)
+        with pytest.raises(reward_models.RewardModelError, match="--score-units spread needs the validation scores of"):
+            reward_models.spread(record, folder)
     else:
         with pytest.raises(reward_models.RewardModelError, match=f"says {name}=None"):
             reward_models.read_record(folder, "helpful", tokenizer)

@@ -85,6 +85,7 @@ DEFAULTS = dict(
     optimizer_offload=False,
     base_dtype="same",
     tf32=False,
+    compile=False,
     nll_coeff=0.0,
     beta=0.1,
     loss="sigmoid",

@@ -19,11 +19,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from worlds import QUICK, data_of, words_of
 
 import dpo_hf_run
-import four_bit
 import lora
 from formats.model_files import enable_checkpointing
-from four_bit import FourBit, linears_of_blocks, make_whole, quantise
-from harness import score_cache
+from harness import four_bit, score_cache
+from harness.four_bit import FourBit, linears_of_blocks, make_whole, quantise
 from harness.memory_estimate import Estimate
 from packed_model import prepare_model
 

@@ -170,7 +170,7 @@ def test_safe_dpo(toy, tmp_path):
     save_cost_model(tmp_path / "rm", toy, tokenizer, cost_head)
     words = ["--model", toy / "model", "--train-helpful-path", helpful, "--train-harmless-path", harmless]
     words += ["--harmless-rm-path", tmp_path / "rm", "--lora-r", 0, "--w", 0, "--kl-coeff", 0, "--beta", lesson.BETA]
-    words += ["--cost-threshold", lesson.THRESHOLD, "--cost-every", lesson.COST_EVERY]
+    words += ["--score-units", "raw", "--cost-threshold", lesson.THRESHOLD, "--cost-every", lesson.COST_EVERY]
     words += ["--lambda-lr", lesson.LAMBDA_RATE, "--lambda-max", lesson.LAMBDA_MAX]
     words += ["--max-length", 2 * lesson.MAX_TOKENS, "--max-prompt-length", lesson.MAX_TOKENS, *flags]
     run_script([*words, "--output-dir", tmp_path / "run"], train_safe_mm_dpo)

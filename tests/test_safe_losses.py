@@ -11,7 +11,7 @@ import pytest
 import torch
 from tiny_models import random_pairs, tiny_model
 
-from expected_cost import LEAST_SAMPLES, WINDOW, draw, empty_window, importance_weighted, slide
+from expected_cost import LEAST_SAMPLES, WINDOW, empty_window, importance_weighted, shuffled, slide
 from losses import Multiplier, dpo_loss, dynamic_beta, joint_loss, soft_label_loss
 from packed_model import prepare_model
 from packing import joined, pack
@@ -436,25 +436,14 @@ def test_windows_of_several_ranks_are_one(ranks):
     assert importance_weighted(windows_of(log_ratios, costs, ranks)) == pytest.approx(expected, rel=1e-12)
 
 
-@pytest.mark.parametrize("ranks", [2, 3, 8])
-@pytest.mark.parametrize("count", [1, 7, 16, 50])
-def test_the_shares_of_the_ranks_are_the_draw_of_one(count, ranks):
-    prompts = [[number, number + 1] for number in range(40)]
-    alone = draw(prompts, count, 5, 0, 1)
-    shares = [draw(prompts, count, 5, rank, ranks) for rank in range(ranks)]
-    assert sorted(sum(shares, [])) == sorted(alone)
-    assert len({tuple(prompt) for prompt in alone}) == len(alone) == min(count, 40)  # no prompt twice
-    assert max(map(len, shares)) - min(map(len, shares)) <= 1
-
-
-def test_a_draw_follows_from_its_seed():
+def test_the_order_of_prompts_follows_from_its_seed():
     prompts = [[number] for number in range(40)]
-    draws = [draw(prompts, 10, seed, 0, 1) for seed in (3, 3, 4, 2**64 + 3)]
-    assert draws[0] == draws[1] != draws[2]
-    assert draws[3] == draws[0]  # a seed beyond what torch takes is one that it takes
-    # Every prompt comes up: not only the first ones of the file.
-    seen = {prompt[0] for seed in range(60) for prompt in draw(prompts, 10, seed, 0, 1)}
-    assert seen == set(range(40))
+    orders = [shuffled(prompts, seed) for seed in (3, 3, 4, 2**64 + 3)]
+    assert orders[0] == orders[1] != orders[2]
+    assert orders[3] == orders[0]  # a seed beyond what torch takes is one that it takes
+    assert sorted(orders[0]) == prompts  # no prompt twice
+    # Every prompt comes first: not only the first ones of the file.
+    assert {prompt[0] for seed in range(400) for prompt in shuffled(prompts, seed)[:1]} == set(range(40))
 
 
 # -- the rows of two files --------------------------------------------------------------------------------------------

@@ -77,6 +77,7 @@ DEFAULTS = dict(
     optimizer_offload=False,
     base_dtype="same",
     tf32=False,
+    compile=False,
     seed=42,
 )
 

@@ -203,7 +203,7 @@ def test_sampled_cost_is_the_harmless_models_mean_over_responses_of_the_policy(t
 
     end: what the pairs' responses end in, where it is not the end-of-sequence (a chat's turn, as Gemma's).
     """
-    from expected_cost import draw, prompts_of, sampled_cost
+    from expected_cost import numbers_of, prompts_of, sampled_pairs, shuffled
     from harness.run import Frozen
     from packed_model import prepare_model
     from sampling import sample
@@ -216,22 +216,30 @@ def test_sampled_cost_is_the_harmless_models_mean_over_responses_of_the_policy(t
     _, head = lora.load_adapter(policy, judges / "harmless", "harmless", with_head=True)
     lora.switch_adapter(policy, None)
     prepare_model(policy)
-    judge = Frozen(policy, "harmless", head)
     args = get_args(
         ["--batch-size", "4", "--gradient-accumulation-steps", "2", "--max-length", "64", "--max-prompt-length", "32"]
     )
+    args.tokens_per_microbatch = 0
     world = distributed.World(0, 1, torch.device("cpu"))
-    cost = sampled_cost(policy, judge, prompts, tokenizer, 5, args, world)
-    assert cost == sampled_cost(policy, judge, prompts, tokenizer, 5, args, world)
-    assert cost != sampled_cost(policy, judge, prompts, tokenizer, 6, args, world)
+
+    def scored(seed, parts, responses=4):
+        some, found = shuffled(prompts, seed)[:6], []
+        for first in range(0, 6, 6 // parts):
+            part = some[first : first + 6 // parts]
+            found += sampled_pairs(policy, tokenizer, part, responses, seed, first, args, world)
+        return found, numbers_of(Frozen(policy, "harmless", head), found, args, world)
+
+    found, scores = scored(5, 1)
+    assert scored(5, 3)[0] == found != scored(6, 1)[0]  # in one draw or in several
     alone = load_model(toy / "model", torch.float32, "cpu", scores=True)
     lora.load_adapter(alone, judges / "harmless", "reward", with_head=True)
-    asked = [ids for ids, _ in draw(prompts, 8, 42 * 1_000_003 + 5, 0, 1) for _ in range(2)]
-    responses, eos = sample(policy, tokenizer, asked, 32, 42 * 1_000_003 + 5), tokenizer.eos_token_id
+    asked = [ids for ids, _ in shuffled(prompts, 5)[:6] for _ in range(4)]
+    responses, eos = sample(policy, tokenizer, asked, 32, 5), tokenizer.eos_token_id
     responses = [[*r[:-1], end or eos] if r[-1] == eos else r for r in responses]
+    assert [(p, r) for p, *both in found for r in both] == list(zip(asked, responses))
     with torch.no_grad():
         ends = [alone.base_model(torch.tensor([p + r])).last_hidden_state[0, -1] for p, r in zip(asked, responses)]
-    assert cost == pytest.approx(-(torch.stack(ends) @ head[0]).mean().item(), abs=1e-4)
+    assert scores.flatten().tolist() == pytest.approx((torch.stack(ends) @ head[0]).tolist(), abs=1e-4)
 
 
 def test_a_fixed_lambda_and_its_bounds(train, capsys):
@@ -246,30 +254,37 @@ def test_a_fixed_lambda_and_its_bounds(train, capsys):
     assert logged(metrics, "lambda")[-1] == pytest.approx(0.5)
 
 
+def uncalibrated(judges, folder):
+    """The harmless model, with a record that knows no zero."""
+    shutil.copytree(judges / "harmless", folder)
+    record = json.loads((folder / "reward_model.json").read_text())
+    (folder / "reward_model.json").write_text(json.dumps(record | {"calibrated": False}))
+    (folder / "manifest.json").unlink()
+    return folder
+
+
 def test_thresholds(train, judges, tmp_path):
     said = r"threshold (\S+): (.*)"
     _, log, _ = train("auto", "--cost-threshold", "auto", "--max-steps", 1)
-    record = json.loads((judges / "harmless/reward_model.json").read_text())
-    safe, harmful = -record["validation"]["safe_score"], -record["validation"]["harmful_score"]
     value, how = re.search(said, log).groups()
-    assert float(value) == pytest.approx(safe + 0.05 * (harmful - safe), abs=1e-4)
-    assert "mean cost of safe responses" in how
-    shutil.copytree(judges / "harmless", tmp_path / "uncalibrated")
-    record["calibrated"] = False
-    (tmp_path / "uncalibrated/reward_model.json").write_text(json.dumps(record))
-    (tmp_path / "uncalibrated/manifest.json").unlink()
-    words = ["--harmless-rm-path", tmp_path / "uncalibrated", "--max-steps", 1]
-    _, log, _ = train("relative", "--cost-threshold", "auto", *words)
-    start = float(re.search(r"E\[cost\] before training (\S+);", log).group(1))
-    assert float(re.search(said, log).group(1)) == pytest.approx(
-        start - record["validation"]["score_std"] / 2, abs=2e-4
+    what = (
+        r"a harm rate of about 5 % by the harmless model: (the policy's own|validation) safe responses cost (\S+) and"
     )
-    one = float(re.search(r"E\[cost\] before training (\S+);", train("one", *words)[1]).group(1))
-    assert start != one  # the mean of four draws, where the threshold stands on it
+    safe, harmful = map(float, re.search(what + r" harmful ones (\S+)", how).groups()[1:])
+    assert safe < 0 < harmful
+    assert float(value) == pytest.approx(safe + 0.05 * (harmful - safe), abs=1e-4)
+    words = ["--harmless-rm-path", uncalibrated(judges, tmp_path / "uncalibrated"), "--max-steps", 1]
+    _, log, _ = train("relative", "--cost-threshold", "auto", *words)
+    start = float(re.search(r"E\[cost\] before training (\S+) ±", log).group(1))
+    value, how = re.search(said, log).groups()
+    assert how == "what the cheaper of two of the policy's own responses costs"
+    assert start - 1 < float(value) < start
     _, log, _ = train("zero", *words)
     assert "its zero means nothing" in re.search(said, log).group(2)
     _, log, _ = train("zero calibrated", "--max-steps", 1)
     assert "means nothing" not in log
+    _, log, _ = train("rate", "--harm-rate", 0.2, "--max-steps", 1)
+    assert re.search(said, log).groups() == ("0.2000", "--harm-rate, by the harmless model")
 
 
 def test_scores_on_one_side_of_the_threshold_are_told(train):
@@ -321,7 +336,7 @@ def test_resumed_by_importance_weights_is_uninterrupted_lambda_included(train, t
 def test_log_lines_and_files(train, toy, tmp_path):
     folder, log, metrics = train("run", "--epochs", 2, "--num-samples", 24, "--logging-steps", 3, "--save-merged")
     line = r"Epoch 1 step 3 loss_H=\d\.\d{4} loss_S=\d\.\d{4} KL=\d\.\d{4} lambda=\d\.\d{4} "
-    line += r"J_C=-?\d+\.\d{4} E_cost=-?\d+\.\d{4} "
+    line += r"J_C=-?\d+\.\d{4} E_cost=-?\d+\.\d{4} ± \d+\.\d{4} E_cost_raw=-?\d+\.\d{4} "
     assert re.search(line + r"beta_H=0\.1\d{3} beta_S=0\.1\d{3} ", log)
     assert re.search(r"LoRA enabled for policy model: [\d,]+ trainable / [\d,]+ total parameters \(\d+\.\d\d%\)", log)
     assert "Effective batch size: 8 (batch_size=4 x accumulation=2 x 1 processes)" in log

@@ -123,7 +123,7 @@ def data_of(script, world):
     if script in ("train_with_preference_prompt", "learn_prompt"):
         data = ["--dataset-path", world / "train.jsonl", "--test-dataset-path", world / "val.jsonl"]
         return [*data, "--preference-text", "Be nice!", *(["--alpha", 1] if script != "learn_prompt" else [])]
-    words = ["--lambda-lr", 0.5, "--cost-every", 2]
+    words = ["--lambda-lr", 0.5, "--cost-every", 2, "--own-pairs", 0.3]
     for task in ("helpful", "harmless"):
         words += [f"--{task}-rm-path", world / task, f"--val-{task}-path", world / "val.jsonl"]
         words += [f"--train-{task}-path", world / f"train_{task}.jsonl"]

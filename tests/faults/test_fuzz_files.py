@@ -88,22 +88,29 @@ def test_reward_models(labelled_world, tmp_path, tally):
     (folder / "manifest.json").unlink()  # nothing says what it was
     path, tokenizer = folder / "reward_model.json", load_tokenizer(str(labelled_world / "model"))
     value = json.loads(path.read_text())
+    scores = torch.tensor([[1.0, 2.0], [2.0, -1.0]])  # too few of either kind for a mean of theirs
     numbers = dict.fromkeys(("loss", "score_std"), 0.5) | {"safe_score": 1.0, "harmful_score": -1.5}
     value |= {"task": "harmless", "calibrated": True, "validation": numbers}
 
     def use():
         record = reward_models.read_record(folder, "harmless", tokenizer)
-        return record["base_sha256"], reward_models.threshold("auto", record, 2.0)[0]
+        args = argparse.Namespace(cost_threshold="auto", harm_rate=None, score_units="spread")
+        reward_models.check_threshold(args, record)
+        unit = reward_models.cost_unit({"harmless": record}, {"harmless": folder}, args)
+        return record["base_sha256"], reward_models.threshold(args, record, unit, scores, "the policy's own")[0]
 
     def plainly(record):
         assert record["task"] == "harmless"
         numbers = record["validation"]
         assert type(record["calibrated"]) is bool
-        if record["calibrated"] and "safe_score" in numbers and "harmful_score" in numbers:
+        apart = numbers["safe_score"] - numbers["harmful_score"] if numbers.keys() >= reward_models.APART else 0
+        spread = apart if apart > 0 else numbers["score_std"]
+        assert spread > 0
+        if record["calibrated"]:
             safe, harmful = -numbers["safe_score"], -numbers["harmful_score"]
-            threshold = safe + 0.05 * (harmful - safe)
+            threshold = (safe + 0.05 * (harmful - safe)) / spread
         else:
-            threshold = 2.0 - numbers["score_std"] / 2
+            threshold = -2.0 / spread  # the cheaper of two responses
         assert math.isfinite(threshold)
         return record["base_sha256"], threshold
 
