@@ -72,7 +72,8 @@ def labelled_world(tmp_path_factory):
     write_rows(folder / "train_helpful.jsonl", train[:20])  # five rows with both labels
     write_rows(folder / "train_harmless.jsonl", train[15:])
     for task in ("helpful", "harmless"):
-        data = ["--model", folder / "model", f"--train-{task}-path", folder / "train.jsonl", "--eval-samples", 0]
+        data = ["--model", folder / "model", f"--train-{task}-path", folder / "train.jsonl"]
+        data += [f"--val-{task}-path", folder / "val.jsonl"]
         words = ["--task", task, *data, *QUICK, "--lora-dropout", 0, "--learning-rate", 1e-2]
         words += ["--output-dir", folder / task]
         codes, said = run_ranks("train_rm", words, 1, folder / f"{task}_log")

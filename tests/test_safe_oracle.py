@@ -58,16 +58,19 @@ class Bandit:
             low, high = (middle, high) if threshold < self.cost(self.optimum(middle)) else (low, middle)
         return (low + high) / 2
 
+    def triples(self):
+        """(prompt, arm, other arm)."""
+        prompts, arms = self.reference.shape
+        return [(x, i, j) for x in range(prompts) for i, j in itertools.permutations(range(arms), 2)]
+
     def rows(self, first_prompt):
         """Every two arms of each prompt in both orders: batch, PairFacts and weights of the four terms (4, B).
 
         Labels of helpfulness and of safety are drawn from Bradley-Terry; instead of drawing, each row counts as often
         as its label would come up.  Both labels stand in one row, and each loss has the weight of its own label.
         """
-        prompts, arms = self.reference.shape
-        triples = [(x, i, j) for x in range(prompts) for i, j in itertools.permutations(range(arms), 2)]
-        batch = pack([([first_prompt + x], [i], [j]) for x, i, j in triples])
-        x, i, j = torch.tensor(triples).t()
+        batch = pack([([first_prompt + x], [i], [j]) for x, i, j in self.triples()])
+        x, i, j = torch.tensor(self.triples()).t()
         dr, ds = self.rewards[x, i] - self.rewards[x, j], self.costs[x, j] - self.costs[x, i]
         ones = torch.ones_like(dr)
         facts = self.reference[x, i], self.reference[x, j], dr, ds, BETA * ones, BETA * ones, ones, ones
@@ -217,26 +220,42 @@ def thresholds():
 
 
 @functools.cache
-def trained(combine, strictness):
-    """(multiplier, policy) after UPDATES updates on all pairs; E[cost] is exact at each."""
+def trained(combine, strictness, updates=UPDATES, lacks_the_best=False, own_share=0.0):
+    """(multiplier, policy) after some updates on all pairs; E[cost] is exact at each.
+
+    lacks_the_best: no pair of the files has the arm that the solution likes best.  own_share: of the loss, by pairs of
+    the policy's own: every pair of arms, as often as the policy says both, judged by the models alone.
+    """
     bandit, threshold, model = the_bandit(), thresholds()[strictness], language_model()
     batch, facts, weights = bandit.rows(first_prompt=ARMS)
+    x, i, j = torch.tensor(bandit.triples()).t()
+    if lacks_the_best:
+        best = bandit.optimum(bandit.best_lambda(threshold)).argmax(-1)[x]
+        weights = weights * ((i != best) & (j != best))
+    nobody = torch.zeros_like(facts.helpful)
     facts, weights, args = PairFacts(*(fact.float() for fact in facts)), weights.float(), settings(combine)
     counts = dict.fromkeys(("helpful_rows", "harmless_rows", "pairs", "tokens"), len(facts.helpful) / 2)
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
-    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, UPDATES, eta_min=0.0005)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, updates, eta_min=0.0005)
     # The memory of the average is a tenth of this short run.  `additive` moves E[c] less by lambda, and takes longer.
     multiplier = Multiplier(0.5, 0.2 if combine == "additive" else 0.05, 1e-6, LAMBDA_MAX, decay=0.9)
-    for _ in range(UPDATES):
+    for _ in range(updates):
         terms, _ = pair_losses(model, batch, facts, multiplier.value, args)
-        update_loss(Terms(*(weights * torch.stack(terms))), multiplier.value, counts, args).backward()
+        loss = update_loss(Terms(*(weights * torch.stack(terms))), multiplier.value, counts, args)
+        if own_share:
+            said = policy_of(model).exp().float()
+            unlabelled = facts._replace(helpful=nobody.float(), harmless=nobody.float())
+            own = pair_losses(model, batch, unlabelled, multiplier.value, args)[0].joint * said[x, i] * said[x, j]
+            loss = (1 - own_share) * loss + own_share * own.sum() / PROMPTS
+        loss.backward()
         optimizer.step()
         optimizer.zero_grad()
         scheduler.step()
         multiplier.update(bandit.cost(policy_of(model)) - threshold)
     policy, best = policy_of(model), bandit.best_lambda(threshold)
     print(
-        f"\n{combine} {strictness}: threshold {threshold:.4f} lambda* {best:.4f} reached {multiplier.value:.4f} "
+        f"\n{combine} {strictness} own pairs {own_share:g}, lacks the best: {lacks_the_best}: "
+        f"threshold {threshold:.4f} lambda* {best:.4f} reached {multiplier.value:.4f} "
         f"E[c] {bandit.cost(policy):.4f} KL to the optimum {kl(policy, bandit.optimum(best)):.2e} "
         f"to the pure-safety policy {kl(policy, bandit.safest()):.4f} at the cap for {multiplier.at_cap} updates"
     )
@@ -256,6 +275,27 @@ def test_a_language_model_and_its_multiplier_reach_the_solution_of_the_dual(comb
     # A policy of before training, or of another lambda, is far from it.
     assert kl(bandit.reference, bandit.optimum(best)) > 0.3
     assert kl(policy, bandit.optimum(0.0)) > 0.1
+
+
+@pytest.mark.parametrize("lacks_the_best", [False, True])
+@pytest.mark.parametrize("combine", ["margin", "soft"])
+def test_with_own_pairs_the_solution_is_reached_from_whatever_pairs_the_files_have(combine, lacks_the_best):
+    bandit, threshold = the_bandit(), thresholds()["moderate"]
+    best = bandit.best_lambda(threshold)
+    multiplier, policy = trained(combine, "moderate", 400, lacks_the_best, own_share=0.5)
+    assert multiplier.value == pytest.approx(best, rel=0.02)
+    assert bandit.cost(policy) == pytest.approx(threshold, abs=0.02)
+    assert kl(policy, bandit.optimum(best)) < 0.01
+
+
+@pytest.mark.parametrize("combine", ["margin", "soft"])
+def test_pairs_of_the_files_alone_leave_an_arm_that_they_lack_where_it_happens_to_go(combine):
+    """Their losses are of differences between other arms: no lambda moves it, and the threshold is met elsewhere."""
+    bandit, threshold = the_bandit(), thresholds()["moderate"]
+    best = bandit.best_lambda(threshold)
+    multiplier, policy = trained(combine, "moderate", 400, lacks_the_best=True)
+    assert kl(policy, bandit.optimum(best)) > 0.5
+    assert abs(multiplier.value - best) > 0.1 * best
 
 
 def test_additive_meets_a_moderate_threshold_with_another_policy():
