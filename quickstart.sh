@@ -28,10 +28,10 @@ train() {
     --dtype fp32 --logging-steps 25 --output-dir outputs/quickstart/dpo --overwrite "$@"
 }
 
-# Helpful and harmless pairs at once: a multiplier holds the expected cost, as the harmless model sees it, below a
-# threshold that comes from that model's own validation statistics.
+# Helpful and harmless pairs at once, and pairs of what the policy says itself: a multiplier holds the rate of harm, as
+# the harmless model sees it, at 2 %.
 safe_mm_dpo() {
-  .venv/bin/python train_safe_mm_dpo.py --model toy --combine soft --cost-threshold auto --lambda-lr 0.005 \
+  .venv/bin/python train_safe_mm_dpo.py --model toy --combine soft --harm-rate 0.02 --own-pairs 0.25 \
     --helpful-rm-path outputs/quickstart/helpful_rm --harmless-rm-path outputs/quickstart/harmless_rm --epochs 4 \
     --beta 1 --learning-rate 1e-3 --warmup-steps 5 --batch-size 16 --gradient-accumulation-steps 1 --lora-dropout 0 \
     --max-length 64 --max-prompt-length 32 --dtype fp32 --logging-steps 100 --logging-dir outputs/quickstart/logs \

@@ -14,12 +14,13 @@ Policy, reference and reward models are one frozen base with adapters where they
 
 Deviations from the papers: E[cost] is of offline prompts, sampled every few updates and held in between.
 
-    python train_safe_mm_dpo.py --model toy --combine soft --beta 1 --learning-rate 1e-3 --cost-threshold auto  # laptop
+    python train_safe_mm_dpo.py --model toy --combine soft --beta 1 --learning-rate 1e-3 --own-pairs 0.25   # laptop
     python train_safe_mm_dpo.py --config configs/dpo_config.yaml                            # one GPU
     torchrun --nproc_per_node=8 train_safe_mm_dpo.py --config configs/dpo_config.yaml       # eight GPUs
 
-Copy with: formats/ harness/ distributed.py expected_cost.py lora.py lora_targets.py losses.py packed_attention.py
-    packed_model.py packed_probe.py packing.py preference_data.py reward_models.py sampling.py toy_world.py
+Copy with: formats/ harness/ distributed.py expected_cost.py lora.py lora_targets.py losses.py own_pairs.py
+    packed_attention.py packed_model.py packed_probe.py packing.py preference_data.py reward_models.py sampling.py
+    toy_world.py
 """
 
 import math
@@ -52,7 +53,8 @@ def get_args(argv=None):
     add("--kl-coeff", type=rate, metavar="C", help="weight of the KL to the reference (default: 0.1 for additive)")
     add("--nll-coeff", type=rate, default=0.0, metavar="C", help="weight of the preferred response's NLL in the loss")
     add("--lambda-init", "--λ-init", type=rate, default=1.0, metavar="L", help="0: helpful rows alone, no constraint")
-    add("--lambda-lr", "--λ-lr", type=rate, default=0.01, metavar="R", help="rate of log lambda; 0: lambda is fixed")
+    what = "rate of log lambda; 0: lambda is fixed (default: 0.05; 0.01 for raw scores)"
+    add("--lambda-lr", "--λ-lr", type=rate, metavar="R", help=what)
     add("--lambda-min", type=positive, default=1e-6, metavar="L", help="lambda is at least this")
     add("--lambda-max", type=positive, default=10.0, metavar="L", help="lambda is at most this")
     share, number_or_auto = flags.number(float, least=0, most=1), lambda kind: lambda text: _number_or_auto(text, kind)
@@ -87,6 +89,7 @@ def get_args(argv=None):
         what = f"--w {args.w or 0:g} and --kl-coeff {args.kl_coeff or 0:g}"
         endings.say(f"note: {what}: --combine {args.combine} is exact for ref exp((r - lambda c) / beta) with both 0")
     training_flags.take_toy(args, *TOY)
+    args.lambda_lr = {"spread": 0.05, "raw": 0.01}[args.score_units] if args.lambda_lr is None else args.lambda_lr
     args.w = args.w if args.w is not None else 0.5 * (args.combine == "additive")
     args.kl_coeff = args.kl_coeff if args.kl_coeff is not None else 0.1 * (args.combine == "additive")
     return args

@@ -1,8 +1,9 @@
 """Study of Safe-MM-DPO in the toy world, whose truth is known: what is learned, at what price, over several seeds.
 
 The harmless *model* steers the training; the world's rule only judges, what each policy answers to prompts about
-combinations that no training file shows.  Per seed: two reward models, DPO on the helpful pairs alone, Safe-MM-DPO in
-its three modes with E[cost] from sampled responses, and additive with lambda fixed at several values.
+combinations that no training file shows.  Per seed: two reward models; the helpful pairs alone, by DPO and, as additive
+has another beta and a KL, by additive without a constraint; Safe-MM-DPO in its three modes, and soft without own pairs;
+soft with lambda fixed at several values, with own pairs and without.
 
     python benchmarks/safe_mm_dpo_toy.py --work outputs/safe_study --json study.json --figure study.svg
 
@@ -37,16 +38,19 @@ POLICY = "--beta 1 --learning-rate 1e-3 --warmup-steps 5 --lora-dropout 0 --epoc
 POLICY = [*ALL, *POLICY, *"--max-prompt-length 32 --eval-samples 0 --cache-dir cache".split()]
 POLICY += "--logging-steps 8".split()  # as --cost-every: a line for each sample of E[cost]
 HELPFUL_ONLY = [*POLICY, *"--dataset toy --num-samples 0".split()]
+ADDITIVE = "--combine additive --beta 0.3 --w 0".split()
+OWN = "--own-pairs 0.25".split()
 # One setting for each mode, chosen on other seeds than those of the tables.
 MODES = {
-    "additive": "--beta 0.3 --lambda-init 3 --lambda-lr 0.0005".split(),
-    "margin": "--lambda-init 0.5 --lambda-lr 0.001".split(),
-    "soft": "--lambda-lr 0.0015".split(),
+    "soft": ["--combine", "soft", *OWN],
+    "soft, files alone": ["--combine", "soft"],
+    "additive": ADDITIVE,
+    "margin": ["--combine", "margin", *OWN],
 }
-# Of the way from the mean cost of safe validation responses to that of harmful ones; else auto, which is 5 %.
-THRESHOLD = {"additive": 0.10}
-SAFE = [*POLICY, *"--cost-estimate policy --cost-threshold auto".split()]
-ROWS = ["start", "helpful-only", *MODES]
+SAFE = [*POLICY, *"--cost-estimate policy --harm-rate 0.02".split()]
+# What each is to be measured by: the helpful pairs alone, at the same beta and KL.
+BASES = dict.fromkeys(MODES, "helpful-only") | {"additive": "helpful-only, beta 0.3"}
+ROWS = ["start", "helpful-only", "helpful-only, beta 0.3", *MODES]
 LAST = 12  # samples of 32 responses that E[cost] at the end is the mean of
 STUDENT = 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262  # t of 97.5 % for 1, 2, ... degrees of freedom
 JUDGED = {"helpful": "helpful", "harm_rate": "harm rate", "over_refusal": "over-refusal"}
@@ -61,7 +65,7 @@ def get_args(argv=None):
     seeds = flags.number(int, least=1, below=len(STUDENT) + 2)
     add("--seeds", type=seeds, default=5, metavar="N", help="seeds 0 to N - 1")
     add("--work", required=True, metavar="DIR", help="where everything goes; what is finished there is not repeated")
-    add("--lambdas", nargs="*", type=fixed, default=[0.1, 0.3, 1.0, 4.0], metavar="L", help="fixed ones, with additive")
+    add("--lambdas", nargs="*", type=fixed, default=[0.5, 1.0, 2.0, 5.0], metavar="L", help="fixed ones, with soft")
     add("--lambda-seeds", type=natural, default=5, metavar="N", help="seeds of them that the fixed ones have")
     add("--responses", type=natural, default=4, metavar="N", help="samples per prompt that are judged")
     add("--json", metavar="FILE", help="write all numbers to this file")
@@ -127,20 +131,19 @@ def run_seed(args, work, seed, fixed):
     rows = {"start": judge(work, None, [], seed, args.responses)}
     words = train(work, "dpo_hf_run.py", [*HELPFUL_ONLY, *own], f"{name}/helpful_only")
     rows["helpful-only"] = judge(work, f"{name}/helpful_only", words, seed, args.responses)
+    words = train(work, "train_safe_mm_dpo.py", [*POLICY, *own, *ADDITIVE, "--lambda-init", "0"], f"{name}/helpful_03")
+    rows["helpful-only, beta 0.3"] = judge(work, f"{name}/helpful_03", words, seed, args.responses)
     safe, before = [*SAFE, *own], []
     for task, epochs in EPOCHS.items():
         words = [*REWARD, *own, "--task", task, "--epochs", epochs]
         before += train(work, "train_rm.py", words, f"{name}/{task}_rm")
         safe += [f"--{task}-rm-path", f"{name}/{task}_rm"]
-    steady = [*"--combine additive --lambda-lr 0 --cost-every 1000".split(), *MODES["additive"][:2], "--lambda-init"]
-    validation = json.loads((work / f"{name}/harmless_rm/reward_model.json").read_text())["validation"]
-    safe_cost, distance = -validation["safe_score"], validation["safe_score"] - validation["harmful_score"]
-    runs = {mode: ["--combine", mode, *own_flags] for mode, own_flags in MODES.items()}
-    for mode, share in THRESHOLD.items():
-        runs[mode] += ["--cost-threshold", f"{safe_cost + share * distance:.4f}"]
-    runs |= {f"lambda {value:g}": [*steady, f"{value:g}"] for value in fixed}
+    runs = dict(MODES)
+    for value in fixed:
+        steady = ["--combine", "soft", "--lambda-lr", "0", "--lambda-init", f"{value:g}"]
+        runs |= {f"lambda {value:g}": [*steady, *OWN], f"lambda {value:g}, files alone": steady}
     for row, flags_of_row in runs.items():
-        output = f"{name}/{row.replace(' ', '_')}"
+        output = f"{name}/{row.replace(', ', '_').replace(' ', '_')}"
         words = train(work, "train_safe_mm_dpo.py", [*safe, *flags_of_row], output)
         rows[row] = judge(work, output, before + words, seed, args.responses)
         if row in MODES:
@@ -155,14 +158,15 @@ def interval(values):
 
 
 def add_gains(seeds):
-    """Puts `gain` into each row but the first: the share of its seed's helpful-only gain in helpfulness.
+    """Puts `gain` into each row but the first: the share of its seed's gain in helpfulness by the helpful pairs alone.
 
     All seeds start from one policy, so the gains are from the mean of what the seeds sampled from it.
     """
     start = mean(rows["start"]["helpful"] for rows in seeds)
     for rows in seeds:
         for name in list(rows)[1:]:
-            rows[name]["gain"] = (rows[name]["helpful"] - start) / (rows["helpful-only"]["helpful"] - start)
+            base = rows[BASES.get(name, name if name in ROWS else "helpful-only")]
+            rows[name]["gain"] = (rows[name]["helpful"] - start) / (base["helpful"] - start)
 
 
 def summary(seeds):
@@ -203,7 +207,14 @@ SHAPES = "text, circle, rect { fill: currentColor } path, polyline { stroke: cur
 # On light and on dark pages.
 COLOURS = {"text": "#24292f #e6edf3", "paper": "#ffffff #0d1117", "grid": "#d8dee4 #30363d", "fixed": "#8250df #bc8cff"}
 COLOURS |= {"start": "#6e7781 #8b949e", "helpful-only": "#cf222e #ff7b72", "additive": "#bf8700 #e3b341"}
-COLOURS |= {"margin": "#1a7f37 #3fb950", "soft": "#0969da #58a6ff"}
+COLOURS |= {"margin": "#1a7f37 #3fb950", "soft": "#0969da #58a6ff", "alone": "#6639ba #d2a8ff"}
+
+
+def kind_of(name):
+    """The class of a row in the picture."""
+    kind = name.partition(",")[0].partition(" ")[0]
+    kind = "fixed" if kind == "lambda" else kind
+    return "alone" if name.endswith("files alone") else kind
 
 
 def figure(seeds, means):
@@ -227,13 +238,14 @@ def figure(seeds, means):
     y = TOP + HIGH / 2
     svg += [text(16, y, "helpfulness where help is due", f'{middle} transform="rotate(-90 16 {y})"')]
     at = {name: place(row["harm_rate"][0], row["helpful"][0]) for name, row in means.items()}
-    fixed = " ".join(f"{x:.1f},{y:.1f}" for name, (x, y) in at.items() if name not in COLOURS)
-    svg += [f'<polyline class="fixed" points="{fixed}"/>'] if fixed else []
+    for kind in ("fixed", "alone"):
+        line = [place for name, place in at.items() if name.startswith("lambda") and kind_of(name) == kind]
+        svg += [f'<polyline class="{kind}" points="{" ".join(f"{x:.1f},{y:.1f}" for x, y in line)}"/>'] if line else []
     for name, (x, y) in at.items():
-        kind = name if name in COLOURS else "fixed"
+        kind = kind_of(name)
         points = [place(rows[name]["harm_rate"], rows[name]["helpful"]) for rows in seeds if name in rows]
         svg += [f'<circle class="seed {kind}" cx="{x:.1f}" cy="{y:.1f}" r="3"/>' for x, y in points]
-        svg += [f'<circle class="mean {kind}" cx="{x:.1f}" cy="{y:.1f}" r="{7 if kind == name else 4}"/>']
+        svg += [f'<circle class="mean {kind}" cx="{x:.1f}" cy="{y:.1f}" r="{7 if name in ROWS else 4}"/>']
     words = [(0, 0)]  # where labels stand: one that would lie upon another goes beneath it
     for name, (x, y) in sorted(at.items(), key=lambda item: item[1][1]):
         near = [below for left, below in words if abs(left - x) < 80]
@@ -253,12 +265,12 @@ def main(args):
     print(f"\n{args.seeds} seeds, {args.responses} responses to each held-out prompt; mean ± half of a 95 % interval\n")
     print(*table(means, ROWS, COLUMNS), sep="\n")
     if fixed:
-        print(f"\nadditive with a fixed lambda, {min(args.seeds, args.lambda_seeds)} seeds\n")
+        print(f"\nsoft with a fixed lambda, {min(args.seeds, args.lambda_seeds)} seeds\n")
         print(*table(means, fixed, [*JUDGED, "gain"]), sep="\n")
-        line = [(means[name]["harm_rate"][0], means[name]["helpful"][0]) for name in fixed]
+        line = [(means[name]["harm_rate"][0], means[name]["helpful"][0]) for name in fixed if "alone" not in name]
         for mode in MODES:
             above = means[mode]["helpful"][0] - height(line, means[mode]["harm_rate"][0])
-            print(f"{mode}: helpfulness {above:+.3f} from the line of fixed lambdas at its harm rate")
+            print(f"{mode}: helpfulness {above:+.3f} from the line of fixed lambdas, with own pairs, at its harm rate")
     if args.json:
         Path(args.json).write_text(
             json.dumps({"args": vars(args), "seeds": seeds, "means": means}, indent=1, default=list) + "\n"

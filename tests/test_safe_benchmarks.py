@@ -31,9 +31,10 @@ def row(helpful, harm_rate, **others):
 def example_seeds():
     """Two seeds by hand; the second has no run with a fixed lambda."""
     rows = dict.fromkeys(study.MODES, row(0.7, 0.04, **{"lambda": 1.5, "at_cap": 0, "cost": -5, "threshold": -4.5}))
-    first = {"start": row(0.5, 0.5), "helpful-only": row(0.7, 0.9)} | rows
+    first = {"start": row(0.5, 0.5), "helpful-only": row(0.7, 0.9), "helpful-only, beta 0.3": row(0.8, 0.9)} | rows
     first |= {"lambda 0.1": row(0.75, 0.6), "lambda 3": row(0.65, 0.02)}
-    second = {"start": row(0.6, 0.4), "helpful-only": row(0.75, 0.8)} | rows
+    first |= {"lambda 0.1, files alone": row(0.74, 0.7), "lambda 3, files alone": row(0.6, 0.05)}
+    second = {"start": row(0.6, 0.4), "helpful-only": row(0.75, 0.8), "helpful-only, beta 0.3": row(0.9, 0.8)} | rows
     return json.loads(json.dumps([first, second]))  # no row is shared
 
 
@@ -63,6 +64,7 @@ def test_gain_is_the_share_of_the_same_seeds_helpful_only_gain():
     assert [rows["helpful-only"]["gain"] for rows in seeds] == [1.0, 1.0]
     assert seeds[0]["soft"]["gain"] == pytest.approx(0.15 / 0.15)
     assert seeds[1]["soft"]["gain"] == pytest.approx(0.15 / 0.20)
+    assert seeds[0]["additive"]["gain"] == pytest.approx(0.15 / 0.25)  # at its own beta and KL
     assert seeds[0]["lambda 3"]["gain"] == pytest.approx(0.10 / 0.15)
     assert "gain" not in seeds[0]["start"]
 
@@ -114,12 +116,12 @@ def test_figure_has_a_point_per_run():
     words = [text.text for text in picture.iter(f"{space}text")]
     assert {*study.ROWS, "lambda 0.1", "lambda 3"} <= set(words)
     assert {"harmful answers to harmful prompts", "helpfulness where help is due"} <= set(words)
-    # From no harm to all of it over the width, from 0.5 up to 0.8 over the height, in the picture's own units.
+    # From no harm to all of it over the width, from 0.5 up to 1.0 over the height, in the picture's own units.
     start = next(c for c in circles if c.get("class") == "mean start")
     assert float(start.get("cx")) == pytest.approx(study.LEFT + 0.45 * study.WIDE, abs=0.06)
-    assert float(start.get("cy")) == pytest.approx(study.TOP + study.HIGH * 0.25 / 0.3, abs=0.06)
-    line = picture.find(f"{space}polyline").get("points").split()
-    assert len(line) == 2
+    assert float(start.get("cy")) == pytest.approx(study.TOP + study.HIGH * 0.45 / 0.5, abs=0.06)
+    lines = picture.findall(f"{space}polyline")
+    assert [(line.get("class"), len(line.get("points").split())) for line in lines] == [("fixed", 2), ("alone", 2)]
     style = picture.find(f"{space}style").text
     assert "prefers-color-scheme: dark" in style
     assert style.count(".soft") == 2
@@ -143,8 +145,9 @@ def test_commands_are_ones_that_the_scripts_take():
     for task in study.EPOCHS:
         train_rm.get_args([*study.REWARD, "--task", task])
     for mode, words in study.MODES.items():
-        args = train_safe_mm_dpo.get_args([*study.SAFE, "--combine", mode, *words])
-        assert (args.cost_estimate, args.cost_threshold, args.seed) == ("policy", "auto", 42)  # of the child: --seed
+        args = train_safe_mm_dpo.get_args([*study.SAFE, *words])
+        assert mode.startswith(args.combine)
+        assert (args.cost_estimate, args.harm_rate, args.seed) == ("policy", 0.02, 42)  # of the child: --seed
 
 
 # -- the plain computation that roles compares with ------------------------------------------------------------------
