@@ -57,7 +57,7 @@ def get_args(argv=None):
     add("--lambda-lr", "--λ-lr", type=rate, metavar="R", help=what)
     add("--lambda-min", type=positive, default=1e-6, metavar="L", help="lambda is at least this")
     add("--lambda-max", type=positive, default=10.0, metavar="L", help="lambda is at most this")
-    share, number_or_auto = flags.number(float, least=0, most=1), lambda kind: lambda text: _number_or_auto(text, kind)
+    number_or_auto = lambda number: lambda text: text if text == "auto" else number(text)  # noqa: E731
     what = "count scores in what validation pairs are apart, or as they are"
     add("--score-units", choices=("spread", "raw"), default="spread", help=what)
     what = "of E[cost]; auto: what the policy can do, docs/safe_mm_dpo.md"
@@ -71,7 +71,7 @@ def get_args(argv=None):
     add("--cost-samples", type=number_or_auto(flags.number(int, least=2)), metavar="N", help=what)
     add("--cost-prompts", choices=("harmless", "all"), default="harmless", help="whose rows' prompts E[cost] is over")
     what = "of an update: pairs of the policy's own newest samples, judged by both reward models"
-    add("--own-pairs", type=share, default=0.0, metavar="SHARE", help=what)
+    add("--own-pairs", type=flags.number(float, least=0, most=1), default=0.0, metavar="SHARE", help=what)
     documented = dict(epochs=2, batch_size=4, gradient_accumulation_steps=4, learning_rate=5e-7, lora_dropout=0.1)
     what = "rows of each validation file; 0: none (default: all)"
     training_flags.add_common_flags(parser, **documented, held_out=what, output_dir="models/aligned")
@@ -81,10 +81,9 @@ def get_args(argv=None):
         parser.error(f"--lambda-init {args.lambda_init:g} is not within --lambda-min and --lambda-max")
     if args.harm_rate is not None and "cost_threshold" in args.given:
         parser.error("--harm-rate is a threshold, and --cost-threshold another: leave one of them out")
-    if args.own_pairs and not args.lambda_init:
-        parser.error("--own-pairs are of the samples of E[cost], and --lambda-init 0 takes none: leave one of them out")
-    if args.own_pairs and args.cost_estimate == "snis":
-        parser.error("--own-pairs are sampled, and --cost-estimate snis samples nothing: leave one of them out")
+    if args.own_pairs and (not args.lambda_init or args.cost_estimate == "snis"):
+        what = "--lambda-init 0" if not args.lambda_init else "--cost-estimate snis"
+        parser.error(f"--own-pairs are of the samples of E[cost], and {what} takes none: leave one of them out")
     if args.combine != "additive" and (args.w or args.kl_coeff):
         what = f"--w {args.w or 0:g} and --kl-coeff {args.kl_coeff or 0:g}"
         endings.say(f"note: {what}: --combine {args.combine} is exact for ref exp((r - lambda c) / beta) with both 0")
@@ -93,10 +92,6 @@ def get_args(argv=None):
     args.w = args.w if args.w is not None else 0.5 * (args.combine == "additive")
     args.kl_coeff = args.kl_coeff if args.kl_coeff is not None else 0.1 * (args.combine == "additive")
     return args
-
-
-def _number_or_auto(text, number):
-    return text if text == "auto" else number(text)
 
 
 if __name__ == "__main__":
@@ -287,11 +282,6 @@ def update_counts(update, pairs, facts):
     return dict(zip(("helpful_rows", "harmless_rows"), labelled)) | {"tokens": tokens, "pairs": update.num_pairs}
 
 
-def with_room(facts, count):
-    """PairFacts with so many more places behind their own."""
-    return PairFacts(*(torch.cat((fact, fact.new_zeros(count))) for fact in facts))
-
-
 def main(args):
     # 1 setup
     run = Run(args, __file__, TOY)
@@ -314,10 +304,9 @@ def main(args):
     if args.ref_model_path or (asks_reference and run.full):  # else the policy before its first update
         reference = run.load(args.ref_model_path or args.model)
         prepare_model(reference)
-    judges = load_judges(run, folders, records, policy)
+    frozen = {"reference": Frozen(reference)} | load_judges(run, folders, records, policy)
     parameters = run.add_adapter(policy, "policy")
     run.prepare(policy)
-    frozen = {"reference": Frozen(reference)} | judges
     sampled = {"tokens of a sampled response": args.max_length - args.max_prompt_length}  # the data does not say it
     parameters = run.begin(policy, parameters, frozen, **sampled)
     needed = dict.fromkeys(frozen, data.needed)
@@ -327,10 +316,8 @@ def main(args):
     facts = pair_facts(known, labels, data.needed, unit, args)
     asked = {"harmless": args.cost_estimate == "policy", "helpful": args.own_pairs, "reference": args.own_pairs}
     for role in [role for role in frozen if not asked[role]]:  # the others leave memory
-        if role in judges and frozen[role].model is policy:
+        if frozen.pop(role).model is policy and role in TASKS:
             lora.remove_adapter(policy, role)
-        del frozen[role]
-    judges = None
     reference = reference if asks_reference or (reference is policy and not run.full) else None
     forget()
 
@@ -340,7 +327,7 @@ def main(args):
     multiplier = constraint.multiplier
     training = Training(run, policy, parameters, METRICS, "policy model", tensors={"samples": constraint.samples})
     own = OwnPairs(run, training, frozen, unit) if args.own_pairs else None
-    facts = with_room(facts, own.room if own else 0)
+    facts = PairFacts(*(torch.cat((fact, torch.zeros(own.room if own else 0))) for fact in facts))
 
     def learn_from_own(places, known, own_labels):
         for fact, values in zip(facts, pair_facts(known, own_labels, slice(None), unit, args), strict=True):

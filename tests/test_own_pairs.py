@@ -315,7 +315,7 @@ def test_the_error_is_that_of_the_means_of_prompts():
         ),
         (
             ["--own-pairs", 0.5, "--cost-estimate", "snis"],
-            "--own-pairs are sampled, and --cost-estimate snis samples nothing: leave one of them out",
+            "--own-pairs are of the samples of E[cost], and --cost-estimate snis takes none: leave one of them out",
         ),
         (["--own-pairs", 0.5, "--w", 0, "--helpful-rm-path", "nowhere"], "nowhere is no reward model"),
         (["--own-pairs", 0.5, "--harmless-rm-path", "nowhere"], "nowhere is no reward model"),
