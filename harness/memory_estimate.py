@@ -76,6 +76,7 @@ class Case(NamedTuple):
     accumulates: bool  # an update has several passes
     with_kl: bool  # the reference takes part in every pass
     samples: bool  # the policy samples, and the harmless model scores that
+    own_pairs: bool  # the helpful model and the reference are asked about it too
     width: int  # bytes of a number that is computed with
     in_four_bits: bool  # the frozen base
 
@@ -111,21 +112,26 @@ class Case(NamedTuple):
         moments = 0 if self.offload else moments_bytes(self.trained, optimizer) / self.shards
         return [0, moments, moments, moments]
 
+    @property
+    def asks_reference(self):
+        """Whether it is asked in training, too."""
+        return self.with_kl or self.own_pairs
+
     def references(self):
         if self.reference is None:
             return [0] * 4
         weights = size_of(self.reference.parameters(), 1)
         size = self.between_passes(weights) if self.full else weights * self.width - self.spared(self.reference)
-        return [size] * 4 if self.with_kl else [size, 0, 0, 0]
+        return [size] * 4 if self.asks_reference else [size, 0, 0, 0]
 
     def reward_models(self, sizes):
-        later = sizes["harmless"] if self.samples else 0
+        later = (sizes["harmless"] if self.samples else 0) + (sizes["helpful"] if self.own_pairs else 0)
         return [sum(sizes.values()), later, later, later]
 
     def gathered_weights(self):
         """What FSDP2 puts together: the next block while one computes, and what is in no block for a whole pass."""
         policy, first = Numbers.of(self.model), Numbers.of(self.reference or self.model)
-        stays = first.rest if self.with_kl else 0  # of a reference, from its first pass on
+        stays = first.rest if self.asks_reference else 0  # of a reference, from its first pass on
         whole = size_of(self.model.parameters(), 1) if self.samples else 0
         numbers = [first.rest + 2 * first.block, stays + policy.rest + policy.block]
         numbers += [stays + policy.rest + 2 * policy.block, stays + whole]
@@ -217,6 +223,7 @@ class Estimate:
         lora_r, dropout, dtype = getattr(args, "lora_r", None), getattr(args, "lora_dropout", 0.0), self.dtype(args)
         tokens, on = tokens or self.tokens(args), args.gradient_checkpointing == "on"
         with_kl = bool(getattr(args, "kl_coeff", 0) or getattr(args, "lambda_kl", 0))
+        own_pairs = bool(getattr(args, "own_pairs", 0))
         try:
             measured = self.measured(lora_r, dropout, dtype)
             head, ungraded_head = self.head(lora_r, dropout, dtype, tokens, with_kl)
@@ -229,7 +236,7 @@ class Estimate:
         soft_prompt = self.vectors * model.get_input_embeddings().weight.shape[1]
         case = Case(
             model=model,
-            reference=self.reference or (model if full and with_kl else None),
+            reference=self.reference or (model if full and (with_kl or own_pairs) else None),
             trained=[soft_prompt, *(p.numel() for p in model.parameters() if p.requires_grad)],
             full=full,
             shards=self.shards(lora_r),
@@ -237,6 +244,7 @@ class Estimate:
             accumulates=args.gradient_accumulation_steps > 1 or args.tokens_per_microbatch > 0,
             with_kl=with_kl,
             samples=getattr(args, "cost_estimate", None) == "policy" and "harmless" in self.reward_folders,
+            own_pairs=own_pairs,
             width=dtype.itemsize,
             in_four_bits=getattr(args, "base_dtype", "same") == "nf4",
         )

@@ -132,6 +132,19 @@ def test_a_sharded_reference_is_there_where_there_is_a_kl():
     assert more == [0, held, held, held]
 
 
+def test_own_pairs_keep_the_reference_and_the_helpful_model(tmp_path):
+    skeleton = skeleton_of(tiny_model("llama"))
+    estimate = Estimate(skeleton, 1, reward_folders={"harmless": tmp_path, "helpful": tmp_path})
+    without, own = (
+        estimate.rows(flags(lora_r=0, kl_coeff=0, cost_estimate="policy", own_pairs=share)) for share in (0, 0.25)
+    )
+    assert without["reference"] == [0] * 4
+    assert own["reference"] == own["policy weights"] and min(own["reference"]) > 0
+    both = own["reward models"][0]
+    assert without["reward models"] == [both, both / 2, both / 2, both / 2]
+    assert own["reward models"] == [both] * 4
+
+
 def test_a_sharded_policy_is_whole_where_it_samples(tmp_path):
     skeleton = skeleton_of(tiny_model("llama"))
     args = flags(lora_r=0, cost_estimate="policy")
