@@ -132,6 +132,13 @@ def aligned_loss(margin, prompted_margin):
     return torch.relu(prompted_margin.detach() - margin)
 
 
+def matched_loss(margin, prompted_margin):
+    """(m - m_p)^2 / 2 of each pair, (B,): as aligned_loss, from both sides: it is least where m is what the prompt
+    brings about, and pulls back what went beyond.
+    """
+    return (margin - prompted_margin.detach()) ** 2 / 2
+
+
 # -- Safe-MM-DPO ---------------------------------------------------------------------------------------------------
 
 

@@ -8,6 +8,7 @@
 The preference p is a text put into the prompt (--preference-text), or a soft prompt, vectors that learn_prompt.py made
 (--use-prompt-embedding --prompt-embedding-path).  What is trained never sees it.  --teacher policy takes m_p from the
 policy as it is, --teacher ref from the frozen reference: context distillation (arXiv:2112.00861) of a margin.
+Both go beyond what the preference is worth; --stop-at-gap, alpha (m - m_p)^2 / 2 + lambda_kl KL, ends there.
 
 Deviations from DPO's paper: the two terms behind it; AdamW instead of RMSprop.
 
@@ -52,6 +53,7 @@ def get_args(argv=None):
     add("--preference-position", choices=positions, help=what)
     add = parser.group("method")
     add("--teacher", choices=("policy", "ref"), default="policy", help="whose margin behind the preference is the aim")
+    add("--stop-at-gap", action="store_true", help="pull m to the reference's m_p from both sides, without DPO's term")
     add("--alpha", type=rate, default=0.1, metavar="A", help="weight of the pull to the teacher's margin")
     add("--lambda-kl", type=rate, default=0.1, metavar="L", help="weight of the KL to the reference, on plain prompts")
     add("--beta", "--β-ori", type=positive, default=0.05, help="strength of DPO's pull to the reference")
@@ -71,6 +73,9 @@ def get_args(argv=None):
     if args.preference_position and args.preference_position not in fitting:
         what = "a soft prompt" if args.use_prompt_embedding else "a text"
         parser.error(f"--preference-position {args.preference_position} is not for {what}: {' or '.join(fitting)}")
+    if args.stop_at_gap and (not args.alpha or (args.teacher == "policy" and "teacher" in args.given)):
+        parser.error("--stop-at-gap is --alpha times a pull to the reference: leave --teacher policy and --alpha 0 out")
+    args.teacher = "ref" if args.stop_at_gap else args.teacher
     training_flags.take_toy(args, *TOY)
     return args
 
@@ -84,7 +89,7 @@ import lora
 from harness.run import Frozen, Run, forget
 from harness.score_cache import weights_sha256
 from harness.training import Training
-from losses import PAIR_METRICS, aligned_loss, displacement, dpo_loss, nll_loss, pair_metrics
+from losses import PAIR_METRICS, aligned_loss, displacement, dpo_loss, matched_loss, nll_loss, pair_metrics
 from packed_model import prepare_model
 from packing import of_pairs, pack
 from preference_data import Pair, fingerprint
@@ -127,8 +132,9 @@ def pair_losses(policy, batch, prompted, facts, args, reference=None):
         with torch.no_grad():
             teacher_chosen_logps, teacher_rejected_logps = policy.packed_logps(prompted)
         policy.train(was_training)
-    dpo = losses = dpo_loss(*policy_and_ref, args.beta)[0]
-    aligned = aligned_loss(margin, teacher_chosen_logps - teacher_rejected_logps)
+    dpo, pull = dpo_loss(*policy_and_ref, args.beta)[0], matched_loss if args.stop_at_gap else aligned_loss
+    aligned = pull(margin, teacher_chosen_logps - teacher_rejected_logps)
+    losses = torch.zeros_like(dpo) if args.stop_at_gap else dpo
     chosen_lengths, rejected_lengths = batch.response_lengths.chunk(2)
     nll = nll_loss(policy_chosen_logps, chosen_lengths)
     if args.nll_coeff:

@@ -58,7 +58,8 @@ def by_hand(policy, reference, pairs, prompts, args, vectors=None, teacher=None)
             tc, tr = (logps_of_one(policy, prompted, response, vectors) for response in (chosen, rejected))
             tc, tr = (tc, tr) if teacher is None else teacher[place]
         rows["dpo_loss"].append(-F.logsigmoid(args.beta * ((pc - rc) - (pr - rr))))
-        rows["aligned_loss"].append(((tc - tr) - (pc - pr)).clamp(min=0))
+        missing = (tc - tr) - (pc - pr)
+        rows["aligned_loss"].append(missing**2 / 2 if args.stop_at_gap else missing.clamp(min=0))
         rows["pref_delta_chosen"].append(tc - pc.detach())
         rows["pref_delta_rejected"].append(tr - pr.detach())
         rows["nll_loss"].append(-pc / len(chosen))
@@ -69,7 +70,8 @@ def by_hand(policy, reference, pairs, prompts, args, vectors=None, teacher=None)
     rows = {name: torch.stack(values) for name, values in rows.items()}
     rows["log_pref_advantage"] = rows["pref_delta_chosen"] - rows["pref_delta_rejected"]
     rows["pref_advantage_ratio"] = rows["log_pref_advantage"].exp()
-    loss = (rows["dpo_loss"] + args.alpha * rows["aligned_loss"] + args.nll_coeff * rows["nll_loss"]).mean()
+    loss = (args.alpha * rows["aligned_loss"] + args.nll_coeff * rows["nll_loss"]).mean()
+    loss = loss if args.stop_at_gap else loss + rows["dpo_loss"].mean()
     rows["kl_div"] = kl / tokens
     return {name: value.detach() for name, value in rows.items()}, loss + args.lambda_kl * kl / tokens
 
@@ -86,10 +88,10 @@ def moved_policy(name="qwen3"):
 
 
 @pytest.mark.parametrize("soft", [False, True], ids=["text", "soft prompt"])
-@pytest.mark.parametrize("teacher", ["policy", "ref"])
-def test_the_loss_and_its_gradient_are_those_of_plain_forwards_in_fp64(teacher, soft):
+@pytest.mark.parametrize(("teacher", "stops"), [("policy", False), ("ref", False), ("ref", True)])
+def test_the_loss_and_its_gradient_are_those_of_plain_forwards_in_fp64(teacher, stops, soft):
     """The teacher's pass stands under no_grad in `by_hand`: with a gradient through it the sums below would differ."""
-    args = SimpleNamespace(beta=0.3, alpha=0.7, lambda_kl=0.4, nll_coeff=0.2, teacher=teacher)
+    args = SimpleNamespace(beta=0.3, alpha=0.7, lambda_kl=0.4, nll_coeff=0.2, teacher=teacher, stop_at_gap=stops)
     policy, base, parameters = moved_policy()
     pairs, vectors = random_pairs([(5, 4, 3), (2, 3, 5), (9, 1, 6), (4, 6, 2)]), None
     put = lambda prompt: [3, 9, 27, *prompt]  # noqa: E731
@@ -104,7 +106,9 @@ def test_the_loss_and_its_gradient_are_those_of_plain_forwards_in_fp64(teacher, 
             given = [[logps_of_one(base, p, pair[side], vectors) for side in (1, 2)] for p, pair in zip(prompts, pairs)]
     prompts = [pair.prompt_ids if soft else row.prompt_ids for pair, row in zip(pairs, behind)]
     expected, loss = by_hand(policy, base, pairs, prompts, args, vectors, given)
-    assert (expected["aligned_loss"] > 0).sum() in (1, 2, 3), "some pairs above the teacher's margin, some below"
+    assert stops or (expected["aligned_loss"] > 0).sum() in (1, 2, 3), (
+        "some pairs above the teacher's margin, some below"
+    )
     expected_gradient = torch.autograd.grad(loss, parameters)
 
     prepare_model(policy)
@@ -137,7 +141,7 @@ def test_the_first_update_of_a_run_is_that_of_plain_forwards(train, world, soft)
     words += [*SOFT, world / "soft.safetensors", "--teacher", "ref"] if soft else []
     words += ["--lambda-kl", 0.3, "--beta", 0.2, "--nll-coeff", 0.1]
     _, _, (line,) = train("run", *words, text=None if soft else TEXT)
-    args = SimpleNamespace(beta=0.2, alpha=0.5, lambda_kl=0.3, nll_coeff=0.1)
+    args = SimpleNamespace(beta=0.2, alpha=0.5, lambda_kl=0.3, nll_coeff=0.1, stop_at_gap=False)
     policy, reference = (load_model(world / name, torch.float64, "cpu") for name in ("model", "other"))
     pairs, _ = load_pairs(str(world / "pairs.jsonl"), load_tokenizer(world / "model"), 64, 32, limit=8)
     prompts, vectors, given = [pair.prompt_ids + [ord(letter) for letter in f" {TEXT}"] for pair in pairs], None, None
@@ -164,7 +168,7 @@ def test_the_first_update_of_a_run_is_that_of_plain_forwards(train, world, soft)
 
 
 def test_the_teacher_has_no_dropout():
-    args = SimpleNamespace(beta=0.3, alpha=0.7, lambda_kl=0, nll_coeff=0, teacher="policy")
+    args = SimpleNamespace(beta=0.3, alpha=0.7, lambda_kl=0, nll_coeff=0, teacher="policy", stop_at_gap=False)
     policy, _, _ = moved_policy()
     for layer in lora.lora_layers(policy).values():
         layer.settings["policy"] = (2.0, 0.5)
@@ -287,6 +291,11 @@ FLAG_MISTAKES = [
     (["--preference-text", "T", "--alpha", "-1"], "--alpha: has to be at least 0"),
     (["--preference-text", "T", "--lambda-kl", "nan"], "--lambda-kl: has to be finite"),
     (["--preference-text", "T", "--teacher", "me"], "--teacher"),
+    (
+        ["--preference-text", "T", "--stop-at-gap", "--teacher", "policy"],
+        "--stop-at-gap is --alpha times a pull to the reference: leave --teacher policy and --alpha 0 out",
+    ),
+    (["--preference-text", "T", "--stop-at-gap", "--alpha", 0], "leave --teacher policy and --alpha 0 out"),
 ]
 
 
@@ -409,7 +418,9 @@ def test_documented_defaults():
     args = script.get_args(["--preference-text", ""])  # an empty text is a preference: none
     documented = dict(model="Qwen/Qwen2.5-1.5B-Instruct", alpha=0.1, beta=0.05, lambda_kl=0.1, learning_rate=5e-4)
     documented |= dict(epochs=1, batch_size=1, gradient_accumulation_steps=512, lora_r=16, lora_alpha=32, num_samples=0)
-    documented |= dict(lora_dropout=0.1, max_length=300, max_prompt_length=128, teacher="policy", nll_coeff=0)
+    documented |= dict(
+        lora_dropout=0.1, max_length=300, max_prompt_length=128, teacher="policy", stop_at_gap=False, nll_coeff=0
+    )
     documented |= dict(output_dir="model_output/Preference_Guided_DPO", logging_dir="logs/Preference_Guided_DPO")
     assert {name: getattr(args, name) for name in documented} == documented
     args = script.get_args(["--model", "toy", "--preference-text", "T", "--dataset-path", "x"])
