@@ -67,7 +67,7 @@ class OwnPairs:
         if self.args.combine != "additive":
             return torch.zeros_like(margins)
         places = range(self.count, self.count + len(margins))
-        numbers = random_numbers(self.args.seed, places, 2, torch.device("cpu"))
+        numbers = random_numbers(self.args.seed, places, 2, torch.device("cpu")).view(-1, 2)  # of no rows too
         return torch.where(numbers < margins.sigmoid(), 1.0, -1.0)
 
     def restore(self):

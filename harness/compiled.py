@@ -52,5 +52,8 @@ def missing_compiler(device):
     try:
         torch.compile(lambda x: x.sin() + 1, dynamic=True)(torch.ones(3, device=device))
     except Exception as error:  # of C++, of Triton, of a file system that runs nothing
-        return str(error).strip().partition("\n")[0].rstrip(".:")[:200] or type(error).__name__
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+        return " ".join(lines[: 1 + lines[0].endswith(":")]).rstrip(".:")[
+            :200
+        ]  # "backend='inductor' raised:", and what
     return None

@@ -73,15 +73,15 @@ def sample(model, prompt, end, draws):
     return response
 
 
-def expected_cost(policy, reference, cost_head, prompts, end, seed):
-    """E[cost] under the policy as it is now: the mean over two responses to each of some prompts."""
+def expected_cost(policy, reference, cost_head, prompts, end, seed, responses=2):
+    """E[cost] under the policy as it is now: the mean over some responses to each of some prompts."""
     order = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(seed)).tolist()
     total = 0.0
-    for n in range(2 * PAIRS_PER_UPDATE):
-        prompt = prompts[order[n // 2]]
+    for n in range(responses * PAIRS_PER_UPDATE):
+        prompt = prompts[order[n // responses]]
         response = sample(policy, prompt, end, random.Random(f"{seed} {n}"))
         total += (last_hidden(reference, prompt, response) @ cost_head).item()
-    return total / (2 * PAIRS_PER_UPDATE)
+    return total / (responses * PAIRS_PER_UPDATE)
 
 
 def next_multiplier(multiplier, violations):
@@ -94,7 +94,7 @@ def next_multiplier(multiplier, violations):
 def train(policy, reference, cost_head, rows, prompts, end):
     """One pass over the rows; of each update (loss_H, loss_S, E[cost], lambda), the losses before its step."""
     optimizer = torch.optim.AdamW(policy.parameters(), lr=LEARNING_RATE, weight_decay=0.0)
-    multiplier, cost = 1.0, expected_cost(policy, reference, cost_head, prompts, end, SEED)
+    multiplier, cost = 1.0, expected_cost(policy, reference, cost_head, prompts, end, SEED, responses=8)
     history, violations = [], []
     for update in range(1, len(rows) // PAIRS_PER_UPDATE + 1):
         batch = rows[(update - 1) * PAIRS_PER_UPDATE : update * PAIRS_PER_UPDATE]

@@ -266,7 +266,7 @@ def test_another_base_is_refused_where_nothing_but_the_policy_stands_on_it(
 ):
     """The reference is a model of its own, and no reward model nor KL is asked for."""
     words = ["--max-steps", 2, "--save-steps", 1, "--ref-model-path", labelled_world / "model"]
-    alone = {"train_safe_mm_dpo": ["--lambda-init", 0, "--w", 0, "--kl-coeff", 0]}
+    alone = {"train_safe_mm_dpo": ["--own-pairs", 0, "--lambda-init", 0, "--w", 0, "--kl-coeff", 0]}
     alone["train_with_preference_prompt"] = ["--lambda-kl", 0]
     words += alone.get(script, [])
     train(script, tmp_path / "out", *words)

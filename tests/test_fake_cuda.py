@@ -212,7 +212,8 @@ def test_a_script_waits_for_the_gpu_at_log_lines_alone(script, words, fake_run):
     ("script", "words", "line"),
     [
         ("dpo_hf_run", ["--dtype", "fp16"], "read distributed.py"),  # whether the update counts
-        ("train_safe_mm_dpo", ["--dtype", "bf16", "--cost-estimate", "snis"], "D2H distributed.py"),  # lambda goes on
+        # lambda goes on
+        ("train_safe_mm_dpo", ["--dtype", "bf16", "--own-pairs", "0", "--cost-estimate", "snis"], "D2H distributed.py"),
     ],
 )
 def test_where_the_host_has_to_know_it_waits_once_for_each_update(script, words, line, fake_run):

@@ -198,6 +198,15 @@ def test_the_newest_draws_stay_and_equal_responses_never_come_in():
     assert again.add(draw(([99], [1], [2], 0.0, 1.0)), 1.0)[0] == [103]  # where the oldest stands
 
 
+@pytest.mark.parametrize("combine", ["additive", "soft"])
+def test_a_draw_of_equal_responses_alone_changes_nothing(combine):
+    own, run = pool(combine=combine)
+    places, known, labels = own.add(draw(([1], [5], [5], 2.0, 2.0)), 1.0)
+    assert places == [] and labels.shape == (0, 2) and {both.shape for both in known.values()} == {(0, 2)}
+    assert run.state["own_pairs"] == {"rows": [], "count": 0}
+    assert own.mixed_into(argparse.Namespace(number=3, indices=[2, 1])) == [1, 2]
+
+
 def test_labels_of_additive_are_drawn_as_often_as_the_models_would_give_them():
     own, _ = pool(combine="additive")
     # dr = 1 for chosen, and ds = -2 raw: 0.731 of the helpful labels, 0.119 of the harmless ones prefer it.

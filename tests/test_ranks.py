@@ -89,7 +89,7 @@ def test_importance_weights_look_back_on_the_responses_of_all_ranks(world, tmp_p
     """lambda moves by them where 32 effective samples are there, from the third update on."""
     results = []
     for ranks, batch_size in ((1, 8), (4, 2)):
-        out, more = tmp_path / str(ranks), ("--cost-estimate", "snis", "--cost-prompts", "all")
+        out, more = tmp_path / str(ranks), ("--own-pairs", 0, "--cost-estimate", "snis", "--cost-prompts", "all")
         results.append(train("train_safe_mm_dpo", world, out, ranks, batch_size, 1, *more))
     assert_alike(*results[1], *results[0])
     lambdas = [line["lambda"] for line in results[0][1] if "lambda" in line]
