@@ -192,13 +192,14 @@ class Constraint:
         args, world, seed = self.args, self.run.world, self.args.seed * 1_000_003 + step
         pairs_of_update = args.batch_size * args.gradient_accumulation_steps * world.size
         at_once = pairs_of_update if args.cost_samples in (None, "auto") else args.cost_samples
-        prompts, pairs = shuffled(self.prompts, seed), []
+        prompts, pairs, scores = shuffled(self.prompts, seed), [], torch.empty(0, responses)
         most = MOST * at_once if args.cost_samples == "auto" and step else at_once
         for first in range(0, min(len(prompts), most), at_once):
             some = prompts[first : first + at_once]
             with self.run.autocast:
-                pairs += sampled_pairs(self.policy, self.tokenizer, some, responses, seed, first, args, world)
-                scores = numbers_of(self.judge, pairs, args, world).view(-1, responses)
+                more = sampled_pairs(self.policy, self.tokenizer, some, responses, seed, first, args, world)
+                numbers = numbers_of(self.judge, more, args, world)
+            pairs, scores = pairs + more, torch.cat((scores, numbers.view(-1, responses)))
             self._look_at(scores)
             if self.numbers["error"] < abs(self.numbers["cost"] - self.threshold):
                 break

@@ -20,7 +20,7 @@ def compile_blocks(model, recomputes, draws):
     """Have its blocks compiled when training first runs them; returns what to say: that, or why it goes on without.
 
     recomputes: they are run again in backward (gradient checkpointing); draws: they draw random numbers, which have to
-    be the same again.  Evaluation, sampling and the passes of frozen models run as they stand: they are too few.
+    be the same again.  Evaluation, sampling and the cache's passes run as they stand: they are too few.
     """
     blocks = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     if not blocks:
@@ -53,7 +53,6 @@ def missing_compiler(device):
         torch.compile(lambda x: x.sin() + 1, dynamic=True)(torch.ones(3, device=device))
     except Exception as error:  # of C++, of Triton, of a file system that runs nothing
         lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-        return " ".join(lines[: 1 + lines[0].endswith(":")]).rstrip(".:")[
-            :200
-        ]  # "backend='inductor' raised:", and what
+        reason = " ".join(lines[: 1 + lines[0].endswith(":")])  # behind "... raised:" stands what
+        return reason.rstrip(".:")[:200]
     return None
