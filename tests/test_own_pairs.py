@@ -301,6 +301,14 @@ def test_auto_draws_on_while_the_threshold_is_within_the_error(train):
         assert auto == pytest.approx(wanted, rel=1e-4)
 
 
+@pytest.mark.parametrize(("bound", "warns"), [(-50, True), (50, False)])
+def test_a_threshold_that_the_best_of_eight_responses_misses_is_told_at_the_start(train, capsys, bound, warns):
+    train("run", "--max-steps", 1, "--cost-threshold", bound)
+    said = capsys.readouterr().out
+    assert ("The cheapest of 8 of the policy's responses to a prompt costs " in said) == warns
+    assert (f"a threshold of {bound:.4f} may be out of reach" in said) == warns
+
+
 def test_the_error_is_that_of_the_means_of_prompts():
     from expected_cost import Constraint
 
