@@ -35,13 +35,15 @@ class OwnPairs:
 
         Chosen is the response that both models prefer, at this multiplier.
         """
-        args, world = self.args, self.run.world
+        args, world, watch = self.args, self.run.world, self.run.watch
+        watch.phase("cost")
         scores = draw.scores.view(-1, 2)
         differ = [n for n, (_, one, other) in enumerate(draw.pairs) if one != other][-self.room :]
         pairs, known = [draw.pairs[n] for n in differ], {"harmless": scores[differ]}
         with self.run.autocast:
             for role, frozen in self.frozen.items():
                 known[role] = numbers_of(frozen, pairs, args, world)
+        watch.phase("other")
         dr, ds = known["helpful"][:, 0] - known["helpful"][:, 1], self.unit.margins(known["harmless"])
         swapped = dr + multiplier * ds < 0
         known = {role: torch.where(swapped[:, None], both.flip(1), both) for role, both in known.items()}
