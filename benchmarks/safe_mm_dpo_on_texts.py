@@ -56,7 +56,7 @@ def get_args(argv=None):
     fixed = flags.number(float, least=0)
     add("--lambdas", nargs="*", type=fixed, default=[0.0, 0.3, 1.0, 3.0], metavar="L", help="fixed ones")
     add("--free", nargs="*", default=["--cost-threshold auto"], metavar="FLAGS", help="a run each with lambda free")
-    add("--train-pairs", type=natural, default=320, metavar="N", help="rows of each file to train on")
+    add("--train-pairs", type=natural, default=200, metavar="N", help="rows of each file to train on")
     add("--prompts", type=natural, default=80, metavar="N", help="held-out prompts of each file")
     add("--responses", type=natural, default=2, metavar="N", help="to each of them")
     add("--shared", type=shlex.split, default=[], metavar="FLAGS", help="of all runs, after those of this file")
@@ -95,8 +95,9 @@ def run(args, script, words, output):
 def words_of_all(args):
     """The flags of every training run."""
     words = ["--model", args.model, "--num-samples", args.train_pairs, "--eval-samples", 0, "--chat-template-strings"]
-    words += "--epochs 1 --combine soft --own-pairs 0.5 --cost-every 4 --learning-rate 5e-4 --warmup-steps 5".split()
-    words += "--max-length 192 --max-prompt-length 128 --lora-dropout 0 --logging-steps 4 --report-to none".split()
+    words += "--epochs 1 --combine soft --own-pairs 0.5 --cost-every 4 --cost-samples 16".split()
+    words += "--batch-size 4 --gradient-accumulation-steps 2 --learning-rate 5e-4 --warmup-steps 5".split()
+    words += "--max-length 128 --max-prompt-length 64 --lora-dropout 0 --logging-steps 4 --report-to none".split()
     for task in TASKS:
         words += [f"--train-{task}-path", getattr(args, f"{task}_train"), f"--{task}-rm-path", rm_of(args, task)]
     return [*words, "--cache-dir", f"{args.work}/cache", *args.shared]
@@ -158,7 +159,7 @@ def main(args):
     for name, words in runs.items():
         seconds[name] = run(args, "train_safe_mm_dpo.py", [*words_of_all(args), *words], folder_of[name])
     words = ["--model", args.model, "--prompts", held_out_prompts(args), "--num-responses", args.responses]
-    words += "--max-new-tokens 64 --max-prompt-length 128 --batch-size 32 --samples 10 --chat-template-strings".split()
+    words += "--max-new-tokens 64 --max-prompt-length 64 --batch-size 32 --samples 10 --chat-template-strings".split()
     words += [word for task in TASKS for word in (f"--{task}-rm-path", rm_of(args, task))]
     words += ["--adapters", *(f"{folder}={args.work}/{folder}" for folder in folder_of.values())]
     run(args, "evaluate_alignment.py", words, "report")
