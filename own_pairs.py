@@ -12,6 +12,7 @@ from expected_cost import numbers_of
 from preference_data import Pair
 from sampling import random_numbers
 
+APART = 0.5  # units of cost
 DRAWS = 4  # the newest ones, of as many pairs as an update has, that are learned from
 
 
@@ -64,13 +65,19 @@ class OwnPairs:
     def _labels(self, known):
         """(N, 2), helpful and harmless, 1 for chosen and -1 for rejected, as one who answers as the models would
         (Bradley-Terry); 0, none, where the loss takes the models' margins themselves.
+
+        A pair is of harm where its costs are APART, else of help.  With both labels, the two terms of `additive` would
+        hold each other at beta h = log lambda, and where there is no harm a coin would decide what is safer.
         """
         margins = torch.stack([known[task][:, 0] - known[task][:, 1] for task in ("helpful", "harmless")], dim=1)
         if self.args.combine != "additive":
             return torch.zeros_like(margins)
         places = range(self.count, self.count + len(margins))
         numbers = random_numbers(self.args.seed, places, 2, torch.device("cpu")).view(-1, 2)  # of no rows too
-        return torch.where(numbers < margins.sigmoid(), 1.0, -1.0)
+        labels = torch.where(numbers < margins.sigmoid(), 1.0, -1.0)
+        costs = self.unit.cost(known["harmless"])
+        is_of_harm = (costs[:, 0] - costs[:, 1]).abs() > APART
+        return labels * torch.stack((~is_of_harm, is_of_harm), dim=1)
 
     def restore(self):
         """As `add`, of all that a checkpoint had."""

@@ -2,8 +2,8 @@
 
 The harmless *model* steers the training; the world's rule only judges, what each policy answers to prompts about
 combinations that no training file shows.  Per seed: two reward models; the helpful pairs alone, by DPO and, as additive
-has another beta and a KL, by additive without a constraint; Safe-MM-DPO in its three modes, and soft without own pairs;
-soft with lambda fixed at several values, with own pairs and without.
+has another beta and a KL, by additive without a constraint; Safe-MM-DPO in its three modes, soft and additive without
+own pairs too; soft with lambda fixed at several values, with own pairs and without.
 
     python benchmarks/safe_mm_dpo_toy.py --work outputs/safe_study --json study.json --figure study.svg
 
@@ -40,16 +40,18 @@ POLICY += "--logging-steps 8".split()  # as --cost-every: a line for each sample
 HELPFUL_ONLY = [*POLICY, *"--dataset toy --num-samples 0".split()]
 ADDITIVE = "--combine additive --beta 0.3 --w 0".split()
 OWN = "--own-pairs 0.25".split()
+STRICT, LENIENT = "--harm-rate 0.02".split(), "--harm-rate 0.06".split()
 # One setting for each mode, chosen on other seeds than those of the tables.
 MODES = {
-    "soft": ["--combine", "soft", *OWN],
-    "soft, files alone": ["--combine", "soft"],
-    "additive": ADDITIVE,
-    "margin": ["--combine", "margin", *OWN],
+    "soft": ["--combine", "soft", *STRICT, *OWN],
+    "soft, files alone": ["--combine", "soft", *STRICT],
+    "additive": [*ADDITIVE, *LENIENT, *OWN],
+    "additive, files alone": [*ADDITIVE, *LENIENT],
+    "margin": ["--combine", "margin", *STRICT, *OWN],
 }
-SAFE = [*POLICY, *"--cost-estimate policy --harm-rate 0.02".split()]
+SAFE = [*POLICY, *"--cost-estimate policy".split()]
 # What each is to be measured by: the helpful pairs alone, at the same beta and KL.
-BASES = dict.fromkeys(MODES, "helpful-only") | {"additive": "helpful-only, beta 0.3"}
+BASES = {mode: "helpful-only, beta 0.3" if mode.startswith("additive") else "helpful-only" for mode in MODES}
 ROWS = ["start", "helpful-only", "helpful-only, beta 0.3", *MODES]
 LAST = 12  # samples of 32 responses that E[cost] at the end is the mean of
 STUDENT = 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262  # t of 97.5 % for 1, 2, ... degrees of freedom
@@ -65,7 +67,7 @@ def get_args(argv=None):
     seeds = flags.number(int, least=1, below=len(STUDENT) + 2)
     add("--seeds", type=seeds, default=5, metavar="N", help="seeds 0 to N - 1")
     add("--work", required=True, metavar="DIR", help="where everything goes; what is finished there is not repeated")
-    add("--lambdas", nargs="*", type=fixed, default=[0.5, 1.0, 2.0, 5.0], metavar="L", help="fixed ones, with soft")
+    add("--lambdas", nargs="*", type=fixed, default=[0.5, 2.0, 5.0], metavar="L", help="fixed ones, with soft")
     add("--lambda-seeds", type=natural, default=5, metavar="N", help="seeds of them that the fixed ones have")
     add("--responses", type=natural, default=4, metavar="N", help="samples per prompt that are judged")
     add("--json", metavar="FILE", help="write all numbers to this file")
@@ -140,7 +142,7 @@ def run_seed(args, work, seed, fixed):
         safe += [f"--{task}-rm-path", f"{name}/{task}_rm"]
     runs = dict(MODES)
     for value in fixed:
-        steady = ["--combine", "soft", "--lambda-lr", "0", "--lambda-init", f"{value:g}"]
+        steady = ["--combine", "soft", *STRICT, "--lambda-lr", "0", "--lambda-init", f"{value:g}"]
         runs |= {f"lambda {value:g}": [*steady, *OWN], f"lambda {value:g}, files alone": steady}
     for row, flags_of_row in runs.items():
         output = f"{name}/{row.replace(', ', '_').replace(' ', '_')}"

@@ -20,6 +20,7 @@ import train_safe_mm_dpo
 from expected_cost import Draw
 from formats.model_files import load_model
 from harness.data import pair_length
+from harness.speed import Stopwatch
 from own_pairs import DRAWS, OwnPairs
 from packed_model import prepare_model, prepare_scores
 from packing import pack
@@ -145,6 +146,7 @@ class Models:
         self.args = settings(batch_size=2, gradient_accumulation_steps=2, cost_samples=None, **changes)
         self.args.tokens_per_microbatch, self.autocast = 0, torch.autocast("cpu", enabled=False)
         self.world, self.state, self.pairs = World(0, 1, torch.device("cpu")), {}, {}
+        self.watch = Stopwatch(torch.device("cpu"), "other")
 
     def make_room(self, count):
         return 100
@@ -207,15 +209,20 @@ def test_a_draw_of_equal_responses_alone_changes_nothing(combine):
     assert own.mixed_into(argparse.Namespace(number=3, indices=[2, 1])) == [1, 2]
 
 
-def test_labels_of_additive_are_drawn_as_often_as_the_models_would_give_them():
+@pytest.mark.parametrize(
+    ("harmless", "column", "share"),
+    [
+        ((1.0, 1.9), 0, 1 / (1 + math.exp(-1))),  # costs 0.45 units apart: of help, dr = 1 for chosen
+        ((1.0, 2.1), 1, 1 / (1 + math.exp(1.1))),  # 0.55 units: of harm, ds = -1.1 as the model scores
+    ],
+)
+def test_labels_of_additive_are_of_what_is_at_stake_and_as_often_as_the_model_would_give_them(harmless, column, share):
     own, _ = pool(combine="additive")
-    # dr = 1 for chosen, and ds = -2 raw: 0.731 of the helpful labels, 0.119 of the harmless ones prefer it.
-    pairs = [([n], [3], [2], 1.0, 3.0) for n in range(own.room)]
+    pairs = [([n], [3], [2], *harmless) for n in range(own.room)]
     labels = torch.cat([own.add(draw(*pairs), 0.0)[2] for _ in range(100)])
-    assert labels.abs().min() == 1
-    shares = (labels > 0).double().mean(0).tolist()
+    assert labels[:, 1 - column].count_nonzero() == 0 and labels[:, column].abs().min() == 1
     error = 0.5 / len(labels) ** 0.5
-    assert shares == pytest.approx([1 / (1 + math.exp(-1)), 1 / (1 + math.exp(2))], abs=4 * error)
+    assert (labels[:, column] > 0).double().mean().item() == pytest.approx(share, abs=4 * error)
 
 
 @pytest.mark.parametrize("share", [0.1, 0.25, 1.0])
