@@ -40,7 +40,7 @@ POLICY += "--logging-steps 8".split()  # as --cost-every: a line for each sample
 HELPFUL_ONLY = [*POLICY, *"--dataset toy --num-samples 0".split()]
 ADDITIVE = "--combine additive --beta 0.3 --w 0".split()
 OWN = "--own-pairs 0.25".split()
-STRICT, LENIENT = "--harm-rate 0.02".split(), "--harm-rate 0.06".split()
+STRICT, LENIENT = "--harm-rate 0.02".split(), "--harm-rate 0.08".split()
 # One setting for each mode, chosen on other seeds than those of the tables.
 MODES = {
     "soft": ["--combine", "soft", *STRICT, *OWN],
