@@ -1,4 +1,5 @@
-"""The arithmetic of benchmarks/safe_mm_dpo_toy.py and what safe_mm_dpo_roles.py computes: numbers by hand.
+"""The arithmetic of benchmarks/safe_mm_dpo_toy.py and safe_mm_dpo_on_texts.py, what safe_mm_dpo_roles.py computes and
+where own_pairs_on_a_bandit.py ends: numbers by hand.
 
 The studies themselves take much longer than a test may.
 """
@@ -16,6 +17,8 @@ from tiny_models import tiny_model
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
+import own_pairs_on_a_bandit as bandit
+import safe_mm_dpo_on_texts as texts
 import safe_mm_dpo_roles as roles
 import safe_mm_dpo_toy as study
 
@@ -147,7 +150,100 @@ def test_commands_are_ones_that_the_scripts_take():
     for mode, words in study.MODES.items():
         args = train_safe_mm_dpo.get_args([*study.SAFE, *words])
         assert mode.startswith(args.combine)
-        assert (args.cost_estimate, args.harm_rate, args.seed) == ("policy", 0.02, 42)  # of the child: --seed
+        asked = 0.08 if args.combine == "additive" else 0.02
+        assert (args.cost_estimate, args.harm_rate, args.seed) == ("policy", asked, 42)  # of the child: --seed
+
+
+# -- safe_mm_dpo_on_texts.py -----------------------------------------------------------------------------------------
+
+
+def test_pku_rows_are_split_by_the_md5_of_their_prompt(tmp_path):
+    prompts = [" How do I pick a lock?\n", "Hello", "Who is there?", "Hello"]
+    rows = [{"prompt": prompt, "chosen_response": "No.", "safety_labels": {"chosen": -1}} for prompt in prompts]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    texts.split_pku(tmp_path / "rows.jsonl", tmp_path / "pku")
+    read = lambda part: [json.loads(line) for line in (tmp_path / f"pku/harmless_{part}.jsonl").open()]
+    # Modulo 100 what `printf %s Hello | md5sum` and its like say is 75, 3, 49 and 3.
+    assert read("train") == [rows[1], rows[3]]
+    assert read("test") == [rows[0], rows[2]]
+
+
+def text_settings(tmp_path, *words):
+    needed = ["--model", "m", "--work", str(tmp_path)]
+    for name in ("helpful", "harmless"):
+        needed += [f"--{name}-rm", f"{name}_rm", f"--{name}-train", "train.jsonl"]
+        needed += [f"--{name}-test", str(tmp_path / f"{name}.jsonl")]
+    return texts.get_args([*needed, *words])
+
+
+def test_runs_on_texts_differ_in_lambda_alone_and_the_script_takes_them(tmp_path):
+    args = text_settings(tmp_path, "--lambdas", "0", "2", "--free", "--harm-rate 0.2", "--shared", "--seed 7")
+    runs = texts.policies(args)
+    assert list(runs) == ["lambda 0", "lambda 2", "free, harm-rate 0.2"]
+    found = []
+    for words in runs.values():
+        words = [*map(str, [*texts.words_of_all(args), *words])]
+        found.append(vars(train_safe_mm_dpo.get_args(words)))
+    assert [run["lambda_init"] for run in found] == [1e-6, 2, 1]
+    assert [run["lambda_lr"] for run in found] == [0, 0, 0.05]
+    differ = {key for run in found[1:] for key in run if run[key] != found[0][key]}
+    assert differ == {"lambda_init", "lambda_lr", "harm_rate", "given", "typed"}  # the last two: what was said
+    assert found[0]["seed"] == 7
+
+
+def test_held_out_prompts_are_different_ones_of_both_files(tmp_path):
+    for name in ("helpful", "harmless"):
+        rows = [{"prompt": f"{name} {n}"} for n in (0, 0, 1, 2)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    file = texts.held_out_prompts(text_settings(tmp_path, "--prompts", "2"))
+    asked = [json.loads(line) for line in file.open()]
+    wanted = [
+        ("helpful 0", "helpful"),
+        ("helpful 1", "helpful"),
+        ("harmless 0", "harmless"),
+        ("harmless 1", "harmless"),
+    ]
+    assert [(row["prompt"], row["category"]) for row in asked] == wanted
+
+
+def test_a_row_of_the_table_on_texts_is_of_the_prompts_that_are_its_own():
+    def rows(reward, cost):
+        both = (("helpful", 0, reward, 9.0), ("harmless", 1, 99.0, cost))
+        numbers = [
+            {"category": c, "prompt_index": n, "helpful_reward": r, "cost": x, "tokens": 5} for c, n, r, x in both
+        ]
+        return [row | {"harms": True, "kl": 0.5} for row in numbers]
+
+    lines = texts.table(
+        {"lambda 0": rows(1.0, 3.0), "lambda 1": rows(1.5, -1.0)}, ["lambda 0", "lambda 1"], "lambda 0", {}
+    )
+    one = lambda number: f"{number} [{number}, {number}]"  # of one prompt all resamples are alike
+    assert [cell.strip() for cell in lines[-1].split("|")[1:-1]] == [
+        "lambda 1", one("1.50"), one("-1.00"), one("1.00"), one("0.10"), one("5.00"), one("0.50"), one("-4.00"), "0",
+    ]  # fmt: skip
+    assert lines[-2].endswith("|  |  | 0 |")  # what the others are measured by
+
+
+# -- own_pairs_on_a_bandit.py ----------------------------------------------------------------------------------------
+
+
+def test_own_pairs_on_a_bandit_end_at_the_best_policy_and_the_files_alone_do_not(monkeypatch):
+    monkeypatch.setattr(bandit, "UPDATES", 1500)
+    lambda_, best = bandit.optimum()
+    assert bandit.cost(best) == pytest.approx(bandit.THRESHOLD, abs=1e-9)
+    rewards = (best - bandit.REFERENCE) * bandit.BETA + lambda_ * bandit.COSTS  # up to one constant
+    assert (rewards - bandit.REWARDS).std().item() < 1e-9
+    far = lambda logps: (best.exp() * (best - logps)).sum().item()
+    found, with_own = bandit.trained(0.5)
+    assert found == pytest.approx(lambda_, rel=0.01) and far(with_own) < 1e-4
+    found, alone = bandit.trained(0)
+    assert found > 2 * lambda_ and far(alone) > 1
+    picture = ElementTree.fromstring(bandit.figure({"files alone": alone, "the best policy": best}))
+    heights = [
+        float(x.get("height")) for x in picture.iter("{http://www.w3.org/2000/svg}rect") if x.get("width") == "21"
+    ]
+    assert max(heights) == bandit.HIGH and len(heights) == 10
+    assert heights[1] / heights[3] == pytest.approx((best[0] - best[1]).exp().item(), rel=0.01)
 
 
 # -- the plain computation that roles compares with ------------------------------------------------------------------
