@@ -49,10 +49,29 @@ def _is_plain(module):
     return type(module) in (nn.Linear, Conv1D) or type(module).__name__ == "FalconLinear"
 
 
+def text_decoder(model):
+    """What of a model reads text: of a vision-language model not what sees, else the model without its head."""
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
+    return decoder if isinstance(decoder, PreTrainedModel) else model  # ModernBERT calls its head `decoder`
+
+
+def train_text(model):
+    """What is trained where all weights are: all but what a vision-language model sees with, its tower and projector,
+    which is frozen here.  What it makes of a picture is then a constant.
+    """
+    decoder = text_decoder(model)
+    around = [module for module in model.modules() if any(part is decoder for part in module.modules())]
+    heads = [child for child in model.children() if child not in around]
+    trained = {parameter for part in (decoder, *heads) for parameter in part.parameters()}
+    for parameter in model.parameters():
+        if parameter not in trained:
+            parameter.requires_grad_(False)
+    return [parameter for parameter in model.parameters() if parameter in trained]
+
+
 def _text_modules(model):
     """The modules of the text decoder and, beside it, the heads, which are children of the model itself."""
-    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
-    decoder = decoder if isinstance(decoder, PreTrainedModel) else model  # ModernBERT calls its head `decoder`
+    decoder = text_decoder(model)
     inside = [module for module in decoder.modules() if module is not decoder]
     towers = [module for module in inside if getattr(module, "main_input_name", "input_ids") != "input_ids"]
     return {*decoder.modules(), *model.children()} - {part for tower in towers for part in tower.modules()}

@@ -49,7 +49,8 @@ def choose_path(model, numbers, plain_states, packed_states, check=None):
     disable_dropout(model)
     model.packs_pairs, training = False, model.training
     model.eval()
-    own_attention, verbosity = model.config._attn_implementation, transformers_logging.get_verbosity()
+    own_attention = model.config.get_text_config()._attn_implementation
+    verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
     try:
         with torch.no_grad():
@@ -62,7 +63,7 @@ def choose_path(model, numbers, plain_states, packed_states, check=None):
             refuse_differences(model, numbers, packed_states, batch, expected)
             model.packs_pairs, line = True, "packed pairs: on, chosen and rejected share one pass over their prompt"
         except Exception as problem:  # whatever a foreign model does here, the plain path needs nothing of it
-            model.set_attn_implementation(own_attention)
+            set_attention(model, own_attention)
             reason = str(problem) if isinstance(problem, CannotPack) else f"{type(problem).__name__}: {problem}"
             reason = reason.strip().splitlines()[0][:200]
             line = f"packed pairs: off, sequences are scored one by one ({reason})"
@@ -71,6 +72,13 @@ def choose_path(model, numbers, plain_states, packed_states, check=None):
         transformers_logging.set_verbosity(verbosity)
         model.train(training)
     return line
+
+
+def set_attention(model, name):
+    """Have the layers that read text call the attention function `name`; what sees pictures keeps its own."""
+    config = model.config
+    parts = [part for part in config.sub_configs if getattr(config, part) is config.get_text_config()]
+    model.set_attn_implementation(dict.fromkeys(parts, name) or name)
 
 
 def tolerance(model):
@@ -88,7 +96,7 @@ def refuse_differences(model, numbers, packed_states, batch, expected):
     if "'dynamic'" in rope or "'longrope'" in rope:
         raise CannotPack("its rotary embedding depends on the longest sequence of the row")
     with torch.no_grad():
-        model.set_attn_implementation("packed_pairs_asked")
+        set_attention(model, "packed_pairs_asked")
         layout = PairLayout(batch.segments, ask_reach=True)
         try:
             packed_states(batch, layout)
@@ -98,7 +106,7 @@ def refuse_differences(model, numbers, packed_states, batch, expected):
         layers = model.config.get_text_config().num_hidden_layers
         if layout.calls < layers:
             raise CannotPack(f"{layers - layout.calls} of its {layers} layers do not take our attention function")
-        model.set_attn_implementation("packed_pairs")
+        set_attention(model, "packed_pairs")
         difference = distance(numbers(batch, PairLayout(batch.segments)), expected)
     if not difference <= tolerance(model):
         raise CannotPack(f"the numbers of a test pair differ by {difference:.2g} of their size")

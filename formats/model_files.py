@@ -10,6 +10,7 @@ from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     GenerationConfig,
@@ -75,8 +76,9 @@ def load_model(path, dtype, device, trust_remote_code=False, scores=False, max_l
         raise ModelError(damage)
     if not sys.stderr.isatty():
         transformers_logging.disable_progress_bar()
-    check_positions(_config(path, trust_remote_code), max_length, f"a text of {max_length} tokens", path)
-    kind, options = (AutoModelForSequenceClassification, {"num_labels": 1}) if scores else (AutoModelForCausalLM, {})
+    config = _config(path, trust_remote_code)
+    check_positions(config, max_length, f"a text of {max_length} tokens", path)
+    kind, options = _class_of(config, path, scores), {"num_labels": 1} if scores else {}
     options |= {"dtype": dtype, "trust_remote_code": trust_remote_code}
     options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
     verbosity = transformers_logging.get_verbosity()
@@ -119,7 +121,7 @@ def load_skeleton(path, tokenizer, args, scores=False):
     trust, max_length = getattr(args, "trust_remote_code", False), getattr(args, "max_length", 0)
     config = _config(path, trust)
     check_positions(config, max_length, f"--max-length {max_length}", path)
-    kind = AutoModelForSequenceClassification if scores else AutoModelForCausalLM
+    kind = _class_of(config, path, scores)
     with torch.device("meta"):
         build = partial(kind.from_config, config, trust_remote_code=trust)
         model = _loaded("model", path, build)
@@ -133,6 +135,24 @@ def load_skeleton(path, tokenizer, args, scores=False):
             f"the model {path} knows {embedded} tokens and the tokenizer {num_ids}: they do not go together"
         )
     return model
+
+
+def sees(config):
+    """Whether a model of this config reads pictures beside text, as far as transformers knows."""
+    return type(config) in AutoModelForImageTextToText._model_mapping
+
+
+def _class_of(config, path, scores):
+    """The class of transformers to load a model by.  Raises ModelError."""
+    known = AutoModelForSequenceClassification if scores else AutoModelForCausalLM
+    if type(config) in known._model_mapping or not sees(config):
+        return known
+    if scores:
+        raise ModelError(
+            f"{path} is a vision-language model ({config.model_type}), and transformers has no reward model of that "
+            "type: name a text model"
+        )
+    return AutoModelForImageTextToText
 
 
 def not_causal(name):

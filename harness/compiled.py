@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from lora_targets import text_decoder
 from packed_attention import packed_attention
 
 GRAPHS = 64  # kept of one function: with the adapter on and off, with gradients and without, of each kind of block
@@ -22,7 +23,7 @@ def compile_blocks(model, recomputes, draws):
     recomputes: they are run again in backward (gradient checkpointing); draws: they draw random numbers, which have to
     be the same again.  Evaluation, sampling and the cache's passes run as they stand: they are too few.
     """
-    blocks = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    blocks = [part for part in text_decoder(model).modules() if isinstance(part, GradientCheckpointingLayer)]
     if not blocks:
         return "--compile: this model has no blocks that transformers can run in another way: goes on without"
     if reason := missing_compiler(model.device):

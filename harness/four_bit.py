@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_map
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from formats.user_errors import UserError
+from lora_targets import text_decoder
 
 BITS = 4 + 8 / 64 + 32 / (64 * 256)  # a weight: itself, the scale of its 64, and the scale of 256 such scales
 
@@ -115,7 +116,7 @@ def make_whole(model):
 
 def linears_of_blocks(model):
     """The linear layers of a model's blocks, with adapters or without; not GPT-2's, whose weights are (in, out)."""
-    blocks = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    blocks = [part for part in text_decoder(model).modules() if isinstance(part, GradientCheckpointingLayer)]
     inner = [module for block in blocks for module in block.modules()]
     with_adapters = [module for module in inner if hasattr(module, "lora_A") and not module.transposed]
     return [module for module in inner if type(module) is nn.Linear] + with_adapters

@@ -29,6 +29,7 @@ from harness import four_bit
 from harness.device import DTYPES
 from harness.optimizers import moments_bytes
 from harness.pass_memory import blocks_of, head_bytes, measure
+from lora_targets import text_decoder
 from packed_model import HEAD_CHUNK
 
 CUDA = 0.8e9  # what CUDA's context and the libraries' workspaces take, about
@@ -192,7 +193,7 @@ class Estimate:
     def _measured(self, lora_r, dropout, dtype):
         """A Pass of SOME tokens, from the first two blocks: the others are taken to be as the second."""
         model = copy.deepcopy(self.model(lora_r, dropout, dtype))
-        stacks = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m)]
+        stacks = [m for m in text_decoder(model).modules() if isinstance(m, nn.ModuleList) and len(m)]
         stack = next(m for m in stacks if isinstance(m[0], GradientCheckpointingLayer))
         others = max(0, len(stack) - 2)
         del stack[2:]

@@ -18,6 +18,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from lora_targets import text_decoder
 from packed_attention import AMPERE, flash_takes
 from packed_model import HEAD_CHUNK, TokenLogps, final_softcap
 
@@ -132,7 +133,8 @@ class Pass(NamedTuple):
 
 
 def blocks_of(model):
-    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    """Those that text goes through."""
+    return [module for module in text_decoder(model).modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
 def measure(model, num_tokens, compute=None):

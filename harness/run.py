@@ -217,7 +217,7 @@ class Run:
         """What is trained: the parameters of a new LoRA adapter; with --lora-r 0 all there are."""
         args = self.args
         if self.full:
-            return list(model.parameters())
+            return lora_targets.train_text(model)
         self.adapter_name = name
         distributed.seed_everything(args.seed)  # the same A on every rank
         return lora.add_adapter(model, name, args.lora_r, args.lora_alpha, args.lora_dropout, args.lora_target_modules)

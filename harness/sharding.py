@@ -45,7 +45,7 @@ def shard(model, reference, world, dtype, say, offload=False):
         for name in METHODS:
             if hasattr(each, name):
                 register_fsdp_forward_method(each, name)
-    parameters = list(model.parameters())
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if model.packs_pairs:
         mine, total = sum(p.to_local().numel() for p in parameters), sum(p.numel() for p in parameters)
         say(f"Sharded over {world.size} ranks (FSDP2): rank 0 keeps {mine:,} of {total:,} weights")

@@ -15,6 +15,8 @@ from typing import NamedTuple
 
 import torch
 
+from lora_targets import text_decoder
+
 TRAINING = "forward", "backward", "communicate", "step"  # the phases that rate() divides by
 
 
@@ -77,7 +79,7 @@ def useful_flops(model, pairs):
     """
     blocks = [
         weight
-        for name, weight in model.named_parameters()
+        for name, weight in text_decoder(model).named_parameters(prefix="decoder")
         if weight.ndim == 2 and re.search(r"\.\d+\.", name) and ".lora_" not in name
     ]
     per_weight = 6 if any(weight.requires_grad for weight in blocks) else 4
