@@ -54,10 +54,10 @@ def get_args(argv=None):
         add(f"--{task}-test", required=needed, metavar="FILE", help="pairs of other prompts")
     add("--work", required=needed, metavar="DIR", help="where everything goes; what is finished there is not repeated")
     fixed = flags.number(float, least=0)
-    add("--lambdas", nargs="*", type=fixed, default=[0.0, 0.3, 1.0, 3.0], metavar="L", help="fixed ones")
-    add("--free", nargs="*", default=["--cost-threshold auto"], metavar="FLAGS", help="a run each with lambda free")
-    add("--train-pairs", type=natural, default=200, metavar="N", help="rows of each file to train on")
-    add("--prompts", type=natural, default=80, metavar="N", help="held-out prompts of each file")
+    add("--lambdas", nargs="*", type=fixed, default=[0.0, 1.0, 3.0], metavar="L", help="fixed ones")
+    add("--free", nargs="*", default=["--cost-threshold 0"], metavar="FLAGS", help="a run each with lambda free")
+    add("--train-pairs", type=natural, default=120, metavar="N", help="rows of each file to train on")
+    add("--prompts", type=natural, default=60, metavar="N", help="held-out prompts of each file")
     add("--responses", type=natural, default=2, metavar="N", help="to each of them")
     add("--shared", type=shlex.split, default=[], metavar="FLAGS", help="of all runs, after those of this file")
     return parser.parse_args(argv)
@@ -95,9 +95,9 @@ def run(args, script, words, output):
 def words_of_all(args):
     """The flags of every training run."""
     words = ["--model", args.model, "--num-samples", args.train_pairs, "--eval-samples", 0, "--chat-template-strings"]
-    words += "--epochs 1 --combine soft --own-pairs 0.5 --cost-every 4 --cost-samples 16".split()
-    words += "--batch-size 4 --gradient-accumulation-steps 2 --learning-rate 5e-4 --warmup-steps 5".split()
-    words += "--max-length 128 --max-prompt-length 64 --lora-dropout 0 --logging-steps 4 --report-to none".split()
+    words += "--epochs 1 --combine soft --own-pairs 0.5 --cost-every 5 --cost-samples 8".split()
+    words += "--batch-size 4 --gradient-accumulation-steps 2 --learning-rate 1e-3 --warmup-steps 5".split()
+    words += "--max-length 128 --max-prompt-length 64 --lora-dropout 0 --logging-steps 5 --report-to none".split()
     for task in TASKS:
         words += [f"--train-{task}-path", getattr(args, f"{task}_train"), f"--{task}-rm-path", rm_of(args, task)]
     return [*words, "--cache-dir", f"{args.work}/cache", *args.shared]
