@@ -29,12 +29,13 @@ train() {
 }
 
 # Helpful and harmless pairs at once, and pairs of what the policy says itself: a multiplier holds the rate of harm, as
-# the harmless model sees it, at 2 %.
+# the harmless model sees it, at 5 %.
 safe_mm_dpo() {
-  .venv/bin/python train_safe_mm_dpo.py --model toy --combine soft --harm-rate 0.02 --own-pairs 0.25 \
+  .venv/bin/python train_safe_mm_dpo.py --model toy --combine additive --harm-rate 0.05 --own-pairs 0.25 \
     --helpful-rm-path outputs/quickstart/helpful_rm --harmless-rm-path outputs/quickstart/harmless_rm --epochs 4 \
-    --beta 1 --learning-rate 1e-3 --warmup-steps 5 --batch-size 16 --gradient-accumulation-steps 1 --lora-dropout 0 \
-    --max-length 64 --max-prompt-length 32 --dtype fp32 --logging-steps 100 --logging-dir outputs/quickstart/logs \
+    --beta 0.3 --w 0 --learning-rate 1e-3 --warmup-steps 5 --batch-size 16 --gradient-accumulation-steps 1 \
+    --lora-dropout 0 --max-length 64 --max-prompt-length 32 --dtype fp32 --logging-steps 100 \
+    --logging-dir outputs/quickstart/logs \
     --output-dir outputs/quickstart/safe_mm_dpo --overwrite
 }
 
