@@ -13,7 +13,7 @@ Deviations from the paper: AdamW instead of RMSprop; label smoothing, robust, hi
     torchrun --nproc_per_node=4 dpo_hf_run.py --dataset pairs.jsonl --learning-rate 1e-4       # four GPUs
 
 Copy with: formats/ harness/ distributed.py lora.py lora_targets.py losses.py packed_attention.py packed_model.py
-    packed_probe.py packing.py preference_data.py toy_world.py
+    packed_probe.py packing.py preference_data.py toy_world.py vision.py
 """
 
 from harness import endings, flags, training_flags
@@ -100,6 +100,7 @@ def main(args):
     add_adapters(skeleton, run)  # a wrong adapter or target shows here
     if run.estimate_memory(skeleton, tokenizer):
         return
+    run.see(skeleton, tokenizer)
     pairs, train, held_out = run.read_pairs(args.dataset, args.eval_dataset, tokenizer)
     data = run.plan(pairs, train, held_out)
 

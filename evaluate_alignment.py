@@ -14,7 +14,7 @@ quantiles of its score then instead of a harm rate, and `safe` means at least th
         --helpful-rm-path models/helpful_rm --harmless-rm-path models/harmless_rm                          # one GPU
 
 Copy with: formats/ harness/ tools/ distributed.py lora.py lora_targets.py packed_attention.py packed_model.py
-    packed_probe.py packing.py preference_data.py reward_models.py sampling.py toy_world.py
+    packed_probe.py packing.py preference_data.py reward_models.py sampling.py toy_world.py vision.py
 """
 
 from functools import partial

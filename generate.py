@@ -11,7 +11,7 @@ among all rows alone: the same flags give the same bytes, and a file that was le
     python generate.py --prompts p.jsonl --num-responses 8 --pairs --reward-model models/helpful_rm --output pairs.jsonl
 
 Copy with: formats/ harness/ tools/ distributed.py lora.py lora_targets.py packed_attention.py packed_model.py
-    packed_probe.py packing.py preference_data.py reward_models.py sampling.py toy_world.py
+    packed_probe.py packing.py preference_data.py reward_models.py sampling.py toy_world.py vision.py
 """
 
 import re

@@ -9,7 +9,7 @@ versions.
     python gpu_check.py --device cpu               # what a CPU can: tries the check itself
 
 Copy with: formats/ harness/ tools/ distributed.py lora.py lora_targets.py losses.py packed_attention.py
-    packed_model.py packed_probe.py packing.py preference_data.py
+    packed_model.py packed_probe.py packing.py preference_data.py vision.py
 """
 
 import time

@@ -13,7 +13,7 @@ Deviations from prompt tuning's paper: preference pairs instead of targets; Adam
     torchrun --nproc_per_node=4 learn_prompt.py --dataset-path pairs.jsonl --prompt-init vocab             # four GPUs
 
 Copy with: formats/ harness/ distributed.py lora.py lora_targets.py losses.py packed_attention.py packed_model.py
-    packed_probe.py packing.py preference_data.py preference_prompt.py toy_world.py
+    packed_probe.py packing.py preference_data.py preference_prompt.py toy_world.py vision.py
 """
 
 from harness import endings, flags, training_flags

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 import packed_probe
+import vision
 from packed_attention import CannotPack, PairLayout
 
 HEAD_CHUNK = 1024  # tokens per piece of the language-model head: 1024 x 151,936 fp32 logits are 0.6 GB
@@ -182,13 +183,25 @@ def _packed_hidden(model, batch, layout=None):
     layout = layout or PairLayout(batch.segments)
     # Of four dimensions it is a mask that is ready, and transformers makes none.
     ones = torch.ones_like(batch.input_ids) if layout.ask_reach else batch.input_ids.new_ones(1, 1, 1, 1)
+    position_ids, features = batch.position_ids, {}
+    if batch.pictures:
+        position_ids, features = _seen(backbone(model), batch)
     return backbone(model)(
         input_ids=batch.input_ids,
-        position_ids=batch.position_ids,
+        position_ids=position_ids,
         attention_mask=ones,
         use_cache=False,
         pair_layout=layout,
+        **features,
     ).last_hidden_state[0]  # (T, H)
+
+
+def _seen(base, batch):
+    """(positions, what else the model without its head takes) of a batch with pictures; each is encoded once."""
+    if base not in batch.features:
+        batch.features[base] = vision.positions(base, batch), vision.encode(base, batch.pictures)
+    position_ids, features = batch.features[base]
+    return position_ids, {"mm_encoder_outputs": dict(features)}
 
 
 def backbone(model):
@@ -204,19 +217,26 @@ def _head_weight(model):
 
 
 def _sequences(batch):
-    """Each pair's two sequences as (prompt, response) ids: all chosen ones, then all rejected."""
+    """Each pair's two sequences as (prompt ids, response ids, its pictures): all chosen ones, then all rejected."""
     ids = batch.input_ids[0]
     prompts = [ids[segment.prompt_start : segment.chosen_start] for segment in batch.segments]
     chosen = [ids[segment.chosen_start : segment.rejected_start] for segment in batch.segments]
     rejected = [ids[segment.rejected_start : segment.end] for segment in batch.segments]
-    return list(zip(prompts + prompts, chosen + rejected, strict=True))
+    pictures = batch.pictures or (None,) * len(prompts)
+    return list(zip(prompts + prompts, chosen + rejected, pictures + pictures, strict=True))
+
+
+def _beside(given, response, model):
+    """What the model takes beside the ids of one sequence."""
+    return vision.beside(given, len(response), model) if given else {}
 
 
 def plain_states(model, batch):
     """response_states the plain way: one sequence at a time, the model's own logits (N, V).  Oracle and fallback."""
     predictions = []
-    for prompt, response in _sequences(batch):
-        logits = model(input_ids=torch.cat((prompt, response))[None], use_cache=False).logits[0]
+    for prompt, response, given in _sequences(batch):
+        ids, beside = torch.cat((prompt, response))[None], _beside(given, response, model)
+        logits = model(input_ids=ids, use_cache=False, **beside).logits[0]
         predictions.append(logits[len(prompt) - 1 : -1])
     return torch.cat(predictions)[: len(batch.targets)], None, None  # a batch of no pairs has a made-up one: dropped
 
@@ -251,19 +271,22 @@ def _ends(model, batch, layout=None):
     """Hidden states (2B, H) of each chosen, then of each rejected response's last token, as response_states."""
     if layout is not None or model.packs_pairs:
         return _packed_hidden(model, batch, layout)[batch.ends]
-    ids = (torch.cat(pair)[None] for pair in _sequences(batch))
-    ends = [backbone(model)(input_ids=row, use_cache=False).last_hidden_state[:, -1] for row in ids]
+    ends = []
+    for prompt, response, given in _sequences(batch):
+        ids, beside = torch.cat((prompt, response))[None], _beside(given, response, model)
+        ends.append(backbone(model)(input_ids=ids, use_cache=False, **beside).last_hidden_state[:, -1])
     return torch.cat(ends)[: len(batch.ends)]  # a batch of no pairs has a made-up one: dropped
 
 
 # -- the choice of path -------------------------------------------------------------------------------------------
 
 
-def prepare_model(model):
+def prepare_model(model, example=None):
     """Dropout off, packed attention on where it is exact, and the methods `packed_logps`, `response_states` and
     `packed_scores` (of a reward model on this base) bound; says which path runs.
 
-    Two test pairs are scored both ways (packed_probe.py).  The plain path is taken when not every layer calls our
+    Two test pairs are scored both ways (packed_probe.py), and `example`, a packed pair of the data with pictures, where
+    there is one: Gemma 3's pictures see themselves whole.  The plain path is taken when not every layer calls our
     attention function (Bloom, hybrid models), when it is asked for what it does not do (Gemma2's soft cap), when the
     head is more than one matrix (a bias, an adapter, Cohere's scale), when the numbers differ, or when a response
     depends on a token that is not in its sequence.  Raises ModelError for a model that is not causal, or that computes
@@ -279,7 +302,8 @@ def prepare_model(model):
     def logits(ids):
         return model(input_ids=ids, use_cache=False).logits[0]
 
-    return packed_probe.choose_path(model, numbers, logits, partial(_packed_hidden, model), partial(_check_head, model))
+    states, check = partial(_packed_hidden, model), partial(_check_head, model)
+    return packed_probe.choose_path(model, numbers, logits, states, check, example)
 
 
 def prepare_scores(model):

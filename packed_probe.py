@@ -38,12 +38,13 @@ def probe_batch(model):
     return pack([[[next(ids) for _ in range(length)] for length in pair] for pair in lengths], model.device)
 
 
-def choose_path(model, numbers, plain_states, packed_states, check=None):
+def choose_path(model, numbers, plain_states, packed_states, check=None, example=None):
     """Switch dropout off, and packed attention on where it is exact; returns a line for the log, which path runs.
 
     numbers(batch, layout): log-probs or hidden states of a PackedPairs batch, packed where a layout is given, else as
     `model.packs_pairs` says.  plain_states(ids (1, T)) and packed_states(batch, layout): (T, *), of which every row
-    stands for its token.  check(): raises CannotPack for what is known beforehand.
+    stands for its token.  check(): raises CannotPack for what is known beforehand.  example: a PackedPairs batch with
+    pictures, which then has to give the same numbers too.
     Raises ModelError for a model that is not causal, or that computes otherwise in train mode.
     """
     disable_dropout(model)
@@ -55,12 +56,12 @@ def choose_path(model, numbers, plain_states, packed_states, check=None):
     try:
         with torch.no_grad():
             batch = probe_batch(model)
-            expected = numbers(batch, None)
+            tests = [(each, numbers(each, None)) for each in (batch, example) if each is not None]
         refuse_later_tokens(model, plain_states, batch)
         try:
             if check:
                 check()
-            refuse_differences(model, numbers, packed_states, batch, expected)
+            refuse_differences(model, numbers, packed_states, tests)
             model.packs_pairs, line = True, "packed pairs: on, chosen and rejected share one pass over their prompt"
         except Exception as problem:  # whatever a foreign model does here, the plain path needs nothing of it
             set_attention(model, own_attention)
@@ -90,8 +91,9 @@ def distance(numbers, expected):
     return ((numbers - expected).norm() / expected.norm()).item()
 
 
-def refuse_differences(model, numbers, packed_states, batch, expected):
-    """Raise CannotPack where packed pairs are not what sequences alone are."""
+def refuse_differences(model, numbers, packed_states, tests):
+    """Raise CannotPack where packed pairs are not what sequences alone are.  tests: [(batch, its numbers)]."""
+    batch = tests[0][0]
     rope = str(getattr(model.config.get_text_config(), "rope_parameters", None))
     if "'dynamic'" in rope or "'longrope'" in rope:
         raise CannotPack("its rotary embedding depends on the longest sequence of the row")
@@ -107,9 +109,11 @@ def refuse_differences(model, numbers, packed_states, batch, expected):
         if layout.calls < layers:
             raise CannotPack(f"{layers - layout.calls} of its {layers} layers do not take our attention function")
         set_attention(model, "packed_pairs")
-        difference = distance(numbers(batch, PairLayout(batch.segments)), expected)
-    if not difference <= tolerance(model):
-        raise CannotPack(f"the numbers of a test pair differ by {difference:.2g} of their size")
+        for each, expected in tests:
+            difference = distance(numbers(each, PairLayout(each.segments)), expected)
+            if not difference <= tolerance(model):
+                of_pictures = " with pictures" if each.pictures else ""
+                raise CannotPack(f"the numbers of a test pair{of_pictures} differ by {difference:.2g} of their size")
     # Rounding can hide a small leak in the numbers.  In a gradient it cannot: that of what is not seen is exactly 0.
     first, second = batch.segments
     chosen = [*range(first.prompt_start, first.rejected_start - 1)]  # with its prompt, without what nobody may see

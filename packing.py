@@ -7,7 +7,7 @@ Both responses of a pair share one copy of their prompt; packed_model.py sees to
 Legend: B pairs, T tokens of a packed row, N response tokens of a packed row.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain
 from typing import NamedTuple
 
@@ -53,9 +53,9 @@ def joined(helpful, harmless):
     pairs, labels = list(helpful), [[1, 0] for _ in helpful]
     places = {}  # (prompt, chosen, rejected) -> place of the pair
     for place, pair in enumerate(helpful):
-        places.setdefault(tuple(map(tuple, pair[:3])), place)
+        places.setdefault(((*pair[0], *digests(pair)), tuple(pair[1]), tuple(pair[2])), place)
     for pair in harmless:
-        prompt, chosen, rejected = map(tuple, pair[:3])
+        prompt, chosen, rejected = (*pair[0], *digests(pair)), tuple(pair[1]), tuple(pair[2])
         for key, direction in (((prompt, chosen, rejected), 1), ((prompt, rejected, chosen), -1)):
             if key in places and not labels[places[key]][1]:
                 labels[places[key]][1] = direction
@@ -64,6 +64,12 @@ def joined(helpful, harmless):
             pairs.append(pair)
             labels.append([0, 1])
     return pairs, labels
+
+
+def digests(pair):
+    """Of its pictures: two prompts with other ones have the same ids."""
+    pictures = getattr(pair, "pictures", None)
+    return pictures.digests if pictures else ()
 
 
 def passes(indices, batch_size, lengths=None, budget=0):
@@ -114,7 +120,7 @@ def hold_out(pairs, num_samples, seed):
     """
     by_prompt = {}
     for index, pair in enumerate(pairs):
-        by_prompt.setdefault(tuple(pair.prompt_ids), []).append(index)
+        by_prompt.setdefault((*pair.prompt_ids, *digests(pair)), []).append(index)
     groups, held = list(by_prompt.values()), set()
     for group in torch.randperm(len(groups), generator=torch.Generator().manual_seed(seed)).tolist()[1:]:
         if len(held) < num_samples:
@@ -150,10 +156,13 @@ class PackedPairs:
     targets: torch.Tensor  # (N,)  the response tokens
     response_lengths: torch.Tensor  # (2B,)  tokens of each chosen, then of each rejected response
     lengths: tuple  # the same numbers for Python
+    pictures: tuple = ()  # where a pair has some: of each what the model takes beside its ids (vision.py), or None
+    features: dict = field(default_factory=dict)  # what a tower has made of them, for further passes over this row
 
 
 def pack(pairs, device="cpu"):
     """Pairs -> PackedPairs on `device`; of no pairs a row of three tokens from which nothing is asked."""
+    pairs, pictures = opened(pairs)
     input_ids, position_ids, segments = [], [], []
     of_chosen, of_rejected = [], []  # predictors
     for prompt, chosen, rejected, *_ in pairs or [([0], [0], [0])]:
@@ -179,7 +188,19 @@ def pack(pairs, device="cpu"):
     columns = input_ids, position_ids, predictors, ends, targets, lengths
     numbers = send(torch.tensor(list(chain(*columns))), device)  # one copy for all
     input_ids, position_ids, *others = numbers.split([len(column) for column in columns])
-    return PackedPairs(input_ids[None], position_ids[None], tuple(segments), *others, tuple(lengths))
+    return PackedPairs(input_ids[None], position_ids[None], tuple(segments), *others, tuple(lengths), pictures)
+
+
+def opened(pairs):
+    """(pairs, what the model takes beside the ids of each), () where none has a picture."""
+    if not any(getattr(pair, "pictures", None) for pair in pairs):
+        return pairs, ()
+    with_ids, beside = [], []
+    for pair in pairs:
+        ids, given = pair.pictures.open() if pair.pictures else (pair.prompt_ids, None)
+        with_ids.append(pair._replace(prompt_ids=ids))
+        beside.append(given)
+    return with_ids, tuple(beside)
 
 
 def send(tensor, device):

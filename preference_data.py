@@ -12,7 +12,7 @@ import itertools
 import json
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from formats.chat_text import (
     PreferenceError,
@@ -39,6 +39,7 @@ class Pair(NamedTuple):
     labels: tuple | None = None  # of harm, (chosen, rejected): +1 harmful, -1 safe; None where the row has none
     prompted_ids: list | None = None  # the prompt with a preference in it, where load_pairs was given one
     end: int | None = None  # the token that ends its responses, where it is not the tokenizer's end-of-sequence
+    pictures: Any = None  # vision.Pictures of its prompt, whose ids are then placeholders until it is packed
 
 
 class TextRow(NamedTuple):
@@ -51,6 +52,7 @@ class TextRow(NamedTuple):
     rejected: str | list
     template_args: dict  # for the chat template
     texts: list  # that are tokenised: full_texts
+    found: Any = None  # vision.Found: its pictures
 
     @property
     def is_chat(self):
@@ -88,18 +90,21 @@ def load_pairs(
     chat_template_strings=False,
     prefer=None,
     by_default=False,
+    reader=None,
 ):
     """Pairs of the first `limit` rows (0: all) of a file or hub dataset, and a report: (pairs, lines to print).
 
     prefer: puts a preference into a prompt, a string or messages; the pairs then have prompted_ids too.
-    by_default: nobody asked for that limit, which the report then says.
+    by_default: nobody asked for that limit, which the report then says.  reader: vision.PictureReader of a model that
+    sees pictures.
     Raises DataError at the first malformed row (skip_invalid counts it instead), for an unknown shape, and when no
     usable pair is left.  Unusable rows are counted by reason, and the first one left out is named.
     Needs max_prompt_length < max_length, so that a cut leaves something of every response.
     """
     account = Account()
-    rows = read_texts(source, tokenizer, max_length, limit, skip_invalid, chat_template_strings, prefer, account)
-    pairs = encode(rows, tokenizer, max_length, max_prompt_length, prefer, account)
+    as_read = source, tokenizer, max_length, limit, skip_invalid, chat_template_strings, prefer, account, reader
+    rows = read_texts(*as_read)
+    pairs = encode(rows, tokenizer, max_length, max_prompt_length, prefer, account, reader, skip_invalid)
     if not pairs:
         reasons = account.reasons() or "the file is empty"
         raise DataError(f"{source} has {account.num_rows} rows and no usable pair ({reasons})")
@@ -112,35 +117,44 @@ def load_pairs(
 # -- rows -> texts ---------------------------------------------------------------------------------------------------
 
 
-def read_texts(source, tokenizer, max_length, limit, skip_invalid, chat_template_strings, prefer, account):
+def read_texts(source, tokenizer, max_length, limit, skip_invalid, chat_template_strings, prefer, account, reader=None):
     """The TextRows of a source; rows that give none are counted in the account.  Raises DataError."""
     rows = []
     for where, raw in itertools.islice(read_rows(source), limit or None):
         account.num_rows += 1
         try:
-            row = parse_row(raw)
+            row, found = parse_row(raw), None
+            if reader:
+                row, found = reader.take(row, source)
             account.shape = account.shape or recognise(row, where)
             labels = harm_labels(row)
-            content = row_texts(row, account.shape, as_chat=chat_template_strings)
+            content = row_texts(row, account.shape, as_chat=chat_template_strings or found)
             if isinstance(content.prompt, list) and not tokenizer.chat_template:
                 raise DataError(f"{where} needs a chat template and this tokenizer has none: use an instruct model's")
             prompt = shortened(content.prompt, -max_length)
+            if found:
+                prompt = reader.place(prompt, found)
             chosen, rejected = shortened(content.chosen, max_length), shortened(content.rejected, max_length)
             texts = full_texts(prompt, chosen, rejected, tokenizer, prefer, **content.template_args)
             if isinstance(prompt, list):
                 check_tools(content, tokenizer)
-            rows.append(TextRow(where, labels, prompt, chosen, rejected, content.template_args, texts))
+            rows.append(TextRow(where, labels, prompt, chosen, rejected, content.template_args, texts, found))
             account.unread.update(content.unread)
         except Malformed as problem:
-            if not skip_invalid:
-                advice = "mend the row, or leave such rows out with --skip-invalid"
-                raise DataError(f"{where}: {problem}; {advice}") from None
-            account.leave_out("malformed", where, problem)
+            leave_out_malformed(problem, where, skip_invalid, account)
         except PreferenceError as problem:
             raise DataError(f"{where}: {problem}") from None
         except Unusable as reason:
             account.leave_out(str(reason), where, reason)
     return rows
+
+
+def leave_out_malformed(problem, where, skip_invalid, account):
+    """Raise DataError, or count the row."""
+    if not skip_invalid:
+        advice = "mend the row, or leave such rows out with --skip-invalid"
+        raise DataError(f"{where}: {problem}; {advice}") from None
+    account.leave_out("malformed", where, problem)
 
 
 def check_tools(row, tokenizer):
@@ -171,7 +185,7 @@ def check_tools(row, tokenizer):
 ROWS_AT_ONCE = 256  # to the tokenizer, whose working memory is many times the text
 
 
-def encode(rows, tokenizer, max_length, max_prompt_length, prefer, account):
+def encode(rows, tokenizer, max_length, max_prompt_length, prefer, account, reader=None, skip_invalid=False):
     """The Pairs of TextRows; what was cut, changed or left out is counted in the account."""
     pairs = []
     for start in range(0, len(rows), ROWS_AT_ONCE):
@@ -180,16 +194,32 @@ def encode(rows, tokenizer, max_length, max_prompt_length, prefer, account):
         for row in some:
             ids = [next(all_ids) for _ in row.texts]
             try:
-                pairs.append(encode_row(row, ids, tokenizer, max_length, max_prompt_length, prefer, account))
-            except (Malformed, Unusable) as reason:
+                pair = encode_row(row, ids, tokenizer, max_length, max_prompt_length, prefer, account)
+                pairs.append(with_pictures(pair, row, len(ids[0]), reader) if reader else pair)
+            except Malformed as problem:
+                if row.found:
+                    leave_out_malformed(problem, row.where, skip_invalid, account)
+                else:
+                    account.leave_out(str(problem), row.where, problem)
+            except Unusable as reason:
                 account.leave_out(str(reason), row.where, reason)
     return pairs
+
+
+def with_pictures(pair, row, num_ids, reader):
+    """The Pair of a model that sees, with the pictures of its row.  Raises Malformed, Unusable."""
+    if not row.found:
+        reader.check_text(pair)
+        return pair
+    return reader.seeing(pair, row.found, row.texts[0], row.where, num_ids)
 
 
 def encode_row(row, ids, tokenizer, max_length, max_prompt_length, prefer, account):
     """The Pair of a TextRow; ids: of each of its texts.  Raises Malformed, Unusable."""
     end = response_end(row.prompt, tokenizer)
     is_long = len(ids[0]) > max_prompt_length
+    if row.found and is_long:
+        raise Unusable("the text of a prompt with pictures is longer than --max-prompt-length, and is not cut")
     if row.is_chat and is_long:
         prompt = cut_chat(row.prompt, tokenizer, max_prompt_length, **row.template_args)
         texts = full_texts(prompt, row.chosen, row.rejected, tokenizer, prefer, **row.template_args)
@@ -200,7 +230,7 @@ def encode_row(row, ids, tokenizer, max_length, max_prompt_length, prefer, accou
     if chosen_ids == rejected_ids:
         where = "after the cut at --max-length" if chosen_ids[-1] != end else "as the model reads them"
         raise Unusable(f"the two responses are equal {where}")
-    if row.is_chat:
+    if row.is_chat and not row.found:
         note(account.notes, row.where, row.prompt, row.chosen, row.rejected, row.texts, tokenizer)
     prompt_is_cut = is_long and (row.is_chat or len(prompt_ids) == max_prompt_length)
     if prompt_is_cut or chosen_ids[-1] != end or rejected_ids[-1] != end:
@@ -248,8 +278,12 @@ def report(account, rows, first_pair, tokenizer, max_length, max_prompt_length):
 
 
 def fingerprint(pairs):
-    """sha256 of the token ids of all pairs, in order: the same number means the same training data."""
+    """sha256 of the token ids of all pairs and of their pictures, in order: the same number means the same training
+    data.
+    """
     digest = hashlib.sha256()
     for pair in pairs:
         digest.update(json.dumps(pair[:4]).encode())
+        if pictures := getattr(pair, "pictures", None):
+            digest.update(json.dumps(pictures.digests).encode())
     return digest.hexdigest()

@@ -15,7 +15,7 @@ Deviations: the label terms are per row, so rows without labels train the rankin
     torchrun --nproc_per_node=8 train_rm.py --task harmless --config configs/rm_config.yaml    # eight GPUs
 
 Copy with: formats/ harness/ distributed.py lora.py lora_targets.py losses.py packed_attention.py packed_model.py
-    packed_probe.py packing.py preference_data.py reward_models.py toy_world.py
+    packed_probe.py packing.py preference_data.py reward_models.py toy_world.py vision.py
 """
 
 import json

@@ -20,7 +20,7 @@ Deviations from the papers: E[cost] is of offline prompts, sampled every few upd
 
 Copy with: formats/ harness/ distributed.py expected_cost.py lora.py lora_targets.py losses.py own_pairs.py
     packed_attention.py packed_model.py packed_probe.py packing.py preference_data.py reward_models.py sampling.py
-    toy_world.py
+    toy_world.py vision.py
 """
 
 import math

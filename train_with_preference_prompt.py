@@ -19,7 +19,7 @@ Deviations from DPO's paper: the two terms behind it; AdamW instead of RMSprop.
         --use-prompt-embedding --prompt-embedding-path outputs/soft_prompt                      # four GPUs
 
 Copy with: formats/ harness/ distributed.py lora.py lora_targets.py losses.py packed_attention.py packed_model.py
-    packed_probe.py packing.py preference_data.py preference_prompt.py toy_world.py
+    packed_probe.py packing.py preference_data.py preference_prompt.py toy_world.py vision.py
 """
 
 import math

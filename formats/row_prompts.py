@@ -227,6 +227,9 @@ ABOUT = set(
 )
 
 
+PICTURES = "images", "image"
+
+
 def check_columns(row, read, shape_name, prompt, responses):
     """Names of columns outside `read` with a text that neither the prompt nor one of the responses (texts) has.
     Raises Malformed for one that looks like part of what is asked.
@@ -237,6 +240,8 @@ def check_columns(row, read, shape_name, prompt, responses):
             continue
         words = {word.lower().removesuffix("s") for word in re.findall(r"[A-Z]?[a-z]+|[A-Z]+|[^\W_a-zA-Z]+", name)}
         texts = () if words & ABOUT else _leaves(value)
+        if texts and name in PICTURES:
+            raise Malformed(f"`{name}`: pictures are read by dpo_hf_run.py alone, with a vision-language model")
         lost = [text for text in texts if text.strip() not in responses and not is_within(text, prompt)]
         if lost and words & ASKED and words <= ASKED | WITH_ASKED:
             raise Malformed(

@@ -28,6 +28,16 @@ class Data:
         """The pairs at these places, packed, on the device."""
         return pack([self.pairs[i] for i in indices], self.world.device)
 
+    def example(self):
+        """[a packed pair with pictures], or [] where there is none."""
+        seeing = next((pair for pair in self.pairs if pair.pictures), None)
+        return [pack([seeing], self.world.device)] if seeing else []
+
+    def how_pictures_are_made(self):
+        """{"pictures": sha256 of the settings of their processor}, or {} where there is none."""
+        seeing = next((pair for pair in self.pairs if pair.pictures), None)
+        return {"pictures": seeing.pictures.reader.fingerprint()} if seeing else {}
+
     def updates(self, epoch):
         """Of one epoch: [(pairs in the update, passes of each rank)]."""
         return epoch_plan(self.train, epoch, **self.shuffle, **self.cut, lengths=self.lengths)

@@ -28,7 +28,7 @@ import lora
 import lora_targets
 import toy_world
 from formats import model_files
-from formats.model_files import enable_checkpointing, load_model, load_skeleton, save_whole
+from formats.model_files import enable_checkpointing, load_model, load_skeleton, save_whole, sees
 from harness import (
     checkpoints,
     device,
@@ -90,6 +90,7 @@ class Run:
             distributed.on_main(self.world, lambda: locks.hold(lock, what, self.say))
         if taken := run_files.flags_of_a_run(argparse.Namespace(**args.as_begun)):
             self.say("as the run began:", ", ".join(f"{name} {value}" for name, value in sorted(taken.items())))
+        self.reader = None  # of pictures
         self.has_adapter = bool(getattr(args, "lora_r", 0))
         self.adapter_name = "policy"
         if self.world.size > 1:
@@ -132,6 +133,13 @@ class Run:
         phase, room = self.watch.marks[-1][0], device.own_room(self.world)
         return memory_report.out_of_memory(self.estimate, self.args, phase, room)
 
+    def see(self, skeleton, tokenizer):
+        """Have rows with pictures read, where the model sees them."""
+        if sees(skeleton.config):
+            import vision  # nobody else needs it
+
+            self.reader = vision.PictureReader(self.args, skeleton.config, tokenizer)
+
     def read(self, source, tokenizer, limit, prefer=None, by_default=False):
         """(pairs, lines to print) of a file, a folder or a dataset on a hub; prefer, by_default: see load_pairs."""
         self.watch.phase("tokenise")
@@ -146,6 +154,7 @@ class Run:
             chat_template_strings=args.chat_template_strings,
             prefer=prefer,
             by_default=by_default,
+            reader=self.reader,
         )
 
     def read_pairs(self, source, held_out_source, tokenizer, prefer=None):
@@ -224,7 +233,9 @@ class Run:
 
     def prepare(self, model, prepare=prepare_model):
         """Packed pairs where they are exact, gradient checkpointing where memory asks for it; says both."""
-        self.say(f"{prepare(model)} ({self.world.device}, {str(self.dtype).removeprefix('torch.')})")
+        self.say(
+            f"{prepare(model, *self.data.example())} ({self.world.device}, {str(self.dtype).removeprefix('torch.')})"
+        )
         tokens = largest_pass(**self.data.cut, lengths=self.data.lengths)
         room = device.room(self.world)
         self.checkpointing = self.estimate.checkpointing(self.args, room, tokens, model.packs_pairs)
@@ -246,7 +257,7 @@ class Run:
         frozen = frozen or {}
         self.identity = {"layout": CHECKPOINT_LAYOUT, "script": self.script.name, "dtype": str(self.dtype)}
         self.identity |= run_files.flags_that_matter(self.args, self.world.size)
-        self.identity |= {"data": self.data.train_sha256} | facts
+        self.identity |= {"data": self.data.train_sha256} | facts | self.data.how_pictures_are_made()
         if self.world.is_main:
             bases = {}  # of models that several roles share once
             for one in [model, *(role.model for role in frozen.values())]:
@@ -287,6 +298,7 @@ class Run:
             role,
             weights=frozen.sha256 + depends_on,
             pairs=fingerprint(pairs),
+            **self.data.how_pictures_are_made(),
             dtype=f"{self.dtype}{' sharded' if self.sharded else ''}",  # shards round elsewhere than autocast does
         )
         with self.autocast:
@@ -330,6 +342,11 @@ class Run:
             save_whole(model, folder, state)
         else:
             self.write_adapter(folder, model)
+        self._write_tokenizer(folder, tokenizer)
+
+    def _write_tokenizer(self, folder, tokenizer):
+        if self.reader:
+            self.reader.save(folder)
         model_files.save_tokenizer(tokenizer, folder)
 
     def save_epoch(self, training, policy, tokenizer):
@@ -352,7 +369,7 @@ class Run:
                     self.say(f"merged: its base is what 4 bits left, made whole in {policy.dtype}")
                 lora.merge_adapter(policy, self.adapter_name)
                 policy.save_pretrained(folder / "merged")
-                model_files.save_tokenizer(tokenizer, folder / "merged")
+                self._write_tokenizer(folder / "merged", tokenizer)
 
     @contextmanager
     def saving(self, training, model, method, until=None):

@@ -67,8 +67,8 @@ def test_there_are_scripts_and_leaves():
     assert {"lora.py", "losses.py", "preference_data.py", "packing.py"} <= set(LEAVES)
 
 
-def test_the_root_shows_at_most_24_files():
-    assert len(SCRIPTS) + len(LEAVES) <= 24
+def test_the_root_shows_at_most_25_files():
+    assert len(SCRIPTS) + len(LEAVES) <= 25  # vision.py is the 25th: pictures are an idea of their own
 
 
 @pytest.mark.parametrize("name", TREES)

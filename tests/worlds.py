@@ -24,17 +24,19 @@ CHATML = (
 )
 
 
-def char_tokenizer(merges=(), eos="</s>", before="", after="", template=None):
+def char_tokenizer(merges=(), eos="</s>", before="", after="", template=None, more=None):
     """Every character is a token and its id is its ASCII number; merge n becomes token 128 + n.
 
-    `before` and `after` are the special tokens that the tokenizer writes around a text by itself.
+    `before` and `after` are the special tokens that the tokenizer writes around a text by itself.  more: {token:
+    id} of further ones.
     """
-    vocab = SPECIAL | {"\n": 10} | {chr(code): code for code in range(32, 127)}
+    more = more or {}
+    vocab = SPECIAL | more | {"\n": 10} | {chr(code): code for code in range(32, 127)}
     vocab |= {first + second: 128 + n for n, (first, second) in enumerate(merges)}
     backend = Tokenizer(models.BPE(vocab, list(merges), unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]+"), "isolated")
     backend.decoder = decoders.Fuse()
-    names = {"eos_token": eos, "unk_token": "<unk>", "additional_special_tokens": ["<|im_start|>", "<|im_end|>"]}
+    names = {"eos_token": eos, "unk_token": "<unk>", "additional_special_tokens": ["<|im_start|>", "<|im_end|>", *more]}
     if before or after:
         backend.post_processor = processors.TemplateProcessing(
             single=f"{before} $A {after}".strip(), special_tokens=[(t, SPECIAL[t]) for t in (before, after) if t]

@@ -1,0 +1,359 @@
+"""Pictures in the prompts of preference pairs: found in the rows, counted by their sizes, opened when a pair is packed.
+
+    {"images": ["cat.png"], "prompt": "What is this?", "chosen": "A cat.", "rejected": "A dog."}
+
+A picture is a file beside the data file, or bytes.  In messages it stands where {"type": "image"} or <image> stands;
+without such a mark all stand in front of the first user's text.  The model's own processor makes of each a run of
+placeholder tokens and pixels; how many tokens depends on its size alone, which the first bytes of a file tell.
+
+The tower that sees is frozen.  It runs apart from the packed row, once for each pair, on what the processor made of
+that pair; its features join the row in the place of the placeholder tokens (`mm_encoder_outputs` of transformers).
+"""
+
+import hashlib
+import io
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from formats import hub_files
+from formats.row_files import Malformed, Unusable
+from formats.user_errors import UserError
+
+COLUMNS = "images", "image"
+WRITTEN = "<image>"  # how a text says where a picture stands
+MARK = "\ufffc"  # in its place while a row is read: Unicode's "object replacement character"
+PER_TOKEN = "mm_token_type_ids", "token_type_ids"  # of what a processor returns; the rest is about pixels
+OF_POSITIONS = "mm_token_type_ids", "image_grid_thw"
+
+
+class PictureError(UserError):
+    """A picture that cannot be used: one sentence for the user."""
+
+
+class Found(NamedTuple):
+    """The pictures of a row."""
+
+    sources: tuple  # path or bytes of each
+    sizes: tuple  # (width, height) of each
+    digests: tuple  # sha256 of the bytes of each
+
+
+class Pictures(NamedTuple):
+    """The pictures of a pair's prompt."""
+
+    reader: Any  # PictureReader
+    where: str  # file:line
+    text: str  # the prompt, with one placeholder for each
+    sources: tuple
+    digests: tuple
+    num_behind: int  # tokens at the end of the prompt's text that belong to the responses
+    num_tokens: int  # of the prompt
+
+    def open(self):
+        """(prompt ids, {name: tensor} that the model takes beside them), on the CPU.  Raises PictureError."""
+        return self.reader.open(self)
+
+
+# -- rows ------------------------------------------------------------------------------------------------------------
+
+
+class PictureReader:
+    """Of a vision-language model: its processor, which is loaded at the first picture.
+
+    args: of the command line, with model and trust_remote_code; config: of the model; tokenizer: the one that the run
+    has, whose chat template then takes MARKs.
+    """
+
+    def __init__(self, args, config, tokenizer):
+        self.path, self.tokenizer, self.trust_remote_code = args.model, tokenizer, args.trust_remote_code
+        self.image_token = getattr(config, "image_token_id", None)
+        self.positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+        self.processor = self.Image = None
+        self.more_tokens = {}  # sizes of the pictures of a prompt -> tokens beyond one for each
+        take_parts(tokenizer)
+
+    def take(self, row, source):
+        """(the row without its pictures, Found), or (row, None) where it has none.  Raises Malformed, PictureError.
+
+        source: of the rows; paths of pictures are relative to its folder.
+        """
+        column = next((name for name in COLUMNS if row.get(name)), None)
+        if not column:
+            return row, None
+        self._load()
+        given = row[column] if isinstance(row[column], list) else [row[column]]
+        found = [self._look(picture, Path(source).parent) for picture in given]
+        row = {name: value for name, value in row.items() if name not in COLUMNS}
+        if isinstance(row.get("text"), str) and not row.keys() & {"chosen", "rejected"}:  # RLHF-V's rows are JSON there
+            asked = _parsed(row.pop("text"))
+            row.pop("image_path", None)
+            row |= asked
+        return {name: _marked(value) for name, value in row.items()}, Found(*map(tuple, zip(*found)))
+
+    def _load(self):
+        """Raises PictureError where what reads pictures is not installed."""
+        if self.processor:
+            return
+        try:
+            from PIL import Image  # of the extra `vision`: rows of text need none of it
+            from transformers import AutoProcessor
+
+            options = {"trust_remote_code": self.trust_remote_code}
+            processor = AutoProcessor.from_pretrained(hub_files.local(str(self.path)), **options)
+            if not hasattr(processor, "image_processor"):  # it takes a tokenizer where a folder has nothing else
+                raise ValueError("there is none")
+        except Exception as error:  # of packages that are missing, or of a foreign folder: anything
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0][:160].rstrip(".:")
+            raise PictureError(
+                f"the pictures need {self.path}'s processor, which does not load ({reason}): install the extra with "
+                "`bash setup.sh vision`, and see that the folder holds preprocessor_config.json"
+            ) from None
+        self.Image, self.processor = Image, processor
+        self.tokenizer.chat_template = self.tokenizer.chat_template or self.processor.chat_template
+
+    def _look(self, picture, folder):
+        """(source, size, digest) of a picture in a row.  Raises Malformed."""
+        if isinstance(picture, dict):  # of a dataset on a hub
+            picture = picture.get("bytes") or picture.get("path")
+        if not isinstance(picture, str | bytes):
+            raise Malformed(f"a picture is neither a path nor bytes, but of type {type(picture).__name__}")
+        source = picture if isinstance(picture, bytes) else Path(folder, picture)
+        name = "a picture, given as bytes," if isinstance(source, bytes) else f"the picture {source}"
+        try:
+            data = source if isinstance(source, bytes) else source.read_bytes()
+            size = self.Image.open(io.BytesIO(data)).size  # of its header: nothing is decoded here
+        except FileNotFoundError:
+            raise Malformed(f"there is no picture {source}") from None
+        except OSError as error:  # PIL's own for what is no picture is one
+            reason = "it is none that Pillow knows" if type(error).__module__.startswith("PIL") else error.strerror
+            raise Malformed(f"{name} cannot be read ({reason or error})") from None
+        except Exception as error:  # PIL on a broken header: anything
+            raise Malformed(f"{name} cannot be read ({type(error).__name__}: {error})") from None
+        return source, size, hashlib.sha256(data).hexdigest()
+
+    def place(self, prompt, found):
+        """Messages with a MARK where each picture stands.  Raises Malformed."""
+        prompt = [message | {"content": message["content"].replace(WRITTEN, MARK)} for message in prompt]
+        marks, number = sum(message["content"].count(MARK) for message in prompt), len(found.sources)
+        if marks not in (0, number):
+            raise Malformed(f"it has {number} pictures, and {marks} places for them in its prompt")
+        if not marks:
+            user = next((message for message in prompt if message["role"] == "user"), None)
+            if user is None:
+                raise Malformed("its prompt has no message of a user for the pictures to stand in")
+            user["content"] = MARK * number + user["content"]
+        return prompt
+
+    def seeing(self, pair, found, text, where, num_ids):
+        """A pair of texts with its pictures: its prompt as long as it will be.  Raises Malformed, Unusable.
+
+        text: of the prompt, which has num_ids tokens, some of them perhaps the responses'.
+        """
+        self.check_responses(pair)
+        more = self._more_tokens(text, found.sizes, num_ids)
+        first = pair.prompt_ids.index(self.image_token) if self.image_token in pair.prompt_ids else 0
+        prompt_ids = pair.prompt_ids[:first] + [self.image_token] * more + pair.prompt_ids[first:]
+        longest = len(prompt_ids) + max(len(pair.chosen_ids), len(pair.rejected_ids))
+        if self.positions and longest > self.positions:
+            raise Unusable("with its pictures it is longer than the model has positions")
+        num_behind = num_ids - len(pair.prompt_ids)
+        pictures = Pictures(self, where, text, found.sources, found.digests, num_behind, len(prompt_ids))
+        return pair._replace(prompt_ids=prompt_ids, pictures=pictures)
+
+    def check_responses(self, pair):
+        """Raise Unusable for a response with the token that stands for a picture: there is none for it."""
+        if self.image_token in pair.chosen_ids or self.image_token in pair.rejected_ids:
+            raise Unusable("a response holds the token that stands for a picture")
+
+    def check_text(self, pair):
+        """The same for a pair without pictures, whose prompt must not hold it either."""
+        self.check_responses(pair)
+        if self.image_token in pair.prompt_ids:
+            raise Unusable("its prompt holds the token that stands for a picture, and it has none")
+
+    def _more_tokens(self, text, sizes, num_ids):
+        """Tokens that the prompt has beyond num_ids, one for each picture.  Raises Malformed."""
+        if sizes not in self.more_tokens:
+            blank = [self.Image.new("RGB", size) for size in sizes]
+            try:
+                ids = self.processor(text=[text], images=[blank], add_special_tokens=False)["input_ids"][0]
+            except Exception as error:
+                raise Malformed(f"the processor refuses its pictures ({_first_line(error)})") from None
+            self.more_tokens[sizes] = len(ids) - num_ids
+        return self.more_tokens[sizes]
+
+    def fingerprint(self):
+        """sha256 of what decides on the pixels beside the bytes of a picture: class and settings of the processor."""
+        of_images = self.processor.image_processor
+        settings = of_images.to_dict() | {"class": type(of_images).__name__}
+        return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()
+
+    def save(self, folder):
+        """Write the processor, if it was asked for, beside what else is saved."""
+        if self.processor:
+            self.processor.save_pretrained(folder)
+
+    # -- packing -----------------------------------------------------------------------------------------------------
+
+    def open(self, pictures):
+        """Pictures.open."""
+        try:
+            opened = [
+                self.Image.open(io.BytesIO(source) if isinstance(source, bytes) else source).convert("RGB")
+                for source in pictures.sources
+            ]
+            given = self.processor(text=[pictures.text], images=[opened], add_special_tokens=False, return_tensors="pt")
+        except Exception as error:  # a broken file can make Pillow raise anything
+            raise PictureError(
+                f"{pictures.where}: a picture breaks when it is decoded ({_first_line(error)}): replace the file, or "
+                "remove the row"
+            ) from None
+        given = dict(given)
+        ids = given.pop("input_ids")[0].tolist()
+        ids = ids[: len(ids) - pictures.num_behind]
+        given.pop("attention_mask", None)
+        if len(ids) != pictures.num_tokens:
+            raise PictureError(
+                f"{pictures.where}: its prompt has {len(ids)} tokens, and by the sizes of its pictures it has "
+                f"{pictures.num_tokens}: has a file changed?"
+            )
+        return ids, {name: tensor[:, : len(ids)] if name in PER_TOKEN else tensor for name, tensor in given.items()}
+
+
+def _parsed(text):
+    try:
+        asked = json.loads(text)
+    except ValueError as error:
+        raise Malformed(f"`text` is no JSON ({error})") from None
+    if not isinstance(asked, dict):
+        raise Malformed("`text` is no JSON object")
+    return asked
+
+
+def _marked(value):
+    """A column with a text MARK for each part of a message that is a picture."""
+    if isinstance(value, list):
+        return [_marked(part) for part in value]
+    if isinstance(value, dict):
+        if value.get("type") == "image" and "role" not in value:
+            return {"type": "text", "text": MARK}
+        return {name: _marked(part) if name == "content" else part for name, part in value.items()}
+    return value
+
+
+def _first_line(error):
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200].rstrip(".")
+
+
+def take_parts(tokenizer):
+    """Have a tokenizer's chat template given messages as parts, {"type": "image"} in the place of each MARK, where one
+    stands in them or where the template takes no strings: those of many vision-language models drop them.
+    """
+    own = tokenizer.apply_chat_template
+
+    def apply(messages, **options):
+        template = options.get("chat_template") or tokenizer.chat_template
+        in_parts = any(MARK in message["content"] for message in messages) or drops_strings(template)
+        if in_parts:
+            messages = [message | {"content": parts_of(message["content"])} for message in messages]
+        return own(messages, **options)
+
+    known = {}
+
+    def drops_strings(template):
+        if template not in known:
+            known[template] = False
+            for content in ("word", [{"type": "text", "text": "word"}]):
+                try:
+                    said = own([{"role": "user", "content": content}], chat_template=template, tokenize=False)
+                except Exception:  # a template is a program
+                    said = ""
+                if "word" in said:
+                    known[template] = isinstance(content, list)
+                    break
+        return known[template]
+
+    tokenizer.apply_chat_template = apply
+
+
+def parts_of(content):
+    """A text with MARKs as parts of a message."""
+    parts = []
+    for place, text in enumerate(content.split(MARK)):
+        if place:
+            parts.append({"type": "image"})
+        if text:
+            parts.append({"type": "text", "text": text})
+    return parts
+
+
+# -- the model -------------------------------------------------------------------------------------------------------
+
+
+def on_model(given, model):
+    """What a processor made, {name: tensor}, on the device of a model and its floats in its type."""
+    return {
+        name: tensor.to(model.device, model.dtype if tensor.is_floating_point() else None)
+        for name, tensor in given.items()
+    }
+
+
+@torch.no_grad()
+def encode(backbone, pictures):
+    """What `mm_encoder_outputs` takes for a row of pairs, each picture encoded once: {"image": features}.
+
+    pictures: of each pair what its processor made, or None.  One call for each pair, with exactly that: pixels of
+    several sizes need no common shape, and a family's rule for several pictures in one prompt holds.
+    """
+    outputs = []
+    for given in filter(None, pictures):
+        pixels = {name: tensor for name, tensor in on_model(given, backbone).items() if name not in PER_TOKEN}
+        outputs.append(backbone.get_image_features(**pixels, return_dict=True))
+    first = outputs[0]
+    first.pooler_output = _joined([output.pooler_output for output in outputs])
+    if getattr(first, "deepstack_features", None) is not None:  # Qwen3-VL: features for its first layers too
+        levels = zip(*(output.deepstack_features for output in outputs))
+        first.deepstack_features = [_joined(level) for level in levels]
+    return {"image": first}
+
+
+def _joined(features):
+    if isinstance(features[0], torch.Tensor):
+        return torch.cat(features)
+    return [of_picture for of_pair in features for of_picture in of_pair]
+
+
+def positions(backbone, batch):
+    """Positions of a PackedPairs batch with pictures: as they are, (1, T), or M-RoPE's, (3, 1, T).
+
+    M-RoPE (arXiv:2409.12191) gives the tokens of a picture its rows and columns; what comes behind goes on behind the
+    largest of them, and so do both responses.
+    """
+    rope_index = getattr(backbone, "get_rope_index", None)
+    if rope_index is None:
+        return batch.position_ids
+    ids, of_pairs = batch.input_ids.cpu(), []
+    for segment, given in zip(batch.segments, batch.pictures, strict=True):
+        num_prompt = segment.chosen_start - segment.prompt_start
+        of_prompt = torch.arange(num_prompt).expand(3, -1)
+        if given:
+            known = {name: given[name] for name in OF_POSITIONS if name in given}
+            of_prompt = rope_index(input_ids=ids[:, segment.prompt_start : segment.chosen_start], **known)[0][:, 0]
+        start = int(of_prompt.max()) + 1
+        of_pairs.append(of_prompt)
+        for length in (segment.rejected_start - segment.chosen_start, segment.end - segment.rejected_start):
+            of_pairs.append(torch.arange(start, start + length).expand(3, -1))
+    return torch.cat(of_pairs, dim=1)[:, None].to(batch.position_ids.device)
+
+
+def beside(given, num_response, model):
+    """What a model takes beside the ids of a prompt with pictures and a response, {name: tensor}."""
+    with_response = {}
+    for name, tensor in on_model(given or {}, model).items():
+        if name in PER_TOKEN:
+            tensor = torch.cat((tensor, tensor.new_zeros(1, num_response)), dim=1)
+        with_response[name] = tensor
+    return with_response
