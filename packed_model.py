@@ -199,7 +199,7 @@ def _packed_hidden(model, batch, layout=None):
 def _seen(base, batch):
     """(positions, what else the model without its head takes) of a batch with pictures; each is encoded once."""
     if base not in batch.features:
-        batch.features[base] = vision.positions(base, batch), vision.encode(base, batch.pictures)
+        batch.features[base] = vision.positions(base, batch), vision.encode(base, batch.pictures, batch.digests)
     position_ids, features = batch.features[base]
     return position_ids, {"mm_encoder_outputs": dict(features)}
 

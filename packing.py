@@ -157,11 +157,13 @@ class PackedPairs:
     response_lengths: torch.Tensor  # (2B,)  tokens of each chosen, then of each rejected response
     lengths: tuple  # the same numbers for Python
     pictures: tuple = ()  # where a pair has some: of each what the model takes beside its ids (vision.py), or None
+    digests: tuple = ()  # sha256 of the files of each of these
     features: dict = field(default_factory=dict)  # what a tower has made of them, for further passes over this row
 
 
 def pack(pairs, device="cpu"):
     """Pairs -> PackedPairs on `device`; of no pairs a row of three tokens from which nothing is asked."""
+    of_files = tuple(map(digests, pairs))
     pairs, pictures = opened(pairs)
     input_ids, position_ids, segments = [], [], []
     of_chosen, of_rejected = [], []  # predictors
@@ -188,7 +190,9 @@ def pack(pairs, device="cpu"):
     columns = input_ids, position_ids, predictors, ends, targets, lengths
     numbers = send(torch.tensor(list(chain(*columns))), device)  # one copy for all
     input_ids, position_ids, *others = numbers.split([len(column) for column in columns])
-    return PackedPairs(input_ids[None], position_ids[None], tuple(segments), *others, tuple(lengths), pictures)
+    return PackedPairs(
+        input_ids[None], position_ids[None], tuple(segments), *others, tuple(lengths), pictures, of_files
+    )
 
 
 def opened(pairs):

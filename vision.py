@@ -10,6 +10,7 @@ The tower that sees is frozen.  It runs apart from the packed row, once for each
 that pair; its features join the row in the place of the placeholder tokens (`mm_encoder_outputs` of transformers).
 """
 
+import copy
 import hashlib
 import io
 import json
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch.utils._pytree import tree_leaves
 
 from formats import hub_files
 from formats.row_files import Malformed, Unusable
@@ -25,6 +27,7 @@ from formats.user_errors import UserError
 COLUMNS = "images", "image"
 WRITTEN = "<image>"  # how a text says where a picture stands
 MARK = "\ufffc"  # in its place while a row is read: Unicode's "object replacement character"
+KEPT_BYTES = 4e9  # of features, in the CPU's memory: 50,000 tiles of SmolVLM, 850 pictures of LLaVA-7B
 PER_TOKEN = "mm_token_type_ids", "token_type_ids"  # of what a processor returns; the rest is about pixels
 OF_POSITIONS = "mm_token_type_ids", "image_grid_thw"
 
@@ -302,28 +305,56 @@ def on_model(given, model):
 
 
 @torch.no_grad()
-def encode(backbone, pictures):
+def encode(backbone, pictures, digests):
     """What `mm_encoder_outputs` takes for a row of pairs, each picture encoded once: {"image": features}.
 
-    pictures: of each pair what its processor made, or None.  One call for each pair, with exactly that: pixels of
-    several sizes need no common shape, and a family's rule for several pictures in one prompt holds.
+    pictures: of each pair what its processor made, or None; digests: sha256 of the files of each.  One call for each
+    pair, with exactly that: pixels of several sizes need no common shape, and a family's rule for several pictures in
+    one prompt holds.  A frozen tower's features are constants: they stay in the CPU's memory, up to KEPT_BYTES.
     """
+    kept = vars(backbone).setdefault("kept_features", Kept({}, [0]))
     outputs = []
-    for given in filter(None, pictures):
-        pixels = {name: tensor for name, tensor in on_model(given, backbone).items() if name not in PER_TOKEN}
-        outputs.append(backbone.get_image_features(**pixels, return_dict=True))
-    first = outputs[0]
-    first.pooler_output = _joined([output.pooler_output for output in outputs])
-    if getattr(first, "deepstack_features", None) is not None:  # Qwen3-VL: features for its first layers too
+    for given, key in zip(pictures, digests, strict=True):
+        if not given:
+            continue
+        output = kept.outputs.get(key)
+        if output is None:
+            pixels = {name: tensor for name, tensor in on_model(given, backbone).items() if name not in PER_TOKEN}
+            output = backbone.get_image_features(**pixels, return_dict=True)
+            kept.keep(key, output)
+        outputs.append(output)
+    joined = copy.copy(outputs[0])
+    joined.pooler_output = _joined([output.pooler_output for output in outputs], backbone.device)
+    if getattr(joined, "deepstack_features", None) is not None:  # Qwen3-VL: features for its first layers too
         levels = zip(*(output.deepstack_features for output in outputs))
-        first.deepstack_features = [_joined(level) for level in levels]
-    return {"image": first}
+        joined.deepstack_features = [_joined(level, backbone.device) for level in levels]
+    return {"image": joined}
 
 
-def _joined(features):
+class Kept(NamedTuple):
+    """Of a model without its head: what its tower gave."""
+
+    outputs: dict  # digests of the pictures of a pair -> output, on the CPU
+    num_bytes: list  # [of all of them]
+
+    def keep(self, key, output):
+        small = copy.copy(output)
+        for name in output:  # what else there is, hidden states of the tower, is larger, and nobody asks for it
+            small[name] = _on_cpu(output[name]) if name in ("pooler_output", "deepstack_features") else None
+        size = sum(tensor.nbytes for tensor in tree_leaves(dict(small)) if isinstance(tensor, torch.Tensor))
+        if self.num_bytes[0] + size <= KEPT_BYTES:
+            self.outputs[key] = small
+            self.num_bytes[0] += size
+
+
+def _on_cpu(features):
+    return features.cpu() if isinstance(features, torch.Tensor) else [_on_cpu(feature) for feature in features]
+
+
+def _joined(features, device):
     if isinstance(features[0], torch.Tensor):
-        return torch.cat(features)
-    return [of_picture for of_pair in features for of_picture in of_pair]
+        return torch.cat([feature.to(device) for feature in features])
+    return [of_picture.to(device) for of_pair in features for of_picture in of_pair]
 
 
 def positions(backbone, batch):

@@ -13,6 +13,8 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from lora_targets import text_decoder
+
 METHODS = "packed_logps", "packed_scores", "response_states"  # of packed_model.py: what goes through a whole model
 
 
@@ -34,7 +36,8 @@ def shard(model, reference, world, dtype, say, offload=False):
             each.to(world.device)
             say(f"Not sharded, as sequences are scored one by one: each of {world.size} ranks has all of the weights")
             continue
-        for block in [module for module in each.modules() if isinstance(module, GradientCheckpointingLayer)]:
+        # Not a tower's: it does not run in every pass of every rank.  It comes with what is in no block.
+        for block in [part for part in text_decoder(each).modules() if isinstance(part, GradientCheckpointingLayer)]:
             fully_shard(block, **settings)
         # The head of a reference stays whole after a pass: its states are used with it, outside.  A model's must not,
         # as its weights change.

@@ -300,6 +300,16 @@ def test_two_ranks_are_one_process(seen, trained, tmp_path):
     assert_same_adapter(trained, tmp_path / "out", 1e-4)
 
 
+def test_all_weights_over_two_ranks_are_those_of_one_process(seen, tmp_path):
+    """Sharded, and with a rank whose pass has pictures where the other's has none."""
+    one = words(seen, tmp_path / "one", lora_r=0, max_steps=3)
+    two = words(seen, tmp_path / "two", lora_r=0, max_steps=3, gradient_accumulation_steps=1)
+    run_script(one)
+    codes, said = run_ranks("dpo_hf_run", two, 2, tmp_path / "log")
+    assert codes == [0, 0], said
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=1e-4)
+
+
 def test_a_merged_model_is_the_adapted_one_with_its_tower(seen, tmp_path):
     run_script([*words(seen, tmp_path / "out", max_steps=2), "--save-merged"])
     before = load_model(str(seen / "model"), torch.float32, "cpu").state_dict()
