@@ -369,12 +369,11 @@ def judge_model(model, processor, file, seed=0, num_responses=1, max_new_tokens=
     shift: show each row the picture of that many rows further down, and judge by its own: a model that does not look
     stays as right as it was.  Leaves the model's mode and the global generators as they were.
     """
-    device, was_training, judged = model.device, model.training, []
+    device, was_training, tokenizer, judged = model.device, model.training, processor.tokenizer, []
     rows = [json.loads(line) for line in Path(file).read_text().splitlines()]
     shown = [Path(file).parent / row["images"][0] for row in rows]
     rows = [(row["prompt"], things_in(path)) for row, path in zip(rows, shown, strict=True)] * num_responses
     shown = (shown[shift:] + shown[:shift]) * num_responses
-    tokenizer = processor.tokenizer
     sampling = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "max_new_tokens": max_new_tokens}
     sampling |= {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     model.eval()

@@ -177,5 +177,5 @@ def test_build_is_deterministic_and_idempotent(tmp_path, quick):
 
 def test_another_seed_is_another_world(tmp_path, quick):
     worlds = [contents(toy_vision.build(tmp_path / str(seed), seed)) for seed in (0, 1)]
-    equal = {name for name in worlds[0] if worlds[0][name] == worlds[1][name]}
-    assert equal <= {name for name in worlds[0] if name.startswith("model/") and name.endswith(".json")}
+    equal = {name for name in worlds[0] if worlds[0][name] == worlds[1].get(name)}
+    assert all(name.startswith("model/") and not name.endswith(".safetensors") for name in equal)
