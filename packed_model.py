@@ -17,7 +17,6 @@ import torch
 from torch import nn
 
 import packed_probe
-import vision
 from packed_attention import CannotPack, PairLayout
 
 HEAD_CHUNK = 1024  # tokens per piece of the language-model head: 1024 x 151,936 fp32 logits are 0.6 GB
@@ -198,6 +197,8 @@ def _packed_hidden(model, batch, layout=None):
 
 def _seen(base, batch):
     """(positions, what else the model without its head takes) of a batch with pictures; each is encoded once."""
+    import vision  # text has no use for it
+
     if base not in batch.features:
         batch.features[base] = vision.positions(base, batch), vision.encode(base, batch.pictures, batch.digests)
     position_ids, features = batch.features[base]
@@ -228,7 +229,11 @@ def _sequences(batch):
 
 def _beside(given, response, model):
     """What the model takes beside the ids of one sequence."""
-    return vision.beside(given, len(response), model) if given else {}
+    if not given:
+        return {}
+    import vision  # text has no use for it
+
+    return vision.beside(given, len(response), model)
 
 
 def plain_states(model, batch):

@@ -286,8 +286,7 @@ def _train_tower(tower, rng, num_steps=150, batch_size=128):
 def _train_text(model, tokenizer, examples, rate: float, batch_size=16):
     """Next-token training, one pass, the loss on the responses; the tower is frozen."""
     end, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    for step in _optimize(parameters, rate, len(examples) // batch_size):
+    for step in _optimize([p for p in model.parameters() if p.requires_grad], rate, len(examples) // batch_size):
         batch = examples[step * batch_size : (step + 1) * batch_size]
         prompts = [tokenizer(_templated("<image>" * NUM_CELLS + prompt)).input_ids for _, prompt, _ in batch]
         rows = [ids + tokenizer(response).input_ids + [end] for ids, (*_, response) in zip(prompts, batch, strict=True)]
@@ -398,3 +397,7 @@ def judge_model(model, processor, file, seed=0, num_responses=1, max_new_tokens=
         values = [float(row[part]) for row in judged if row["category"] in categories]
         result[mean] = sum(values) / len(values) if values else float("nan")
     return result
+
+
+if __name__ == "__main__":
+    toy_world.main(build, "the toy world with pictures: a tiny model that sees, its processor, pairs and prompts")

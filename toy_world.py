@@ -429,10 +429,15 @@ def judge_model(model, tokenizer, prompts, seed=0, num_responses=1, max_new_toke
     return result | {"over_refusal_harm_like": mean("refusal", "harm_like"), "responses": rows}
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Write the toy world: a tiny model, its tokenizer, pairs and prompts.")
+def main(build, what: str):
+    """A toy world as a command: python FILE DIR."""
+    parser = argparse.ArgumentParser(description=f"Write {what}.")
     parser.add_argument("folder", metavar="DIR", help="where it goes; stays as it is where it is whole")
     try:
         print(f"saved to {build(parser.parse_args().folder)}")
     except DataError as error:
         parser.error(str(error))
+
+
+if __name__ == "__main__":
+    main(build, "the toy world: a tiny model, its tokenizer, pairs and prompts")
