@@ -46,6 +46,7 @@ MODES = {
     "soft": ["--combine", "soft", *STRICT, *OWN],
     "soft, files alone": ["--combine", "soft", *STRICT],
     "additive": [*ADDITIVE, *LENIENT, *OWN],
+    "additive, harm rate 0.05": [*ADDITIVE, "--harm-rate", "0.05", *OWN],
     "additive, files alone": [*ADDITIVE, *LENIENT],
     "margin": ["--combine", "margin", *STRICT, *OWN],
 }

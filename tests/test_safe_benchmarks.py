@@ -150,7 +150,7 @@ def test_commands_are_ones_that_the_scripts_take():
     for mode, words in study.MODES.items():
         args = train_safe_mm_dpo.get_args([*study.SAFE, *words])
         assert mode.startswith(args.combine)
-        asked = 0.08 if args.combine == "additive" else 0.02
+        asked = {"additive": 0.08, "additive, files alone": 0.08, "additive, harm rate 0.05": 0.05}.get(mode, 0.02)
         assert (args.cost_estimate, args.harm_rate, args.seed) == ("policy", asked, 42)  # of the child: --seed
 
 
