@@ -228,7 +228,7 @@ def figure(seeds, means):
     low, high = math.floor(10 * min(heights)), math.ceil(10 * max(heights) + 1e-9)  # in tenths
     place = lambda harm, helpful: (LEFT + WIDE * harm, TOP + HIGH * (high - 10 * helpful) / (high - low))
     text = lambda x, y, words, more="": f'<text class="text" x="{x:.1f}" y="{y:.1f}" {more}>{words}</text>'
-    size, middle = f"{LEFT + WIDE + 130} {TOP + HIGH + 52}", 'text-anchor="middle"'
+    size, middle = f"{LEFT + WIDE + 180} {TOP + HIGH + 52}", 'text-anchor="middle"'
     svg = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {size}" role="img" font-size="13">']
     svg += [f'<style>{style}</style><rect class="paper" width="100%" height="100%"/>']
     for tenth in range(0, 11, 2):
