@@ -139,7 +139,7 @@ def test_a_folder_loads_as_the_whole_model(tmp_path, family, kind):
     assert type(model).__name__ == f"{kind}ForConditionalGeneration"
 
 
-def words_for(folder, rows, **changes):
+def words_for(folder, **changes):
     flags = dict(dtype="fp32", device="cpu", report_to="none", logging_steps=1, learning_rate=1e-2, max_length=64)
     flags |= dict(max_prompt_length=32, model=folder, output_dir=folder.parent / "out") | changes
     return [f"--{name.replace('_', '-')}={value}" for name, value in flags.items()]
@@ -156,7 +156,7 @@ def data_for(folder):
 @pytest.mark.parametrize("lora_r", [4, 0])
 def test_a_text_run_trains_the_text_model_and_leaves_the_tower_as_it_was(tmp_path, capsys, lora_r):
     folder = write_folder(tmp_path / "model", "qwen2_5_vl")
-    words = words_for(folder, None, dataset=data_for(folder), lora_r=lora_r, max_steps=3)
+    words = words_for(folder, dataset=data_for(folder), lora_r=lora_r, max_steps=3)
     run_script([*words, *(["--save-merged"] if lora_r else [])])
     said = capsys.readouterr().out
     assert ON in said
@@ -169,13 +169,13 @@ def test_a_text_run_trains_the_text_model_and_leaves_the_tower_as_it_was(tmp_pat
 
 def test_its_memory_is_estimated(tmp_path, capsys):
     folder = write_folder(tmp_path / "model", "llava")
-    run_script([*words_for(folder, None, dataset=data_for(folder)), "--estimate-memory"])
+    run_script([*words_for(folder, dataset=data_for(folder)), "--estimate-memory"])
     assert "activations" in capsys.readouterr().out
 
 
 def test_a_reward_model_on_one_is_refused_in_one_sentence(tmp_path, capsys):
     folder = write_folder(tmp_path / "model", "llava")
-    words = words_for(folder, None, task="helpful", train_helpful_path=data_for(folder))
+    words = words_for(folder, task="helpful", train_helpful_path=data_for(folder))
     with pytest.raises(SystemExit) as end:
         run_script(words, train_rm)
     assert end.value.code == 2
