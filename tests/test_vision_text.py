@@ -8,7 +8,7 @@ import torch
 import transformers
 from helpers import ROOT
 from runs import run_script
-from tiny_models import ON, assert_same, random_pairs, randomize, scores, tiny_model
+from tiny_models import ON, assert_same, oracle, random_pairs, randomize, scores, tiny_model
 from tiny_vision import FAMILIES, vision_model
 from worlds import char_tokenizer, write_rows
 
@@ -27,17 +27,6 @@ from lora_in_peft import in_peft
 PAIRS = random_pairs([(5, 4, 3), (9, 1, 6), (12, 7, 8)], vocab=128)
 
 
-def one_by_one(model, pairs):
-    """(2, B) log-probs by the model's own forward."""
-    sums = []
-    for side in (1, 2):
-        for pair in pairs:
-            ids = torch.tensor([pair[0] + pair[side]])
-            table = model(input_ids=ids, use_cache=False).logits[0].log_softmax(-1)
-            sums.append(sum(table[i - 1, ids[0, i]] for i in range(len(pair[0]), ids.shape[1])))
-    return torch.stack(sums).view(2, -1)
-
-
 def skeleton_of(model):
     with torch.device("meta"):
         return type(model)(model.config)
@@ -51,12 +40,12 @@ def test_packed_log_probs_and_gradients_of_text_equal_those_one_by_one(family):
     model, _ = vision_model(family)
     randomize(lora.add_adapter(model, "policy", 4, 8))
     model.double()
-    untouched = copy.deepcopy(model)
+    untouched, own = copy.deepcopy(model), model.config._attn_implementation
     tower = model.config.vision_config._attn_implementation
     assert prepare_model(model) == ON
     assert model.config.vision_config._attn_implementation == tower != "packed_pairs"
     weights = torch.linspace(-1, 1.5, 2 * len(PAIRS), dtype=torch.float64).view(2, -1)
-    for each, got in ((model, scores(model, PAIRS)), (untouched, one_by_one(untouched, PAIRS))):
+    for each, got in ((model, scores(model, PAIRS)), (untouched, oracle(untouched, PAIRS, own))):
         (got * weights).sum().backward()
         each.got = got.detach()
     assert model.got.std() > 1
