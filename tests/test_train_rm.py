@@ -584,10 +584,10 @@ def test_flipped_labels_move_the_scores_the_other_way(toy, tmp_path):
 
 
 def test_the_helpful_model_learns_the_order(toy, tmp_path):
-    # Held-out prompts combine verbs and targets never seen together.  The toy world differs between processors: two
-    # epochs get 0.79 right on one and 0.885 on another, three 0.875 where two get 0.79.
-    numbers = toy_run(toy, tmp_path / "out", "helpful", epochs=3).record["validation"]
-    assert numbers["accuracy"] > 0.83 and numbers["margin"] > 2
+    # Held-out prompts combine verbs and targets never seen together.  The toy world differs between processors: three
+    # epochs get 0.875 right on one and 0.815 on another, where four get 0.885 to 0.93 with seven seeds.
+    numbers = toy_run(toy, tmp_path / "out", "helpful", epochs=4).evals[-1]
+    assert numbers["eval_accuracy"] > 0.83 and numbers["eval_margin"] > 2
 
 
 # -- loading the result -------------------------------------------------------------------------------------------
