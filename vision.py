@@ -22,9 +22,9 @@ from torch.utils._pytree import tree_leaves
 
 from formats import hub_files
 from formats.row_files import Malformed, Unusable
+from formats.row_prompts import PICTURES
 from formats.user_errors import UserError
 
-COLUMNS = "images", "image"
 WRITTEN = "<image>"  # how a text says where a picture stands
 MARK = "\ufffc"  # in its place while a row is read: Unicode's "object replacement character"
 KEPT_BYTES = 4e9  # of features, in the CPU's memory: 50,000 tiles of SmolVLM, 850 pictures of LLaVA-7B
@@ -83,13 +83,13 @@ class PictureReader:
 
         source: of the rows; paths of pictures are relative to its folder.
         """
-        column = next((name for name in COLUMNS if row.get(name)), None)
+        column = next((name for name in PICTURES if row.get(name)), None)
         if not column:
             return row, None
         self._load()
         given = row[column] if isinstance(row[column], list) else [row[column]]
         found = [self._look(picture, Path(source).parent) for picture in given]
-        row = {name: value for name, value in row.items() if name not in COLUMNS}
+        row = {name: value for name, value in row.items() if name not in PICTURES}
         if isinstance(row.get("text"), str) and not row.keys() & {"chosen", "rejected"}:  # RLHF-V's rows are JSON there
             asked = _parsed(row.pop("text"))
             row.pop("image_path", None)
