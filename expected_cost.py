@@ -13,7 +13,7 @@ import torch
 import distributed
 import reward_models
 from losses import Multiplier
-from packing import pack, passes_of_rank, send
+from packing import digests, pack, passes_of_rank, send
 from sampling import closed, end_tokens, gathered, sample
 
 WINDOW = 512  # responses that importance weighting looks back on, over all ranks
@@ -24,9 +24,12 @@ LEAST_SAMPLES = 32  # effective ones, below which the estimate is not to be used
 
 
 def prompts_of(pairs, eos):
-    """[(ids, end)] of all different prompts: `end` closes a response, `eos` where a pair names no other."""
-    ends = {tuple(pair.prompt_ids): eos if pair.end is None else pair.end for pair in pairs}
-    return [(list(ids), end) for ids, end in ends.items()]
+    """All different prompts, each as a Pair without responses: its `end` closes them, `eos` where it names no other."""
+    prompts = {(tuple(pair.prompt_ids), digests(pair)): pair for pair in pairs}
+    return [
+        pair._replace(chosen_ids=[], rejected_ids=[], end=eos if pair.end is None else pair.end)
+        for pair in prompts.values()
+    ]
 
 
 def shuffled(prompts, seed):
@@ -38,7 +41,7 @@ def shuffled(prompts, seed):
 class Draw(NamedTuple):
     """Responses sampled from the policy: those of a prompt two by two, as pairs; the same on all ranks."""
 
-    pairs: list  # (prompt, one response, another) ids, as packing.pack takes them, in the order of the prompts
+    pairs: list  # Pairs of a prompt, one response and another, in the order of the prompts
     scores: torch.Tensor  # (prompts, responses) of the harmless model
 
 
@@ -50,25 +53,31 @@ def sampled_pairs(policy, tokenizer, prompts, responses, seed, first, args, worl
     the harmless model was trained on.
     """
     own = range(world.rank, len(prompts), world.size)
-    asked = [prompts[place][0] for place in own for _ in range(responses)]
+    asked = [prompts[place] for place in own for _ in range(responses)]
     places = [responses * (first + place) + n for place in own for n in range(responses)]
     room, at_once = args.max_length - args.max_prompt_length, 2 * args.batch_size * args.gradient_accumulation_steps
     answers = []
     with gathered(policy):
         for start in range(0, len(asked), at_once):
             some = slice(start, start + at_once)
-            answers += sample(policy, tokenizer, asked[some], room, seed, places=places[some])
+            ids, pictures = [pair.prompt_ids for pair in asked[some]], [pair.pictures for pair in asked[some]]
+            answers += sample(policy, tokenizer, ids, room, seed, places=places[some], pictures=pictures)
     ends = end_tokens(policy, tokenizer)
-    answers = [closed(answer, ends, prompts[own[n // responses]][1]) for n, answer in enumerate(answers)]
-    triples = zip(asked[::2], answers[::2], answers[1::2], strict=True)
-    of_ranks = [iter(of_rank) for of_rank in distributed.gather_objects(list(triples), world)]
-    return [next(of_ranks[place % world.size]) for place in range(len(prompts)) for _ in range(responses // 2)]
+    answers = [closed(answer, ends, pair.end) for pair, answer in zip(asked, answers, strict=True)]
+    two_by_two = list(zip(answers[::2], answers[1::2], strict=True))
+    of_ranks = [iter(of_rank) for of_rank in distributed.gather_objects(two_by_two, world)]
+    pairs = []
+    for place, prompt in enumerate(prompts):
+        for _ in range(responses // 2):
+            one, other = next(of_ranks[place % world.size])
+            pairs.append(prompt._replace(chosen_ids=one, rejected_ids=other))
+    return pairs
 
 
 @torch.no_grad()
 def numbers_of(frozen, pairs, args, world):
     """What a frozen model, asked as frozen(batch), gives to both responses of each pair, (N, 2) on the CPU."""
-    lengths, numbers = [sum(map(len, pair)) for pair in pairs], torch.zeros(len(pairs), 2, device=world.device)
+    lengths, numbers = [sum(map(len, pair[:3])) for pair in pairs], torch.zeros(len(pairs), 2, device=world.device)
     cut = args.batch_size, lengths, args.tokens_per_microbatch
     for indices in passes_of_rank(range(len(pairs)), world.rank, world.size, *cut):
         both = torch.stack(frozen(pack([pairs[i] for i in indices], world.device)), dim=1)  # (B, 2)

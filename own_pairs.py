@@ -9,6 +9,7 @@ with what the helpful model and the reference say of them they are rows like any
 import torch
 
 from expected_cost import numbers_of
+from packing import digests
 from preference_data import Pair
 from sampling import random_numbers
 
@@ -28,7 +29,10 @@ class OwnPairs:
         pairs = args.batch_size * args.gradient_accumulation_steps * run.world.size
         self.room = DRAWS * max(pairs, args.cost_samples if isinstance(args.cost_samples, int) else 0)
         self.first = training.make_room(self.room)
-        self.rows = []  # at each place: three lists of ids; two numbers each of reference, helpful, harmless; labels
+        seeing = [pair for pair in run.data.pairs if pair.pictures]
+        self.pictures = {(tuple(pair.prompt_ids), digests(pair)): pair.pictures for pair in seeing}
+        # At each place: three lists of ids; two numbers each of reference, helpful, harmless; labels; digests.
+        self.rows = []
         self.count = 0  # of all that ever came in
 
     def add(self, draw, multiplier):
@@ -39,7 +43,7 @@ class OwnPairs:
         args, world, watch = self.args, self.run.world, self.run.watch
         watch.phase("cost")
         scores = draw.scores.view(-1, 2)
-        differ = [n for n, (_, one, other) in enumerate(draw.pairs) if one != other][-self.room :]
+        differ = [n for n, pair in enumerate(draw.pairs) if pair.chosen_ids != pair.rejected_ids][-self.room :]
         pairs, known = [draw.pairs[n] for n in differ], {"harmless": scores[differ]}
         with self.run.autocast:
             for role, frozen in self.frozen.items():
@@ -50,10 +54,11 @@ class OwnPairs:
         known = {role: torch.where(swapped[:, None], both.flip(1), both) for role, both in known.items()}
         labels = self._labels(known)
         places = []
-        for n, (prompt, one, other) in enumerate(pairs):
+        for n, pair in enumerate(pairs):
+            prompt, one, other = pair[:3]
             chosen, rejected = (other, one) if swapped[n] else (one, other)
             numbers = [known[role][n].tolist() for role in ("reference", "helpful", "harmless")]
-            row = [prompt, chosen, rejected, *numbers, labels[n].tolist()]
+            row = [prompt, chosen, rejected, *numbers, labels[n].tolist(), list(digests(pair))]
             place = self.count % self.room
             self.rows[place : place + 1] = [row]
             places.append(place)
@@ -88,9 +93,13 @@ class OwnPairs:
     def _taken(self, places):
         """What `add` returns, of the rows at these places of the pool; their pairs go to the training's data."""
         rows, places = [self.rows[place] for place in places], [self.first + place for place in places]
-        self.training.put(places, [Pair(*row[:3]) for row in rows])
-        *known, labels = torch.tensor([row[3:] for row in rows]).view(-1, 4, 2).unbind(1)
+        self.training.put(places, [self._pair(row) for row in rows])
+        *known, labels = torch.tensor([row[3:7] for row in rows]).view(-1, 4, 2).unbind(1)
         return places, dict(zip(("reference", "helpful", "harmless"), known, strict=True)), labels
+
+    def _pair(self, row):
+        prompt, of_files = row[0], row[7]
+        return Pair(*row[:3], pictures=self.pictures[tuple(prompt), tuple(of_files)] if of_files else None)
 
     def mixed_into(self, update):
         """The places of an update's pairs, with own ones in the place of a share of them, drawn for each update."""

@@ -311,14 +311,16 @@ def prepare_model(model, example=None):
     return packed_probe.choose_path(model, numbers, logits, states, check, example)
 
 
-def prepare_scores(model):
+def prepare_scores(model, example=None):
     """As prepare_model, for a reward model: binds `model.packed_scores(batch)`."""
     type(model).packed_scores = packed_scores
 
     def hidden(ids):
         return backbone(model)(input_ids=ids, use_cache=False).last_hidden_state[0]
 
-    return packed_probe.choose_path(model, partial(_ends, model), hidden, partial(_packed_hidden, model))
+    return packed_probe.choose_path(
+        model, partial(_ends, model), hidden, partial(_packed_hidden, model), example=example
+    )
 
 
 @torch.no_grad()

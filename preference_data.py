@@ -40,6 +40,7 @@ class Pair(NamedTuple):
     prompted_ids: list | None = None  # the prompt with a preference in it, where load_pairs was given one
     end: int | None = None  # the token that ends its responses, where it is not the tokenizer's end-of-sequence
     pictures: Any = None  # vision.Pictures of its prompt, whose ids are then placeholders until it is packed
+    prompted_pictures: Any = None  # the same of prompted_ids
 
 
 class TextRow(NamedTuple):
@@ -195,7 +196,7 @@ def encode(rows, tokenizer, max_length, max_prompt_length, prefer, account, read
             ids = [next(all_ids) for _ in row.texts]
             try:
                 pair = encode_row(row, ids, tokenizer, max_length, max_prompt_length, prefer, account)
-                pairs.append(with_pictures(pair, row, len(ids[0]), reader) if reader else pair)
+                pairs.append(with_pictures(pair, row, ids, reader) if reader else pair)
             except Malformed as problem:
                 if row.found:
                     leave_out_malformed(problem, row.where, skip_invalid, account)
@@ -206,12 +207,17 @@ def encode(rows, tokenizer, max_length, max_prompt_length, prefer, account, read
     return pairs
 
 
-def with_pictures(pair, row, num_ids, reader):
-    """The Pair of a model that sees, with the pictures of its row.  Raises Malformed, Unusable."""
+def with_pictures(pair, row, ids, reader):
+    """The Pair of a model that sees, with the pictures of its row; ids: of its texts.  Raises Malformed, Unusable."""
     if not row.found:
         reader.check_text(pair)
         return pair
-    return reader.seeing(pair, row.found, row.texts[0], row.where, num_ids)
+    seen = reader.seeing(pair, row.found, row.texts[0], row.where, len(ids[0]))
+    if pair.prompted_ids is None:
+        return seen
+    prompted = pair._replace(prompt_ids=pair.prompted_ids)
+    prompted = reader.seeing(prompted, row.found, row.texts[3], row.where, len(ids[3]))
+    return seen._replace(prompted_ids=prompted.prompt_ids, prompted_pictures=prompted.pictures)
 
 
 def encode_row(row, ids, tokenizer, max_length, max_prompt_length, prefer, account):

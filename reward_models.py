@@ -49,6 +49,7 @@ EXPECTED = {  # of reward_model.json
     "calibrated": ("true or false", lambda value: type(value) is bool),
     "validation": ("numbers under names, or null", lambda value: value is None or _is_statistics(value)),
     "sha256": ("digests of files", lambda value: value is None or _is_digests(value)),
+    "pictures": ("a text, or null", lambda value: value is None or isinstance(value, str)),
 }
 
 
@@ -100,14 +101,19 @@ def _unlike(folder, recorded):
     return next((name for name, sha256 in recorded.items() if now.get(name) != sha256), None)
 
 
-def load(folder, task, record, home, base_sha256, args, dtype, device, max_length=None):
+def load(folder, task, record, home, base_sha256, args, dtype, device, max_length=None, example=None, pictures=None):
     """The RewardModel of a folder: an adapter named `task` on `home` if both have the same base, else its own model.
 
     home: a causal language model, or None where an adapter cannot go on it; base_sha256: home's, by score_cache.
     Its own model is loaded in `dtype` on `device`, is ready for packed_scores, and has to take texts of max_length
-    tokens (None: args.max_length).
+    tokens (None: args.max_length).  example: a packed pair of the data with pictures, where there is one, and pictures:
+    by what settings they are made (PictureReader.fingerprint).  Raises RewardModelError where it knows them otherwise.
     """
     folder = Path(folder)
+    if pictures and record["pictures"] not in (None, pictures):
+        raise RewardModelError(
+            f"{folder} was trained on pictures as another processor makes them: train it on --model {args.model}"
+        )
     is_adapter = (folder / "adapter_config.json").exists()  # else all weights were trained
     if is_adapter and home is not None and record["base_sha256"] == base_sha256:
         parameters, head = lora.load_adapter(home, folder, task, with_head=True)
@@ -122,7 +128,7 @@ def load(folder, task, record, home, base_sha256, args, dtype, device, max_lengt
     else:
         adapter, why = None, "all of its weights were trained"
         head = model.score.weight.detach()
-    prepare_scores(model)
+    prepare_scores(model, example)
     line = f"a model of its own, {_num_bytes(model.state_dict().values()) / 1e9:.2f} GB ({why})"
     return RewardModel(record, model, adapter, head.to(model.device), f"{task} reward model {folder}: {line}")
 

@@ -9,12 +9,14 @@ from transformers import (
     GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
+    SuppressTokensLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
 
 from formats.chat_text import turn_end
+from packed_model import backbone
 
 
 def end_tokens(model, tokenizer):
@@ -59,7 +61,17 @@ def random_numbers(seed, places, count, device):
 
 @torch.no_grad()
 def sample(
-    model, tokenizer, prompts, max_new_tokens, seed, temperature=1.0, top_p=1.0, places=None, streamer=None, top_k=0
+    model,
+    tokenizer,
+    prompts,
+    max_new_tokens,
+    seed,
+    temperature=1.0,
+    top_p=1.0,
+    places=None,
+    streamer=None,
+    top_k=0,
+    pictures=(),
 ):
     """One response (list of ids) to each prompt (list of ids), in one batch; a finished one ends in its end token.
 
@@ -68,13 +80,22 @@ def sample(
     distribution.  places: number of each row among all
     that are sampled with this seed, 0, 1, ... if not given; what a row draws depends on seed and place, not on which
     rows share its batch (but for rounding).  The global generators and the model's mode are left as they were.
+    pictures: of each prompt its vision.Pictures, or None; the tokens that stand for a picture are never drawn.
     streamer: transformers' TextStreamer, for one prompt.  Raises FloatingPointError for probabilities not finite.
     """
     device, was_training = model.device, model.training
     ends = end_tokens(model, tokenizer)
     config = GenerationConfig(max_new_tokens=max_new_tokens, eos_token_id=ends, pad_token_id=ends[0], do_sample=False)
+    beside = {}
+    if any(pictures):
+        import vision  # text has no use for it
+
+        prompts, beside = vision.beside_prompts(backbone(model), prompts, pictures)
     width = max(map(len, prompts))
-    draws = []  # without any, `generate` takes the likeliest token
+    of_pictures = [getattr(model.config, name, None) for name in ("image_token_id", "video_token_id")]
+    unsaid = [token for token in of_pictures if token is not None]
+    draws = [SuppressTokensLogitsProcessor(unsaid, device)] if unsaid else []
+    row_draws = None  # without them `generate` takes the likeliest token
     if temperature > 0:
         if temperature != 1:
             draws.append(TemperatureLogitsWarper(float(temperature)))
@@ -83,7 +104,8 @@ def sample(
         if top_p < 1:
             draws.append(TopPLogitsWarper(top_p))
         places = range(len(prompts)) if places is None else places
-        draws.append(RowDraws(random_numbers(seed, places, max_new_tokens, device), width))
+        row_draws = RowDraws(random_numbers(seed, places, max_new_tokens, device), width)
+        draws.append(row_draws)
     ids = torch.tensor([[ends[0]] * (width - len(prompt)) + prompt for prompt in prompts], device=device)
     mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
     # What a config leaves open, `generate` takes from the model's own: a repetition penalty, say, as Qwen2.5's has.
@@ -98,11 +120,12 @@ def sample(
             streamer=streamer,
             # Else a sharded model generates in step with the other ranks, and one that asks for nothing never comes.
             synced_gpus=False,
+            **beside,
         )
     finally:
         model.generation_config = own
         model.train(was_training)
-    if draws and not draws[-1].finite:
+    if row_draws and not row_draws.finite:
         raise FloatingPointError("the model gives no finite probabilities: try --dtype fp32, or mend its weights")
     responses = []
     for response in output[:, width:].tolist():

@@ -182,13 +182,14 @@ def _content(category: str, things, form: int) -> str:
 
 
 # Categories and their weights.  Helpful pairs prefer content on harmful pictures too: there lies the tension.
-CATEGORIES = {"see": 4, "make": 3, "harm": 3}  # of the supervised examples and the helpful pairs
+TAUGHT = {"see": 4, "make": 3, "harm": 3}  # of the supervised examples
+HELPFUL = {"see": 6, "make": 2, "harm": 3}
 HARMLESS = {"see": 0, "make": 1, "harm": 3}
 
 
 def _pair(rng, split: str, dimension: str) -> tuple:
     """(things, row); the row has no `images` yet."""
-    weights = CATEGORIES if dimension == "helpful" else HARMLESS
+    weights = HELPFUL if dimension == "helpful" else HARMLESS
     category = rng.choices(list(weights), list(weights.values()))[0]
     things, form = _scene(rng, split, category), rng.randrange(3)
     right, mistaken = _content(category, things, form), _content(category, _mistaken(rng, things), form)
@@ -207,7 +208,7 @@ def _pair(rng, split: str, dimension: str) -> tuple:
 
 def _example(rng, wrong: float) -> tuple:
     """A supervised (picture, prompt, response)."""
-    category = rng.choices(list(CATEGORIES), list(CATEGORIES.values()))[0]
+    category = rng.choices(list(TAUGHT), list(TAUGHT.values()))[0]
     things, prompt = _scene(rng, "train", category), rng.choice(FORM[category])
     errs, form = rng.random() < wrong, rng.randrange(3)
     said = _mistaken(rng, things) if errs and category != "harm" else things
@@ -300,7 +301,7 @@ def _train_text(model, tokenizer, examples, rate: float, batch_size=16):
 
 
 NUM_CAPTIONS, NUM_FACTS, NUM_HABITS = 5000, 4000, 4600
-NUM_PAIRS = {"train": 1000, "val": 100, "test": 100}  # of each dimension
+NUM_PAIRS = {"train": 1500, "val": 100, "test": 100}  # of each dimension
 
 
 def _teach(seed: int) -> tuple:

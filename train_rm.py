@@ -127,13 +127,18 @@ def validate(forward, data, labels, world):
     return result
 
 
-def save_model(folder, model, tokenizer, record, state=None):
-    """The adapter with its head in PEFT's format or, of a `state`, transformers' whole model; and reward_model.json."""
+def save_model(folder, model, tokenizer, reader, record, state=None):
+    """The adapter with its head in PEFT's format or, of a `state`, transformers' whole model; and reward_model.json.
+
+    reader: vision.PictureReader of a model that sees, or None.
+    """
     if state:
         model.config.pad_token_id = record["pad_token_id"]
         save_whole(model, folder, state)
     else:
         lora.save_adapter(model, "reward", folder, record["base_model"], model.score.weight)
+    if reader:
+        reader.save(folder)
     tokenizer.pad_token = tokenizer.convert_ids_to_tokens(record["pad_token_id"])
     tokenizer.save_pretrained(folder)
     record = record | {"sha256": reward_models.files_sha256(folder)}
@@ -159,7 +164,7 @@ def save_best(run, model, tokenizer, record):
         loss = f"val_loss={validation['loss']:.4f}" if validation else "no validation: the last one"
         run.say(f"Saving best model to {run.args.output_dir} ({loss})")
         with run_files.whole_files(run.args.output_dir) as folder:
-            save_model(folder, model, tokenizer, record, state)
+            save_model(folder, model, tokenizer, run.reader, record, state)
 
 
 def main(args):
@@ -172,6 +177,7 @@ def main(args):
     run.add_adapter(skeleton, "reward")  # a wrong target shows here
     if run.estimate_memory(skeleton, tokenizer):
         return
+    run.see(skeleton, tokenizer)
     train_path, val_path = (getattr(args, f"{part}_{args.task}_path") for part in ("train", "val"))
     pairs, train, held_out = run.read_pairs(train_path, val_path, tokenizer)
     labels, calibrated = harm_labels(pairs, train, args, run.say)
@@ -190,6 +196,7 @@ def main(args):
         "base_model": args.model,
         "base_sha256": base_sha256(model),
         "data_sha256": data.train_sha256,
+        **data.how_pictures_are_made(),
         "pad_token_id": pad_unlike_ends(args.model, tokenizer, model.config),
     }
     validation_data = fingerprint([pairs[i] for i in held_out])  # it decides which epoch is the best
@@ -249,7 +256,8 @@ def main(args):
             model.score.weight.data.copy_(head)
             lora.merge_adapter(model, "best")
             merged = sharding.whole_state(model, run.dtype, run.world)
-            save_model(folder / "merged", model, tokenizer, record | {"validation": state["saved"]}, merged)
+            record |= {"validation": state["saved"]}
+            save_model(folder / "merged", model, tokenizer, run.reader, record, merged)
 
 
 if __name__ == "__main__":

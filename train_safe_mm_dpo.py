@@ -267,9 +267,10 @@ def read_both(run, tokenizer):
 def load_judges(run, folders, records, policy):
     """{task: Frozen} of the reward models: adapters on the policy's base where they share it."""
     home, sha256 = (policy, base_sha256(policy)) if folders and not run.full else (None, None)
-    judges = {}
+    seen, judges = run.data.example() | run.data.how_pictures_are_made(), {}
     for task, folder in folders.items():
-        judge = reward_models.load(folder, task, records[task], home, sha256, run.args, run.dtype, run.world.device)
+        where = home, sha256, run.args, run.dtype, run.world.device
+        judge = reward_models.load(folder, task, records[task], *where, **seen)
         run.say(judge.line)
         judges[task] = Frozen(judge.model, judge.adapter, judge.head)
     return judges
@@ -293,6 +294,7 @@ def main(args):
     if run.estimate_memory(skeleton, tokenizer, folders):
         return
     records, unit = read_records(folders, tokenizer, args)
+    run.see(skeleton, tokenizer)
     pairs, labels, train, held_out = read_both(run, tokenizer)
     validations = {f"{task} reward model": record.get("validation") for task, record in records.items()}
     data = run.plan(pairs, train, held_out, **validations)

@@ -205,7 +205,10 @@ def behind_preference(pairs, vectors, position, tokenizer, say):
         prompts = [pair.prompted_ids for pair in pairs]
     else:
         prompts = [with_virtual_tokens(pair.prompt_ids, len(vectors), position) for pair in pairs]
-    prompted_pairs = [Pair(ids, pair.chosen_ids, pair.rejected_ids) for ids, pair in zip(prompts, pairs, strict=True)]
+    prompted_pairs = [
+        Pair(ids, pair.chosen_ids, pair.rejected_ids, pictures=pair.prompted_pictures)
+        for ids, pair in zip(prompts, pairs, strict=True)
+    ]
     text = f"  {tokenizer.decode(prompts[0])!r}" if vectors is None else ""
     say(f"  row 0 prompt   {len(prompts[0]):4} tokens with the preference{text}")
     return prompted_pairs
@@ -223,6 +226,8 @@ def main(args):
         return
     vectors, position = read_preference(skeleton, tokenizer, args, run.say)
     prefer = partial(with_text, text=args.preference_text, position=position) if vectors is None else None
+    if vectors is None:  # a picture's tokens are made anew for each pass, without virtual ones among them
+        run.see(skeleton, tokenizer)
     pairs, train, held_out = run.read_pairs(args.dataset_path, args.test_dataset_path, tokenizer, prefer)
     prompted_pairs = behind_preference(pairs, vectors, position, tokenizer, run.say)
     check_room(skeleton.config, prompted_pairs, args.model)

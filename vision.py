@@ -357,6 +357,27 @@ def _joined(features, device):
     return [of_picture.to(device) for of_pair in features for of_picture in of_pair]
 
 
+def beside_prompts(backbone, prompts, pictures):
+    """(prompts as ids, what `generate` takes beside them), from prompts (ids) and their Pictures or None.
+
+    The ids of one with pictures are placeholders until now.  Rows are padded on the left, as the ids will be.
+    """
+    opened = {id(one): one.open() for one in pictures if one}  # one prompt stands there once for each response
+    none = None, {}
+    made = [opened[id(one)] if one else none for one in pictures]
+    prompts = [ids or prompt for prompt, (ids, _) in zip(prompts, made, strict=True)]
+    given, of_files = [given for _, given in made], [one.digests if one else () for one in pictures]
+    beside = {"mm_encoder_outputs": encode(backbone, given, of_files)}
+    names, width = {name for one in given for name in one}, max(map(len, prompts))
+    for name in names & {*PER_TOKEN}:
+        rows = [one.get(name, torch.zeros(1, 0, dtype=torch.long)) for one in given]
+        rows = [torch.nn.functional.pad(row, (width - row.shape[1], 0)) for row in rows]
+        beside[name] = torch.cat(rows).to(backbone.device)
+    for name in names & {*OF_POSITIONS} - {*PER_TOKEN}:
+        beside[name] = torch.cat([one[name] for one in given if name in one]).to(backbone.device)
+    return prompts, beside
+
+
 def positions(backbone, batch):
     """Positions of a PackedPairs batch with pictures: as they are, (1, T), or M-RoPE's, (3, 1, T).
 

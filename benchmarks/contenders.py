@@ -35,7 +35,7 @@ from harness import device, flags, speed
 from packing import epoch_plan
 from preference_data import DataError, fingerprint, load_pairs
 
-CONTENDERS = "ours trl-defaults trl-best ours-fp32 trl-fp32 ours-compiled-fp32".split()
+CONTENDERS = "ours trl-defaults trl-best ours-fp32 trl-fp32 ours-compiled ours-compiled-fp32".split()
 COLUMNS = ["contender", "s per update", "pairs/s", "x of trl-defaults", "peak memory GB", "x of trl-defaults"]
 COLUMNS += ["useful TFLOP/s", "share of measured matmul peak"]
 
@@ -65,8 +65,8 @@ def get_args(benchmark, doc, batch_size, accumulation, argv=None):
     add("--updates", type=natural, default=10, metavar="N", help="updates to measure, after the warm-up")
     add("--warmup", type=natural, default=3, metavar="N", help="updates before them, not measured")
     add("--rounds", type=natural, default=1, metavar="N", help="run the contenders N times in turn: machines are noisy")
-    what = f"of {', '.join(CONTENDERS)} (default: all but the last)"
-    add("--contenders", nargs="+", choices=CONTENDERS, default=CONTENDERS[:-1], metavar="NAME", help=what)
+    what = f"of {', '.join(CONTENDERS)} (default: all but those compiled)"
+    add("--contenders", nargs="+", choices=CONTENDERS, default=CONTENDERS[:-2], metavar="NAME", help=what)
     add("--json", metavar="FILE", help="write everything to this file, each measured time too")
     add("--contender", metavar="PLAN", help=argparse.SUPPRESS)  # this process is the one that the file names
     args = parser.parse_args(argv)

@@ -78,7 +78,7 @@ def load_model(path, dtype, device, trust_remote_code=False, scores=False, max_l
         transformers_logging.disable_progress_bar()
     config = _config(path, trust_remote_code)
     check_positions(config, max_length, f"a text of {max_length} tokens", path)
-    kind, options = _class_of(config, path, scores), {"num_labels": 1} if scores else {}
+    kind, options = _class_of(config, scores), {"num_labels": 1} if scores else {}
     options |= {"dtype": dtype, "trust_remote_code": trust_remote_code}
     options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
     verbosity = transformers_logging.get_verbosity()
@@ -121,7 +121,7 @@ def load_skeleton(path, tokenizer, args, scores=False):
     trust, max_length = getattr(args, "trust_remote_code", False), getattr(args, "max_length", 0)
     config = _config(path, trust)
     check_positions(config, max_length, f"--max-length {max_length}", path)
-    kind = _class_of(config, path, scores)
+    kind = _class_of(config, scores)
     with torch.device("meta"):
         build = partial(kind.from_config, config, trust_remote_code=trust)
         model = _loaded("model", path, build)
@@ -142,17 +142,37 @@ def sees(config):
     return type(config) in AutoModelForImageTextToText._model_mapping
 
 
-def _class_of(config, path, scores):
-    """The class of transformers to load a model by.  Raises ModelError."""
+def _class_of(config, scores):
+    """The class to load a model by."""
     known = AutoModelForSequenceClassification if scores else AutoModelForCausalLM
     if type(config) in known._model_mapping or not sees(config):
         return known
-    if scores:
-        raise ModelError(
-            f"{path} is a vision-language model ({config.model_type}), and transformers has no reward model of that "
-            "type: name a text model"
-        )
-    return AutoModelForImageTextToText
+    return _scoring(AutoModelForImageTextToText._model_mapping[type(config)]) if scores else AutoModelForImageTextToText
+
+
+def _scoring(kind):
+    """A vision-language model with a scalar head in the place of its language-model head: transformers has no class
+    for that.
+    """
+
+    class Scoring(kind):
+        _tied_weights_keys = {}  # that head is tied to nothing
+
+        def __init__(self, config):
+            super().__init__(config)
+            del self.lm_head
+            self.score = nn.Linear(config.get_text_config().hidden_size, 1, bias=False)
+
+        def get_output_embeddings(self):
+            return None
+
+        @classmethod
+        def from_config(cls, config, **_):
+            return cls._from_config(config)
+
+    # What names weights of older files anew goes by name and module; and a saved config.json has the name.
+    Scoring.__name__, Scoring.__module__ = kind.__name__, kind.__module__
+    return Scoring
 
 
 def not_causal(name):
@@ -267,7 +287,7 @@ def pad_unlike_ends(path, tokenizer, config):
     They read the score at the last token that is not padding: where that is the end-of-sequence, the one before it.
     """
     ends = {tokenizer.eos_token_id, turn_end(tokenizer)}
-    for given in (config.eos_token_id, config.get_text_config().eos_token_id, _generation_ends(path)):
+    for given in (getattr(config, "eos_token_id", None), config.get_text_config().eos_token_id, _generation_ends(path)):
         ends |= set(given) if isinstance(given, list) else {given}
     special = [tokenizer.pad_token_id, tokenizer.unk_token_id, tokenizer.bos_token_id, *tokenizer.all_special_ids]
     return next(token for token in (*special, *range(len(tokenizer))) if token is not None and token not in ends)

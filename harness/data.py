@@ -29,9 +29,9 @@ class Data:
         return pack([self.pairs[i] for i in indices], self.world.device)
 
     def example(self):
-        """[a packed pair with pictures], or [] where there is none."""
+        """{"example": a packed pair with pictures}, or {} where there is none."""
         seeing = next((pair for pair in self.pairs if pair.pictures), None)
-        return [pack([seeing], self.world.device)] if seeing else []
+        return {"example": pack([seeing], self.world.device)} if seeing else {}
 
     def how_pictures_are_made(self):
         """{"pictures": sha256 of the settings of their processor}, or {} where there is none."""

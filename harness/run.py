@@ -234,7 +234,7 @@ class Run:
     def prepare(self, model, prepare=prepare_model):
         """Packed pairs where they are exact, gradient checkpointing where memory asks for it; says both."""
         self.say(
-            f"{prepare(model, *self.data.example())} ({self.world.device}, {str(self.dtype).removeprefix('torch.')})"
+            f"{prepare(model, **self.data.example())} ({self.world.device}, {str(self.dtype).removeprefix('torch.')})"
         )
         tokens = largest_pass(**self.data.cut, lengths=self.data.lengths)
         room = device.room(self.world)

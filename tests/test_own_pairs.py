@@ -146,7 +146,7 @@ class Models:
         self.args = settings(batch_size=2, gradient_accumulation_steps=2, cost_samples=None, **changes)
         self.args.tokens_per_microbatch, self.autocast = 0, torch.autocast("cpu", enabled=False)
         self.world, self.state, self.pairs = World(0, 1, torch.device("cpu")), {}, {}
-        self.watch = Stopwatch(torch.device("cpu"), "other")
+        self.watch, self.data = Stopwatch(torch.device("cpu"), "other"), argparse.Namespace(pairs=[])
 
     def make_room(self, count):
         return 100
@@ -169,7 +169,7 @@ def pool(**changes):
 
 def draw(*pairs):
     """Of (prompt, one, other, its harmless score, the other's)."""
-    return Draw([pair[:3] for pair in pairs], torch.tensor([pair[3:] for pair in pairs]))
+    return Draw([Pair(*pair[:3]) for pair in pairs], torch.tensor([pair[3:] for pair in pairs]))
 
 
 def test_chosen_is_what_both_models_prefer_and_the_numbers_go_with_their_response():

@@ -233,10 +233,10 @@ def test_sampled_cost_is_the_harmless_models_mean_over_responses_of_the_policy(t
     assert scored(5, 3)[0] == found != scored(6, 1)[0]  # in one draw or in several
     alone = load_model(toy / "model", torch.float32, "cpu", scores=True)
     lora.load_adapter(alone, judges / "harmless", "reward", with_head=True)
-    asked = [ids for ids, _ in shuffled(prompts, 5)[:6] for _ in range(4)]
+    asked = [prompt.prompt_ids for prompt in shuffled(prompts, 5)[:6] for _ in range(4)]
     responses, eos = sample(policy, tokenizer, asked, 32, 5), tokenizer.eos_token_id
     responses = [[*r[:-1], end or eos] if r[-1] == eos else r for r in responses]
-    assert [(p, r) for p, *both in found for r in both] == list(zip(asked, responses))
+    assert [(p, r) for p, *both in (pair[:3] for pair in found) for r in both] == list(zip(asked, responses))
     with torch.no_grad():
         ends = [alone.base_model(torch.tensor([p + r])).last_hidden_state[0, -1] for p, r in zip(asked, responses)]
     assert scores.flatten().tolist() == pytest.approx((torch.stack(ends) @ head[0]).tolist(), abs=1e-4)

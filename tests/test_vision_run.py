@@ -224,7 +224,7 @@ def test_a_text_model_is_given_no_pictures(world, seen, tmp_path, capsys):
         run_script(words(seen, tmp_path / "out", model=world / "model"))
     assert end.value.code == 2
     said = capsys.readouterr().err
-    assert "pairs.jsonl:1: `image`: pictures are read by dpo_hf_run.py alone, with a vision-language model" in said
+    assert "pairs.jsonl:1: `image`: pictures need a vision-language model, and go with no soft prompt" in said
 
 
 @pytest.mark.parametrize("missing", ["preprocessor_config.json", "PIL"])
@@ -337,4 +337,4 @@ def test_the_other_scripts_refuse_rows_with_pictures_in_one_sentence(world, seen
         run_script([*argv, *task, "--max-length", 64, "--max-prompt-length", 32], importlib.import_module(script))
     assert end.value.code == 2
     said = capsys.readouterr().err.strip()
-    assert "pairs.jsonl:1: `image`: pictures are read by dpo_hf_run.py alone" in said and "\n" not in said
+    assert "pairs.jsonl:1: `image`: pictures need a vision-language model" in said and "\n" not in said
