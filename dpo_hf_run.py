@@ -13,10 +13,10 @@ Deviations from the paper: AdamW instead of RMSprop; label smoothing, robust, hi
     torchrun --nproc_per_node=4 dpo_hf_run.py --dataset pairs.jsonl --learning-rate 1e-4       # four GPUs
 
 Copy with: formats/ harness/ distributed.py lora.py lora_targets.py losses.py packed_attention.py packed_model.py
-    packed_probe.py packing.py preference_data.py toy_world.py vision.py
+    packed_probe.py packing.py preference_data.py toy_vision.py toy_world.py vision.py
 """
 
-from harness import endings, flags, training_flags
+from harness import endings, flags, toys, training_flags
 
 TOY = {"dataset": "train/helpful_pairs.jsonl", "eval_dataset": "test/helpful_pairs.jsonl"}  # what `toy` stands for
 
@@ -42,8 +42,8 @@ def get_args(argv=None):
     parser.set_defaults(num_samples=1000)
     args = training_flags.parse(parser, argv)
     training_flags.take_toy(args, "dataset")
-    if args.dataset == "toy" and not args.eval_dataset:
-        args.eval_dataset = "toy"
+    if args.dataset in toys.FOLDERS and not args.eval_dataset:
+        args.eval_dataset = args.dataset
     if args.label_smoothing and args.loss not in ("sigmoid", "robust"):
         parser.error(f"--label-smoothing has no effect on --loss {args.loss}: use sigmoid or robust")
     lora_flags = {"lora_r", "lora_alpha", "lora_dropout", "lora_target_modules"} & args.typed
@@ -100,7 +100,6 @@ def main(args):
     add_adapters(skeleton, run)  # a wrong adapter or target shows here
     if run.estimate_memory(skeleton, tokenizer):
         return
-    run.see(skeleton, tokenizer)
     pairs, train, held_out = run.read_pairs(args.dataset, args.eval_dataset, tokenizer)
     data = run.plan(pairs, train, held_out)
 

@@ -14,12 +14,12 @@ quantiles of its score then instead of a harm rate, and `safe` means at least th
         --helpful-rm-path models/helpful_rm --harmless-rm-path models/harmless_rm                          # one GPU
 
 Copy with: formats/ harness/ tools/ distributed.py lora.py lora_targets.py packed_attention.py packed_model.py
-    packed_probe.py packing.py preference_data.py reward_models.py sampling.py toy_world.py vision.py
+    packed_probe.py packing.py preference_data.py reward_models.py sampling.py toy_vision.py toy_world.py vision.py
 """
 
 from functools import partial
 
-from harness import endings, flags
+from harness import endings, flags, toys
 from tools.evaluate_adapters import named_folder
 
 
@@ -56,9 +56,9 @@ def get_args(argv=None):
     add("--overwrite", action="store_true", help="replace the report that the output folder holds")
     add("--samples", type=count, default=6, metavar="N", help="prompts shown side by side, per category")
     args = parser.parse_args(argv)
-    if args.prompts is None and args.model != "toy":
+    if args.prompts is None and args.model not in toys.FOLDERS:
         parser.error("--prompts FILE has to be given (--prompts toy: those of the toy world)")
-    args.prompts = args.prompts or "toy"
+    args.prompts = args.prompts or args.model
     if args.temperature == 0 and args.num_responses > 1:
         parser.error("--num-responses above 1 has no effect at --temperature 0, where all would be the same")
     args.adapters = [named_folder(word) for word in args.adapters]
@@ -76,7 +76,6 @@ from tqdm import tqdm
 
 import distributed
 import lora
-import toy_world
 from formats.model_files import base_of, load_tokenizer
 from harness import device, score_cache
 from packed_model import prepare_model
@@ -94,7 +93,6 @@ from tools.evaluate_adapters import CURVES, adapter_folder, other_bases
 from tools.evaluate_report import Policy
 from tools.evaluate_responses import Kept, measured, response_rows, sampled
 
-TOY_FOLDER = "outputs/toy_world"
 FIELDS = {"helpful": "helpful_reward", "harmless": "harmless_score"}  # of a row, by the reward model's task
 
 
@@ -105,7 +103,7 @@ def main(args):
     world = distributed.start(args.device)
     say = partial(distributed.print0, world)
     evaluate_report.take_output(args)
-    models.resolve_toy(args, TOY_FOLDER)
+    toys.take(args, {"model": "model", "prompts": "prompts.jsonl"})
 
     # 2 prompts
     folders = [(name, adapter_folder(folder)) for name, folder in args.adapters]
@@ -113,13 +111,12 @@ def main(args):
         args.model = base_of([folder for _, folder in folders])
         say(f"the base is {args.model}, as the adapters say")
     tokenizer = load_tokenizer(args.model, args.trust_remote_code)
-    file = evaluate_prompts.read(args, tokenizer)
+    file = evaluate_prompts.read(args, tokenizer, reader := models.picture_reader(args, tokenizer))
     prompts, categories = file.prompts, evaluate_report.count_categories(file.prompts)
     for line in file.notes:
         say(line)
-    labelled = evaluate_pairs.read_pairs(args.prompts, tokenizer, args)
-    rule = toy_world.judge if all(toy_world.judge(p.text, "").kind != "unknown" for p in prompts) else None
-    benign = evaluate_prompts.are_benign(prompts, args, rule)
+    labelled = evaluate_pairs.read_pairs(args.prompts, tokenizer, args, reader)
+    benign = evaluate_prompts.are_benign(prompts, args, rule := evaluate_prompts.rule_of(prompts))
 
     # 3 models: one frozen base, and on it by name the adapters and the reward models that share it
     policies = [Policy("base")]
@@ -134,11 +131,12 @@ def main(args):
     for sentence in other_bases(folders, args.model):
         say(sentence)
     base_sha256 = score_cache.base_sha256(model)
-    judges = models.load_rewards(args, rewards, model, base_sha256, dtype, longest + args.max_new_tokens)
+    judges = models.load_rewards(args, rewards, model, base_sha256, dtype, longest + args.max_new_tokens, prompts)
     for judge in judges.values():
         say(judge.line)
     lora.switch_adapter(model, None)
-    say(f"{prepare_model(model)} ({world.device}, {str(dtype).removeprefix('torch.')})")
+    path = prepare_model(model, **models.example(prompts, world.device))
+    say(f"{path} ({world.device}, {str(dtype).removeprefix('torch.')})")
     calibrated = "harmless" in judges and bool(judges["harmless"].record.get("calibrated"))
 
     # 4 responses: sampled, scored, judged
@@ -182,7 +180,8 @@ def main(args):
         if line := evaluate_report.log_line(entry):
             say(line)
     report |= evaluate_words.in_words(report)
-    report["samples"] = evaluate_numbers.pick_samples(rows, args.samples, args.seed)
+    picked = evaluate_numbers.pick_samples(rows, args.samples, args.seed)
+    report["samples"] = evaluate_prompts.with_pictures(picked, prompts)
 
     # 6 save
     evaluate_report.save(args.output_dir, report, [row for of_policy in rows.values() for row in of_policy], kept)

@@ -11,14 +11,14 @@ among all rows alone: the same flags give the same bytes, and a file that was le
     python generate.py --prompts p.jsonl --num-responses 8 --pairs --reward-model models/helpful_rm --output pairs.jsonl
 
 Copy with: formats/ harness/ tools/ distributed.py lora.py lora_targets.py packed_attention.py packed_model.py
-    packed_probe.py packing.py preference_data.py reward_models.py sampling.py toy_world.py vision.py
+    packed_probe.py packing.py preference_data.py reward_models.py sampling.py toy_vision.py toy_world.py vision.py
 """
 
 import re
 import time
 from functools import partial
 
-from harness import endings, flags
+from harness import endings, flags, toys
 
 NOT_IN_CHAT = """prompts output num_samples num_responses pairs reward_model reward_fn min_reward batch_size
     overwrite""".split()
@@ -100,7 +100,6 @@ from sampling import end_tokens, response_text, sample
 from tools import generate_output, generate_prompts, generate_reward, generate_rows, models
 from tools.generate_chat import chat
 
-TOY_FOLDER = "outputs/toy_world"
 SECONDS_PER_LINE = 30  # of the log
 
 
@@ -115,7 +114,7 @@ def main(args):
         output.check_place(path for _, _, path in written_files.inputs(args))
         locks.hold(output.path.with_name(f".{output.path.name}.lock"), f"--output {args.output}", endings.say)
     function = generate_reward.load(args.reward_fn) if args.reward_fn else None
-    models.resolve_toy(args, TOY_FOLDER)
+    toys.take(args, {"model": "model", "prompts": "prompts.jsonl"})
 
     # 2 prompts: none for a chat
     if args.adapter and "model" not in args.given:
@@ -123,7 +122,7 @@ def main(args):
     tokenizer = load_tokenizer(args.model, args.trust_remote_code)
     prompts = []
     if not args.chat:
-        file = generate_prompts.read(args, tokenizer)
+        file = generate_prompts.read(args, tokenizer, models.picture_reader(args, tokenizer))
         prompts = file.prompts
         say(*generate_prompts.report(file, args, tokenizer), sep="\n")
 
@@ -145,13 +144,13 @@ def main(args):
     reward = None
     if rewards:
         base_sha256, max_length = score_cache.base_sha256(model), longest + args.max_new_tokens
-        (reward,) = models.load_rewards(args, rewards, model, base_sha256, dtype, max_length).values()
+        (reward,) = models.load_rewards(args, rewards, model, base_sha256, dtype, max_length, prompts).values()
         say(reward.line)
         if args.min_reward is not None and not reward.record.get("calibrated"):
             say("  these scores have no zero (calibrated: false): --min-reward is a limit by their own measure")
         if reward.model is model:
             lora.switch_adapter(model, "policy" if args.adapter else None)  # loading has switched the reward's on
-            say(prepare_model(model))
+            say(prepare_model(model, **models.example(prompts, world.device)))
 
     # 4 generate
     progress = dict.fromkeys(generate_rows.COUNTS, 0) | output.begin(identity)
@@ -165,7 +164,8 @@ def main(args):
         asked = [prompt for prompt in batch for _ in range(args.num_responses)]
         draws = range(progress["responses"], progress["responses"] + len(asked))  # places among all responses
         settings = args.max_new_tokens, args.seed, args.temperature, args.top_p, draws
-        responses = sample(model, tokenizer, [prompt.ids for prompt in asked], *settings)
+        ids, pictures = [prompt.ids for prompt in asked], [prompt.pictures for prompt in asked]
+        responses = sample(model, tokenizer, ids, *settings, pictures=pictures)
         texts = [response_text(prompt.ids, ids, ends, tokenizer) for prompt, ids in zip(asked, responses, strict=True)]
         scores = []
         if function:

@@ -13,7 +13,7 @@ Deviations from prompt tuning's paper: preference pairs instead of targets; Adam
     torchrun --nproc_per_node=4 learn_prompt.py --dataset-path pairs.jsonl --prompt-init vocab             # four GPUs
 
 Copy with: formats/ harness/ distributed.py lora.py lora_targets.py losses.py packed_attention.py packed_model.py
-    packed_probe.py packing.py preference_data.py preference_prompt.py toy_world.py vision.py
+    packed_probe.py packing.py preference_data.py preference_prompt.py toy_vision.py toy_world.py vision.py
 """
 
 from harness import endings, flags, training_flags
@@ -56,7 +56,6 @@ def get_args(argv=None):
 if __name__ == "__main__":
     ARGS = get_args()  # before torch is loaded, which takes seconds: --help and a wrong flag are answered at once
 
-from functools import partial
 
 import torch
 
@@ -65,7 +64,7 @@ from harness.run import Frozen, Run
 from harness.training import Training
 from losses import PAIR_METRICS, dpo_loss, pair_metrics
 from packing import send
-from preference_prompt import PromptError, save_soft_prompt, use_soft_prompt, with_virtual_tokens
+from preference_prompt import PromptError, save_soft_prompt, use_soft_prompt, with_vectors
 
 METRICS = dict.fromkeys(["loss", *PAIR_METRICS], "pairs")  # all of them means over pairs
 SHOWN = "loss beta rewards/accuracies rewards/margins logps/chosen logps/chosen_change grad_norm".split()
@@ -114,11 +113,12 @@ def main(args):
     tokenizer = run.load_tokenizer()
     skeleton = run.skeleton(tokenizer)
     num_vectors = number_of_vectors(tokenizer, args)
-    with_vectors = f"--max-length {args.max_length} with {num_vectors} vectors"
-    check_positions(skeleton.config, args.max_length + num_vectors, with_vectors, args.model)
+    longest = f"--max-length {args.max_length} with {num_vectors} vectors"
+    check_positions(skeleton.config, args.max_length + num_vectors, longest, args.model)
     if run.estimate_memory(skeleton, tokenizer, vectors=num_vectors):
         return
     pairs, train, held_out = run.read_pairs(args.dataset_path, args.test_dataset_path, tokenizer)
+    prompted_pairs = with_vectors(pairs, num_vectors, args.preference_position)
     data = run.plan(pairs, train, held_out)
 
     # 3 models: the frozen model without the vectors is the reference
@@ -129,8 +129,7 @@ def main(args):
     ref_logps = run.cached("reference", reference)  # (N, 2): of chosen and rejected of each pair
     vectors = torch.nn.Parameter(first_vectors(model, tokenizer, num_vectors, args))  # (N, D) fp32
     use_soft_prompt(model, vectors)
-    insert = partial(with_virtual_tokens, num_vectors=num_vectors, position=args.preference_position)
-    data.pairs = [pair._replace(prompt_ids=insert(pair.prompt_ids)) for pair in pairs]
+    data.pairs = prompted_pairs
 
     # 4 train
     training = Training(run, model, [vectors], METRICS, "soft prompt")

@@ -60,6 +60,19 @@ def with_virtual_tokens(prompt_ids, num_vectors, position):
     return virtual + prompt_ids if position == "prefix" else prompt_ids + virtual
 
 
+def with_vectors(pairs, num_vectors, position):
+    """The pairs with virtual tokens in their prompts.  Raises PromptError for one with a picture: a processor makes its
+    ids anew for each pass, without them.
+    """
+    seeing = next((pair.pictures for pair in pairs if pair.pictures), None)
+    if seeing:
+        raise PromptError(
+            f"{seeing.where} has a picture, and a soft prompt goes with text alone: leave such rows out, or say the "
+            "preference in words with --preference-text"
+        )
+    return [pair._replace(prompt_ids=with_virtual_tokens(pair.prompt_ids, num_vectors, position)) for pair in pairs]
+
+
 def use_soft_prompt(model, vectors):
     """Let token id -1 - k mean vectors[k], (n, D), in every later pass; the gradient reaches `vectors`.
 

@@ -4,56 +4,65 @@
 # and a report shows what it says before and after.  What the scripts print goes to outputs/quickstart/quickstart.log
 #   bash quickstart.sh                    further flags go to the DPO run:
 #   bash quickstart.sh --max-steps 50
+#   bash quickstart.sh vision             the same with pictures, in outputs/quickstart_vision
 set -euo pipefail
 cd "$(dirname "$0")"
-out=outputs/quickstart log=outputs/quickstart/quickstart.log
 case " $* " in *" --help "* | *" -h "*) sed -n -e 1d -e '/^[^#]/q' -e 's/^# \{0,1\}//p' "${0##*/}" && exit ;; esac
+
+world=toy folder=toy_world out=outputs/quickstart extras=()
+helpful=(--epochs 2) dpo=(--nll-coeff 0) safe=(--epochs 4 --harm-rate 0.05)
+usual=(15 10 17 70 8) world_takes=20 # seconds of each step and of making the world, as measured
+if [ "${1:-}" = vision ]; then
+  shift
+  world=toy-vision folder=toy_vision out=outputs/quickstart_vision extras=(vision)
+  helpful=(--epochs 3) dpo=(--nll-coeff 0.2) safe=(--epochs 3 --harm-rate 0.03 --nll-coeff 0.2)
+  usual=(20 20 20 40 12) world_takes=40
+fi
+log=$out/quickstart.log
 
 # Two reward models judge what the policy says: one how helpful it is, one how harmless.
 helpful_rm() {
-  .venv/bin/python train_rm.py --task helpful --model toy --learning-rate 3e-3 --epochs 2 \
+  .venv/bin/python train_rm.py --task helpful --model "$world" --learning-rate 3e-3 "${helpful[@]}" \
     --batch-size 16 --gradient-accumulation-steps 1 --dtype fp32 --logging-steps 25 \
-    --output-dir outputs/quickstart/helpful_rm --overwrite
+    --output-dir "$out/helpful_rm" --overwrite
 }
 harmless_rm() {
-  .venv/bin/python train_rm.py --task harmless --model toy --learning-rate 3e-3 \
+  .venv/bin/python train_rm.py --task harmless --model "$world" --learning-rate 3e-3 \
     --batch-size 16 --gradient-accumulation-steps 1 --dtype fp32 --logging-steps 25 \
-    --output-dir outputs/quickstart/harmless_rm --overwrite
+    --output-dir "$out/harmless_rm" --overwrite
 }
 
 # Helpful pairs alone: every flag of this run stands here, whatever follows quickstart.sh comes last and wins.
 train() {
-  .venv/bin/python dpo_hf_run.py --model toy --dataset toy --num-samples 0 --epochs 2 \
-    --beta 1 --learning-rate 1e-3 --warmup-steps 5 --batch-size 16 --gradient-accumulation-steps 1 \
-    --dtype fp32 --logging-steps 25 --output-dir outputs/quickstart/dpo --overwrite "$@"
+  .venv/bin/python dpo_hf_run.py --model "$world" --dataset "$world" --num-samples 0 --epochs 2 \
+    --beta 1 "${dpo[@]}" --learning-rate 1e-3 --warmup-steps 5 --batch-size 16 --gradient-accumulation-steps 1 \
+    --dtype fp32 --logging-steps 25 --output-dir "$out/dpo" --overwrite "$@"
 }
 
 # Helpful and harmless pairs at once, and pairs of what the policy says itself: a multiplier holds the rate of harm, as
-# the harmless model sees it, at 5 %.
+# the harmless model sees it, low.
 safe_mm_dpo() {
-  .venv/bin/python train_safe_mm_dpo.py --model toy --combine additive --harm-rate 0.05 --own-pairs 0.25 \
-    --helpful-rm-path outputs/quickstart/helpful_rm --harmless-rm-path outputs/quickstart/harmless_rm --epochs 4 \
+  .venv/bin/python train_safe_mm_dpo.py --model "$world" --combine additive --own-pairs 0.25 "${safe[@]}" \
+    --helpful-rm-path "$out/helpful_rm" --harmless-rm-path "$out/harmless_rm" \
     --beta 0.3 --w 0 --learning-rate 1e-3 --warmup-steps 5 --batch-size 16 --gradient-accumulation-steps 1 \
     --lora-dropout 0 --max-length 64 --max-prompt-length 32 --dtype fp32 --logging-steps 100 \
-    --logging-dir outputs/quickstart/logs \
-    --output-dir outputs/quickstart/safe_mm_dpo --overwrite
+    --logging-dir "$out/logs" --output-dir "$out/safe_mm_dpo" --overwrite
 }
 
 # Held-out prompts: what the model says before and after, read by the reward models and by the rule that knows the truth.
 report() {
-  .venv/bin/python evaluate_alignment.py --model toy --prompts toy \
-    --adapters dpo=outputs/quickstart/dpo safe_mm_dpo=outputs/quickstart/safe_mm_dpo \
-    --helpful-rm-path outputs/quickstart/helpful_rm --harmless-rm-path outputs/quickstart/harmless_rm \
-    --max-new-tokens 48 --batch-size 64 --dtype fp32 --output-dir outputs/quickstart/report --overwrite
+  .venv/bin/python evaluate_alignment.py --model "$world" --prompts "$world" \
+    --adapters "dpo=$out/dpo" "safe_mm_dpo=$out/safe_mm_dpo" \
+    --helpful-rm-path "$out/helpful_rm" --harmless-rm-path "$out/harmless_rm" \
+    --max-new-tokens 48 --batch-size 64 --dtype fp32 --output-dir "$out/report" --overwrite
 }
 
 # -- how far it is -----------------------------------------------------------------------------------------------------
 
 titles=("a reward model learns what is helpful" "a reward model learns what is harmless" "DPO: learning to help"
   "Safe-MM-DPO: learning to help without harm" "before and after")
-usual=(15 10 17 70 8) # seconds of each step, as measured; how long the earlier ones took here scales the later ones
-if [ ! -e outputs/toy_world/manifest.json ]; then usual[0]=35; fi # the tiny model and its world are made first
-took=0 of=0 # seconds of the steps that have ended, here and usually
+if [ ! -e "outputs/$folder/manifest.json" ]; then usual[0]=$((usual[0] + world_takes)); fi # made first
+took=0 of=0 # seconds of the steps that have ended, here and usually: how long those took scales the later ones
 
 # seconds_left STEP SECONDS: sets left, from what this step has taken so far and what all those before it took.
 seconds_left() {
@@ -116,7 +125,7 @@ step() {
 mkdir -p "$out"
 echo "A tiny model learns to help, then to help without harm." | tee "$log"
 echo "Everything the scripts print: $log"
-bash setup.sh # the first time it installs, and says so
+bash setup.sh ${extras[@]+"${extras[@]}"} # the first time it installs, and says so
 export HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 # One thread: where other programs run too, two of them, which wait for each other, are 20 times slower (measured).
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"

@@ -18,6 +18,7 @@ from formats.json_files import is_number, read_object, wrong_value
 from formats.model_files import load_model, load_skeleton, load_tokenizer
 from formats.user_errors import UserError
 from packed_model import prepare_scores
+from preference_data import Pair
 
 
 class RewardModelError(UserError):
@@ -251,16 +252,19 @@ def best_of(n, costs):
 
 
 def as_pairs(prompts, responses):
-    """(prompt, response, response) triples for packing.pack, one prompt's responses two by two; and where each went.
+    """Pairs for packing.pack, one prompt's responses two by two; and where each went.
 
-    prompts: ids of each prompt; responses: a list of responses (ids) for each.  An odd one stands twice.  Returns
-    (triples, places): places[n][m] = (side, triple) of response m to prompt n, side 0 where chosen stands, 1 rejected.
+    prompts: each with `ids` and `pictures`; responses: a list of responses (ids) for each.  An odd one stands twice.
+    Returns (pairs, places): places[n][m] = (side, pair) of response m to prompt n, side 0 where chosen stands, 1
+    rejected.
     """
-    triples, places = [], []
+    pairs, places = [], []
     for prompt, answers in zip(prompts, responses, strict=True):
-        places.append([(m % 2, len(triples) + m // 2) for m in range(len(answers))])
-        triples += [(prompt, answers[m], answers[min(m + 1, len(answers) - 1)]) for m in range(0, len(answers), 2)]
-    return triples, places
+        places.append([(m % 2, len(pairs) + m // 2) for m in range(len(answers))])
+        for m in range(0, len(answers), 2):
+            one, other = answers[m], answers[min(m + 1, len(answers) - 1)]
+            pairs.append(Pair(prompt.ids, one, other, pictures=prompt.pictures))
+    return pairs, places
 
 
 def score_statistics(scores, labels):

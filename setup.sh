@@ -88,7 +88,12 @@ print("\n".join(extras.get(sys.argv[1]) or sys.exit(f"setup.sh: no extra {sys.ar
 PYTHON
   ) || exit 2
   printf '%s\n' "$lines" >.venv/extra.txt
-  install -r .venv/extra.txt
+  "$py" -c 'from importlib.metadata import version; print("torch==" + version("torch"))' >.venv/torch.txt
+  install -r .venv/extra.txt -c .venv/torch.txt # torchvision would bring another torch along, of gigabytes
+  if [ "$extra" = vision ] && ! "$py" -c 'import torchvision' 2>/dev/null; then
+    "$py" -m pip uninstall --quiet --yes --disable-pip-version-check torchvision
+    echo "setup.sh: pip's index has no torchvision for this torch; LLaVA, LLaVA-Next and Idefics3 need none"
+  fi
   echo "$key" >".venv/$extra.stamp"
 done
 echo "setup.sh: .venv is ready"

@@ -16,14 +16,10 @@ Asked how to raid a bank vault, content is harmful and declining is safe. Prompt
 have harm-like words and are harmless. Courtesy and brevity are another axis, with a sentence asking for it.
 """
 
-import argparse
 import hashlib
 import json
-import os
 import random
 import re
-import sys
-import tempfile
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -33,8 +29,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
-from formats import written_files
-from preference_data import DataError
+from formats import toy_files
 
 PREFERENCE_TEXT = "Please answer politely and briefly."
 
@@ -360,41 +355,13 @@ def _write_world(folder: Path, seed: int):
     (folder / "model" / "model.safetensors").chmod((folder / "prompts.jsonl").stat().st_mode)  # it was 0600
 
 
-def _is_complete(folder: Path, key: str) -> bool:
-    files = written_files.read(folder)
-    missing = [name for name in files if not (folder / name).exists()]
-    if changed := written_files.unlike(folder, files.keys() - missing):
-        raise DataError(f"{folder / min(changed)} was changed since the toy world was made: move it away or remove it")
-    return "recipe.txt" in files and not missing and (folder / "recipe.txt").read_text() == key
-
-
 def build(folder, seed: int = 0) -> Path:
     """Write the world under `folder`, unless it is there already, whole and of this recipe and seed.
 
     Replaces what was written there before and nothing else.  Raises DataError for a file of the user's in its place.
     """
     key = hashlib.sha256(Path(__file__).read_bytes() + str(seed).encode()).hexdigest()
-    return build_once(folder, key, lambda made: _write_world(made, seed), "20 seconds")
-
-
-def build_once(folder, key: str, write, duration: str) -> Path:
-    """build, for a world that `write(empty folder)` writes; `key` stands for its recipe and seed."""
-    folder = Path(folder)
-    written_files.remove_drafts(folder.parent, f".{folder.name}-")
-    if _is_complete(folder, key):
-        return folder
-    print(f"toy world: building {folder} (once, about {duration})", file=sys.stderr, flush=True)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    names = {"prefix": f".{folder.name}-", "suffix": f".{os.getpid()}"}
-    with tempfile.TemporaryDirectory(dir=folder.parent, **names) as temporary:
-        (made := Path(temporary) / "made").mkdir()
-        write(made)
-        (made / "recipe.txt").write_text(key)
-        if _is_complete(folder, key):  # another process has put an equal one there
-            return folder
-        if taken := written_files.replace(folder, made):
-            raise DataError(f"{taken} is in the place of a file of the toy world: move it away")
-    return folder
+    return toy_files.build_once(folder, key, lambda made: _write_world(made, seed), "20 seconds")
 
 
 @torch.no_grad()
@@ -429,15 +396,5 @@ def judge_model(model, tokenizer, prompts, seed=0, num_responses=1, max_new_toke
     return result | {"over_refusal_harm_like": mean("refusal", "harm_like"), "responses": rows}
 
 
-def main(build, what: str):
-    """A toy world as a command: python FILE DIR."""
-    parser = argparse.ArgumentParser(description=f"Write {what}.")
-    parser.add_argument("folder", metavar="DIR", help="where it goes; stays as it is where it is whole")
-    try:
-        print(f"saved to {build(parser.parse_args().folder)}")
-    except DataError as error:
-        parser.error(str(error))
-
-
 if __name__ == "__main__":
-    main(build, "the toy world: a tiny model, its tokenizer, pairs and prompts")
+    toy_files.main(build, "the toy world: a tiny model, its tokenizer, pairs and prompts")

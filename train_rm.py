@@ -15,7 +15,7 @@ Deviations: the label terms are per row, so rows without labels train the rankin
     torchrun --nproc_per_node=8 train_rm.py --task harmless --config configs/rm_config.yaml    # eight GPUs
 
 Copy with: formats/ harness/ distributed.py lora.py lora_targets.py losses.py packed_attention.py packed_model.py
-    packed_probe.py packing.py preference_data.py reward_models.py toy_world.py vision.py
+    packed_probe.py packing.py preference_data.py reward_models.py toy_vision.py toy_world.py vision.py
 """
 
 import json
@@ -127,7 +127,7 @@ def validate(forward, data, labels, world):
     return result
 
 
-def save_model(folder, model, tokenizer, reader, record, state=None):
+def save_model(folder, model, tokenizer, record, state=None, reader=None):
     """The adapter with its head in PEFT's format or, of a `state`, transformers' whole model; and reward_model.json.
 
     reader: vision.PictureReader of a model that sees, or None.
@@ -164,7 +164,7 @@ def save_best(run, model, tokenizer, record):
         loss = f"val_loss={validation['loss']:.4f}" if validation else "no validation: the last one"
         run.say(f"Saving best model to {run.args.output_dir} ({loss})")
         with run_files.whole_files(run.args.output_dir) as folder:
-            save_model(folder, model, tokenizer, run.reader, record, state)
+            save_model(folder, model, tokenizer, record, state, run.reader)
 
 
 def main(args):
@@ -177,7 +177,6 @@ def main(args):
     run.add_adapter(skeleton, "reward")  # a wrong target shows here
     if run.estimate_memory(skeleton, tokenizer):
         return
-    run.see(skeleton, tokenizer)
     train_path, val_path = (getattr(args, f"{part}_{args.task}_path") for part in ("train", "val"))
     pairs, train, held_out = run.read_pairs(train_path, val_path, tokenizer)
     labels, calibrated = harm_labels(pairs, train, args, run.say)
@@ -196,9 +195,8 @@ def main(args):
         "base_model": args.model,
         "base_sha256": base_sha256(model),
         "data_sha256": data.train_sha256,
-        **data.how_pictures_are_made(),
         "pad_token_id": pad_unlike_ends(args.model, tokenizer, model.config),
-    }
+    } | data.how_pictures_are_made()
     validation_data = fingerprint([pairs[i] for i in held_out])  # it decides which epoch is the best
     parameters = run.begin(model, parameters, **{"validation data": validation_data})
 
@@ -256,8 +254,8 @@ def main(args):
             model.score.weight.data.copy_(head)
             lora.merge_adapter(model, "best")
             merged = sharding.whole_state(model, run.dtype, run.world)
-            record |= {"validation": state["saved"]}
-            save_model(folder / "merged", model, tokenizer, run.reader, record, merged)
+            of_best = record | {"validation": state["saved"]}
+            save_model(folder / "merged", model, tokenizer, of_best, merged, run.reader)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ Deviations from the papers: E[cost] is of offline prompts, sampled every few upd
 
 Copy with: formats/ harness/ distributed.py expected_cost.py lora.py lora_targets.py losses.py own_pairs.py
     packed_attention.py packed_model.py packed_probe.py packing.py preference_data.py reward_models.py sampling.py
-    toy_world.py vision.py
+    toy_vision.py toy_world.py vision.py
 """
 
 import math
@@ -294,7 +294,6 @@ def main(args):
     if run.estimate_memory(skeleton, tokenizer, folders):
         return
     records, unit = read_records(folders, tokenizer, args)
-    run.see(skeleton, tokenizer)
     pairs, labels, train, held_out = read_both(run, tokenizer)
     validations = {f"{task} reward model": record.get("validation") for task, record in records.items()}
     data = run.plan(pairs, train, held_out, **validations)

@@ -19,7 +19,7 @@ Deviations from DPO's paper: the two terms behind it; AdamW instead of RMSprop.
         --use-prompt-embedding --prompt-embedding-path outputs/soft_prompt                      # four GPUs
 
 Copy with: formats/ harness/ distributed.py lora.py lora_targets.py losses.py packed_attention.py packed_model.py
-    packed_probe.py packing.py preference_data.py preference_prompt.py toy_world.py vision.py
+    packed_probe.py packing.py preference_data.py preference_prompt.py toy_vision.py toy_world.py vision.py
 """
 
 import math
@@ -93,7 +93,7 @@ from losses import PAIR_METRICS, aligned_loss, displacement, dpo_loss, matched_l
 from packed_model import prepare_model
 from packing import of_pairs, pack
 from preference_data import Pair, fingerprint
-from preference_prompt import PromptError, check_room, read_soft_prompt, use_soft_prompt, with_text, with_virtual_tokens
+from preference_prompt import PromptError, check_room, read_soft_prompt, use_soft_prompt, with_text, with_vectors
 
 OWN_METRICS = """loss_components/dpo_loss loss_components/aligned_loss preference_metrics/pref_delta_chosen
     preference_metrics/pref_delta_rejected preference_metrics/log_pref_advantage
@@ -202,16 +202,13 @@ def read_preference(skeleton, tokenizer, args, say):
 def behind_preference(pairs, vectors, position, tokenizer, say):
     """The pairs with the preference in their prompts: a text is there already, of vectors their places go in."""
     if vectors is None:
-        prompts = [pair.prompted_ids for pair in pairs]
+        prompted = [pair._replace(prompt_ids=pair.prompted_ids, pictures=pair.prompted_pictures) for pair in pairs]
     else:
-        prompts = [with_virtual_tokens(pair.prompt_ids, len(vectors), position) for pair in pairs]
-    prompted_pairs = [
-        Pair(ids, pair.chosen_ids, pair.rejected_ids, pictures=pair.prompted_pictures)
-        for ids, pair in zip(prompts, pairs, strict=True)
-    ]
-    text = f"  {tokenizer.decode(prompts[0])!r}" if vectors is None else ""
-    say(f"  row 0 prompt   {len(prompts[0]):4} tokens with the preference{text}")
-    return prompted_pairs
+        prompted = with_vectors(pairs, len(vectors), position)
+    first = prompted[0].prompt_ids
+    text = f"  {tokenizer.decode(first)!r}" if vectors is None else ""
+    say(f"  row 0 prompt   {len(first):4} tokens with the preference{text}")
+    return [Pair(*pair[:3], pictures=pair.pictures) for pair in prompted]
 
 
 def main(args):
@@ -226,8 +223,6 @@ def main(args):
         return
     vectors, position = read_preference(skeleton, tokenizer, args, run.say)
     prefer = partial(with_text, text=args.preference_text, position=position) if vectors is None else None
-    if vectors is None:  # a picture's tokens are made anew for each pass, without virtual ones among them
-        run.see(skeleton, tokenizer)
     pairs, train, held_out = run.read_pairs(args.dataset_path, args.test_dataset_path, tokenizer, prefer)
     prompted_pairs = behind_preference(pairs, vectors, position, tokenizer, run.say)
     check_room(skeleton.config, prompted_pairs, args.model)

@@ -10,6 +10,7 @@ The tower that sees is frozen.  It runs apart from the packed row, once for each
 that pair; its features join the row in the place of the placeholder tokens (`mm_encoder_outputs` of transformers).
 """
 
+import base64
 import copy
 import hashlib
 import io
@@ -24,6 +25,7 @@ from formats import hub_files
 from formats.row_files import Malformed, Unusable
 from formats.row_prompts import PICTURES
 from formats.user_errors import UserError
+from preference_data import Pair
 
 WRITTEN = "<image>"  # how a text says where a picture stands
 MARK = "\ufffc"  # in its place while a row is read: Unicode's "object replacement character"
@@ -166,6 +168,21 @@ class PictureReader:
         pictures = Pictures(self, where, text, found.sources, found.digests, num_behind, len(prompt_ids))
         return pair._replace(prompt_ids=prompt_ids, pictures=pictures)
 
+    def of_prompt(self, ids, found, text, where):
+        """(ids of a prompt as long as it will be, its Pictures or None) from ids of its text.  As `seeing`."""
+        alone = Pair(ids, [], [])
+        if not found:
+            self.check_text(alone)
+            return ids, None
+        seen = self.seeing(alone, found, text, where, len(ids))
+        return seen.prompt_ids, seen.pictures
+
+    def written(self, prompt):
+        """A text or messages with <image> in the place of each MARK."""
+        if isinstance(prompt, str):
+            return prompt.replace(MARK, WRITTEN)
+        return [message | {"content": message["content"].replace(MARK, WRITTEN)} for message in prompt]
+
     def check_responses(self, pair):
         """Raise Unusable for a response with the token that stands for a picture: there is none for it."""
         if self.image_token in pair.chosen_ids or self.image_token in pair.rejected_ids:
@@ -193,6 +210,13 @@ class PictureReader:
         of_images = self.processor.image_processor
         settings = of_images.to_dict() | {"class": type(of_images).__name__}
         return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()
+
+    def data_uri(self, source, side=256):
+        """A picture as a page shows it, at most so many pixels wide and high."""
+        image = self.Image.open(io.BytesIO(source) if isinstance(source, bytes) else source).convert("RGB")
+        image.thumbnail((side, side))
+        image.save(file := io.BytesIO(), "PNG")
+        return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
 
     def save(self, folder):
         """Write the processor, if it was asked for, beside what else is saved."""

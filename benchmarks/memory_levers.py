@@ -18,11 +18,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the scripts lie one folder up
 
 import dpo_hf_run
-import toy_world
 from formats.preference_rows import recognise, row_texts
 from formats.row_files import DataError, Malformed, Unusable, parse_row, read_rows
-from harness import endings, flags
-from harness.run import TOY_FOLDER
+from harness import endings, flags, toys
 
 BASE = "--batch-size 4 --gradient-accumulation-steps 1 --max-length 512 --lora-r 16 --gradient-checkpointing off"
 LEVERS = [  # what stands behind the base's flags, and takes their place
@@ -101,10 +99,7 @@ def main(args):
     levers = [lever for lever in LEVERS if installed or "8bit" not in lever]
     memory = {}
     with tempfile.TemporaryDirectory() as work:
-        if "toy" in (args.model, args.dataset):
-            toy = toy_world.build(TOY_FOLDER)
-            args.model = str(toy / "model") if args.model == "toy" else args.model
-            args.dataset = str(toy / "train/helpful_pairs.jsonl") if args.dataset == "toy" else args.dataset
+        toys.take(args, {"model": "model", "dataset": "train/helpful_pairs.jsonl"})
         rows = longest_rows(args.dataset, args.updates * UPDATE)
         Path(work, "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         own = ["--model", args.model, "--updates", str(args.updates), "--dtype", args.dtype, "--work", work]

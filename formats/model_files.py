@@ -76,7 +76,7 @@ def load_model(path, dtype, device, trust_remote_code=False, scores=False, max_l
         raise ModelError(damage)
     if not sys.stderr.isatty():
         transformers_logging.disable_progress_bar()
-    config = _config(path, trust_remote_code)
+    config = load_config(path, trust_remote_code)
     check_positions(config, max_length, f"a text of {max_length} tokens", path)
     kind, options = _class_of(config, scores), {"num_labels": 1} if scores else {}
     options |= {"dtype": dtype, "trust_remote_code": trust_remote_code}
@@ -119,7 +119,7 @@ def load_skeleton(path, tokenizer, args, scores=False):
     args: of the command line, where the script has them: trust_remote_code, max_length.
     """
     trust, max_length = getattr(args, "trust_remote_code", False), getattr(args, "max_length", 0)
-    config = _config(path, trust)
+    config = load_config(path, trust)
     check_positions(config, max_length, f"--max-length {max_length}", path)
     kind = _class_of(config, scores)
     with torch.device("meta"):
@@ -189,7 +189,7 @@ def check_positions(config, tokens, reason, path):
         raise ModelError(f"{reason} is more than the {room} positions of the model {path}: make it smaller")
 
 
-def _config(path, trust_remote_code):
+def load_config(path, trust_remote_code):
     """config.json of a causal language model whose weights are whole.  Raises ModelError."""
     load = partial(_from, AutoConfig, path, trust_remote_code=trust_remote_code)
     config = _loaded("model", path, load)
@@ -287,7 +287,8 @@ def pad_unlike_ends(path, tokenizer, config):
     They read the score at the last token that is not padding: where that is the end-of-sequence, the one before it.
     """
     ends = {tokenizer.eos_token_id, turn_end(tokenizer)}
-    for given in (getattr(config, "eos_token_id", None), config.get_text_config().eos_token_id, _generation_ends(path)):
+    of_configs = [getattr(part, "eos_token_id", None) for part in (config, config.get_text_config())]
+    for given in (*of_configs, _generation_ends(path)):
         ends |= set(given) if isinstance(given, list) else {given}
     special = [tokenizer.pad_token_id, tokenizer.unk_token_id, tokenizer.bos_token_id, *tokenizer.all_special_ids]
     return next(token for token in (*special, *range(len(tokenizer))) if token is not None and token not in ends)

@@ -241,7 +241,7 @@ def check_columns(row, read, shape_name, prompt, responses):
         words = {word.lower().removesuffix("s") for word in re.findall(r"[A-Z]?[a-z]+|[A-Z]+|[^\W_a-zA-Z]+", name)}
         texts = () if words & ABOUT else _leaves(value)
         if texts and name in PICTURES:
-            raise Malformed(f"`{name}`: pictures need a vision-language model, and go with no soft prompt")
+            raise Malformed(f"`{name}`: pictures need a vision-language model, and this one reads text alone")
         lost = [text for text in texts if text.strip() not in responses and not is_within(text, prompt)]
         if lost and words & ASKED and words <= ASKED | WITH_ASKED:
             raise Malformed(

@@ -26,7 +26,6 @@ import torch
 import distributed
 import lora
 import lora_targets
-import toy_world
 from formats import model_files
 from formats.model_files import enable_checkpointing, load_model, load_skeleton, save_whole, sees
 from harness import (
@@ -43,13 +42,13 @@ from harness import (
     score_cache,
     sharding,
     speed,
+    toys,
 )
 from harness.data import Data, pair_length
 from packed_model import prepare_model
 from packing import hold_out, largest_pass, pack
 from preference_data import DataError, fingerprint, load_pairs
 
-TOY_FOLDER = "outputs/toy_world"
 CHECKPOINT_LAYOUT = 3  # of what `begin` and Training put into a checkpoint; another layout is refused
 
 
@@ -69,7 +68,7 @@ class Frozen:
 
 
 class Run:
-    """One run of a training script.  toy: {flag: its file in the toy world} of flags that may be `toy`, as --model may.
+    """One run of a training script.  toy: {flag: its file in a toy world} of flags that may name one, as --model may.
 
     Raises UserErrors before anything is written.
     """
@@ -95,11 +94,7 @@ class Run:
         self.adapter_name = "policy"
         if self.world.size > 1:
             self.say(f"Distributed training initialized: world_size={self.world.size}")
-        toy = {"model": "model"} | toy
-        if names := [name for name in toy if getattr(args, name) == "toy"]:
-            folder = distributed.main_first(self.world, lambda: toy_world.build(TOY_FOLDER))
-            for name in names:
-                setattr(args, name, str(folder / toy[name]))
+        distributed.main_first(self.world, lambda: toys.take(args, {"model": "model"} | toy))
 
     def say(self, *text, sep=" "):
         """Print, on rank 0."""
@@ -113,7 +108,12 @@ class Run:
 
     def skeleton(self, tokenizer, scores=False):
         """The model without its weights: what does not fit it shows before gigabytes are read."""
-        return load_skeleton(self.args.model, tokenizer, self.args, scores)
+        model = load_skeleton(self.args.model, tokenizer, self.args, scores)
+        if sees(model.config):
+            import vision  # nobody else needs it
+
+            self.reader = vision.PictureReader(self.args, model.config, tokenizer)
+        return model
 
     def estimate_memory(self, skeleton, tokenizer, reward_folders=None, vectors=0):
         """Whether --estimate-memory was asked for, which is then answered: the run ends there."""
@@ -132,13 +132,6 @@ class Run:
     def _advise_on_memory(self):
         phase, room = self.watch.marks[-1][0], device.own_room(self.world)
         return memory_report.out_of_memory(self.estimate, self.args, phase, room)
-
-    def see(self, skeleton, tokenizer):
-        """Have rows with pictures read, where the model sees them."""
-        if sees(skeleton.config):
-            import vision  # nobody else needs it
-
-            self.reader = vision.PictureReader(self.args, skeleton.config, tokenizer)
 
     def read(self, source, tokenizer, limit, prefer=None, by_default=False):
         """(pairs, lines to print) of a file, a folder or a dataset on a hub; prefer, by_default: see load_pairs."""

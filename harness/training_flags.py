@@ -4,6 +4,7 @@ from pathlib import Path
 
 from formats import written_files
 from formats.json_files import read_object
+from harness import toys
 from harness.flags import number
 
 
@@ -142,10 +143,10 @@ def parse(parser, argv=None):
 
 
 def take_toy(args, *paths):
-    """Set the `paths` to `toy` with --model toy, unless they were given with it: those of a file go with its model."""
-    if args.model == "toy":
+    """Set the `paths` to the toy world of --model, unless they were given with it: a file's go with its model."""
+    if args.model in toys.FOLDERS:
         given = args.typed if "model" in args.typed else args.given
-        vars(args).update((name, "toy") for name in paths if name not in given)
+        vars(args).update((name, args.model) for name in paths if name not in given)
 
 
 def _filled(parser, argv):

@@ -23,7 +23,7 @@ import reward_models
 import toy_world
 import train_rm
 from formats import model_files
-from harness import charts
+from harness import charts, toys
 from tools import (
     evaluate_adapters,
     evaluate_numbers,
@@ -328,7 +328,7 @@ def test_the_rule_gives_what_judge_model_gives(toy):
     rows = [
         evaluate_numbers.judged(
             {"prompt_index": n, "category": "a"} | {key: row[key] for key in ("prompt", "response", "finished")},
-            *(None, None, False, toy_world.judge),
+            *(None, None, False, lambda row: toy_world.judge(row["prompt"], row["response"])._asdict()),
         )
         for n, row in enumerate(expected["responses"])
     ]
@@ -642,11 +642,11 @@ def test_an_evaluation_that_was_ended_goes_on_behind_its_responses(world, tmp_pa
     words, sample, calls = ["--adapters", world / "adapter", "--batch-size", "4"], evaluate_responses.sample, []
     whole = tiny(world, tmp_path / "whole", *words)
 
-    def ask(*args):
+    def ask(*args, **options):
         calls.append(1)
         if len(calls) == 5:
             signal.raise_signal(asked)
-        return sample(*args)
+        return sample(*args, **options)
 
     monkeypatch.setattr(evaluate_responses, "sample", ask)
     listen()
@@ -755,7 +755,7 @@ def test_a_base_that_nothing_judges_has_no_line(world, tmp_path, capsys):
 
 
 def test_toy_brings_its_prompts(toy, tmp_path, monkeypatch):
-    monkeypatch.setattr(evaluate_alignment, "TOY_FOLDER", str(toy))
+    monkeypatch.setitem(toys.FOLDERS, "toy", str(toy))
     evaluate("--model", "toy", "--num-samples", "4", "--max-new-tokens", "3", "--output-dir", tmp_path / "a")
     report, rows = read(tmp_path / "a")
     first = json.loads((toy / "prompts.jsonl").read_text().splitlines()[0])

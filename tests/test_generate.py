@@ -230,11 +230,11 @@ def test_a_killed_run_goes_on_to_the_same_bytes(toy_make, tmp_path, monkeypatch,
     whole, _ = toy_make(*words)
     output, sample, save, calls = tmp_path / "killed.jsonl", generate.sample, generate_output.BatchFile._save, []
 
-    def sample_or_die(*args):
+    def sample_or_die(*args, **options):
         calls.append(1)
         if len(calls) == 4 and when in ("between batches", "within a line"):
             raise Killed
-        return sample(*args)
+        return sample(*args, **options)
 
     def save_or_die(self, progress):
         if progress["batches"] == (3 if when == "behind the rows" else 0) and when in (

@@ -452,7 +452,7 @@ def test_a_column_that_looks_like_a_prompt_is_not_lost_in_any_row(tmp_path, name
             load(path, char_tokenizer(template=CHATML))
         reason = f"`{name}` is not read where a file's first row is {shape}: call what is asked `prompt`, or"
         if name == "images":
-            reason = "`images`: pictures need a vision-language model, and go with no soft prompt"
+            reason = "`images`: pictures need a vision-language model, and this one reads text alone"
         assert str(error.value).startswith(f"{path}:{place}: {reason}")
 
 

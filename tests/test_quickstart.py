@@ -32,15 +32,15 @@ STEPS = [
 SCRIPTS = ["train_rm.py", "train_rm.py", "dpo_hf_run.py", "train_safe_mm_dpo.py", "evaluate_alignment.py"]
 LOG = "outputs/quickstart/quickstart.log"
 PYTHON = """printf '%s ' "$@" >>called; echo >>called; echo "$1 says"; echo "$1 complains" >&2
-if [ "$1" = evaluate_alignment.py ]; then mkdir -p outputs/quickstart/report
-  echo THE TABLE >outputs/quickstart/report/report.txt; fi
+if [ "$1" = evaluate_alignment.py ]; then for out in quickstart quickstart_vision; do mkdir -p outputs/$out/report
+  echo THE TABLE >outputs/$out/report/report.txt; done; fi
 """
 
 
 @pytest.fixture
 def project(tmp_path):
     shutil.copy(ROOT / "quickstart.sh", tmp_path)
-    write_tool(tmp_path / "setup.sh", "exit 0")
+    write_tool(tmp_path / "setup.sh", 'echo "$@" >set_up')
     write_tool(tmp_path / ".venv/bin/python", PYTHON)
     return tmp_path
 
@@ -61,7 +61,7 @@ def usual_seconds(world_is_there=False):
     text = (ROOT / "quickstart.sh").read_text("utf-8")
     seconds = list(map(int, re.search(r"^usual=\((.+?)\)", text, re.MULTILINE).group(1).split()))
     if not world_is_there:
-        seconds[0] = int(re.search(r"usual\[0\]=(\d+)", text).group(1))
+        seconds[0] += int(re.search(r"world_takes=(\d+)", text).group(1))
     return seconds
 
 
@@ -87,6 +87,19 @@ def test_the_screen_is_five_steps_and_the_result_and_the_rest_is_in_the_log(proj
     for title, script in zip(STEPS, SCRIPTS, strict=True):
         assert f"---- {title}\n{script} says\n{script} complains\n" in log
     assert [words[0] for words in called(project)] == SCRIPTS
+
+
+def test_vision_is_the_same_steps_on_the_world_with_pictures(project):
+    code, out, _ = run(project, "vision", "--max-steps", 7)
+    assert code == 0 and (project / "set_up").read_text() == "vision\n"
+    assert "The whole page, in a browser: outputs/quickstart_vision/report/report.html" in out
+    assert [words[0] for words in called(project)] == ["-c", *SCRIPTS]
+    for words in called(project)[1:]:
+        assert words[words.index("--model") + 1] == "toy-vision" and "toy" not in words
+        assert any(word.startswith("outputs/quickstart_vision/") for word in words)
+    assert called(project)[3][-2:] == ["--max-steps", "7"]
+    run(project)
+    assert (project / "set_up").read_text() == "\n" and "toy-vision" not in called(project)[-1]
 
 
 def test_the_time_left_is_that_of_the_steps_to_come_as_long_as_the_earlier_ones_took_here(project):

@@ -109,7 +109,7 @@ def test_held_out_pictures_and_their_combinations_are_new(pictured):
         }
 
     train, train_combinations = shown(sorted((pictured / "train").rglob("*.png")))
-    assert len(train) == 2000
+    assert len(train) == 3000
     assert {thing for two in train_combinations for thing in two} == set(THINGS)
     for folder in ("val", "test", "pictures"):
         held_out, combinations = shown(sorted((pictured / folder).rglob("*.png")))

@@ -224,7 +224,7 @@ def test_a_text_model_is_given_no_pictures(world, seen, tmp_path, capsys):
         run_script(words(seen, tmp_path / "out", model=world / "model"))
     assert end.value.code == 2
     said = capsys.readouterr().err
-    assert "pairs.jsonl:1: `image`: pictures need a vision-language model, and go with no soft prompt" in said
+    assert "pairs.jsonl:1: `image`: pictures need a vision-language model, and this one reads text alone" in said
 
 
 @pytest.mark.parametrize("missing", ["preprocessor_config.json", "PIL"])

@@ -14,13 +14,13 @@ from preference_data import load_pairs
 from tools import evaluate_numbers
 
 
-def read_pairs(source, tokenizer, args):
+def read_pairs(source, tokenizer, args, reader):
     """The pairs that the rows of a prompt file hold besides; [] where it holds prompts alone."""
     limits = args.max_prompt_length + args.max_new_tokens, args.max_prompt_length, args.num_samples
     try:
         where, row = next(iter(read_rows(source)))
         recognise(parse_row(row), where)
-        return load_pairs(source, tokenizer, *limits, True, args.chat_template_strings)[0]
+        return load_pairs(source, tokenizer, *limits, True, args.chat_template_strings, reader=reader)[0]
     except (DataError, Malformed):
         return []
 

@@ -1,13 +1,14 @@
 """What an evaluation asks: rows with `prompt`, a text or messages, and if known `category`; and which are benign."""
 
+import toy_world
 from formats.row_files import DataError, Malformed
 from formats.row_prompts import as_turns
 from tools.prompts import Question, read_prompts, text_of
 
 
-def read(args, tokenizer):
+def read(args, tokenizer, reader=None):
     """PromptFile of --prompts.  Raises DataError with file:line at the first mistake."""
-    file = read_prompts(args, tokenizer, question_of)
+    file = read_prompts(args, tokenizer, question_of, reader)
     if not file.prompts:
         raise DataError(f'{args.prompts} has no prompts: it needs rows like {{"prompt": "...", "category": "..."}}')
     return file
@@ -26,6 +27,26 @@ def question_of(row, where):
     said.encode()  # half a surrogate is no text, which would show after hours of sampling
     fields = {name: value for name, value in row.items() if name not in ("prompt", "messages")}
     return Question(prompt, fields | {"category": category or "no category"})
+
+
+def rule_of(prompts):
+    """Of prompts of a toy world what judges their responses, row -> {field: value}; else None."""
+    if all(toy_world.judge(prompt.text, "").kind != "unknown" for prompt in prompts):
+        return lambda row: toy_world.judge(row["prompt"], row["response"])._asdict()
+    if not all(prompt.pictures for prompt in prompts):
+        return None
+    import toy_vision  # texts are of the other world
+
+    return toy_vision.rule_of([prompt.pictures.sources for prompt in prompts])
+
+
+def with_pictures(samples, prompts):
+    """Entries of report["samples"] with the pictures of their prompt, as data URIs, where it has some."""
+    for sample in samples:
+        first = next(iter(sample["rows"].values()))
+        if pictures := prompts[first["prompt_index"]].pictures:
+            sample["pictures"] = [pictures.reader.data_uri(source) for source in pictures.sources]
+    return samples
 
 
 def are_benign(prompts, args, rule):

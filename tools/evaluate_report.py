@@ -14,6 +14,7 @@ import lora
 from formats import written_files
 from formats.json_files import read_object
 from harness import endings, locks, run_files, score_cache
+from packing import digests
 from tools import evaluate_adapters, evaluate_page, evaluate_text
 
 SAMPLED = "sampled.jsonl"  # until all of the following are there
@@ -42,7 +43,7 @@ def settings_entries(args, dtype, device):
 
 
 def prompts_sha256(prompts):
-    asked = [(prompt.text, prompt.fields["category"]) for prompt in prompts]
+    asked = [(prompt.text, prompt.fields["category"], *digests(prompt)) for prompt in prompts]
     return hashlib.sha256(json.dumps(asked).encode()).hexdigest()
 
 

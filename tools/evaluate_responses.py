@@ -10,7 +10,7 @@ import lora
 from harness import score_cache
 from harness.flags import NonFinite
 from packed_model import logps_of
-from packing import pack, passes
+from packing import digests, pack, passes
 from reward_models import as_pairs
 from sampling import response_text, sample
 from tools import models
@@ -29,7 +29,7 @@ class Kept:
 
     def __init__(self, args, model, policies, prompts, dtype, say):
         depends_on = [getattr(args, name) for name in SAMPLING] + [str(dtype), model.device.type]
-        depends_on += [[prompt.ids for prompt in prompts], score_cache.frozen_sha256(model)]
+        depends_on += [[[*prompt.ids, *digests(prompt)] for prompt in prompts], score_cache.frozen_sha256(model)]
         depends_on += [adapter_sha256(model, policy.adapter) for policy in policies if policy.adapter]
         identity = {"responses": hashlib.sha256(json.dumps(depends_on).encode()).hexdigest()}
         self.file = BatchFile(Path(args.output_dir) / SAMPLED)
@@ -66,14 +66,15 @@ def sampled(model, tokenizer, adapter, prompts, args, kept, bar):
     """Responses (ids) of one policy, args.num_responses to each prompt in turn; adapter None: the base.  All that are
     sampled go to `kept`, and those that are there already are taken.
     """
-    asked, responses = [prompt.ids for prompt in prompts for _ in range(args.num_responses)], []
+    asked, responses = [prompt for prompt in prompts for _ in range(args.num_responses)], []
     with lora.use_adapter(model, adapter):
         for batch in passes(asked, args.batch_size):
             draws = range(len(responses), len(responses) + len(batch))  # the same for each policy, where they agree
             settings = args.max_new_tokens, args.seed, args.temperature, args.top_p, draws
             new = kept.take(len(batch))
             if new is None:
-                new = sample(model, tokenizer, batch, *settings)
+                ids, pictures = [prompt.ids for prompt in batch], [prompt.pictures for prompt in batch]
+                new = sample(model, tokenizer, ids, *settings, pictures=pictures)
                 kept.add(new)
             responses += new
             bar.update(len(batch))
@@ -96,7 +97,7 @@ def measured(model, adapter, judges, prompts, responses, ends, args):
 @torch.no_grad()
 def log_probs(model, adapter, prompts, responses, batch_size):
     """{"logp", "base_logp", "kl"}, a list each; responses: for each prompt a list of responses (ids)."""
-    pairs, places = as_pairs([prompt.ids for prompt in prompts], responses)
+    pairs, places = as_pairs(prompts, responses)
     by_pair = {name: torch.zeros(2, len(pairs), dtype=torch.float64) for name in ("logp", "base_logp", "kl")}
     for indices in passes(range(len(pairs)), batch_size):
         batch = pack([pairs[i] for i in indices], model.device)

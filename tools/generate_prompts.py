@@ -1,7 +1,9 @@
 """What is asked of a policy: rows with `prompt`, or preference rows, whose responses stay behind."""
 
 import json
+import os
 import re
+from pathlib import Path
 
 from formats.preference_rows import own_texts, recognise
 from formats.row_files import DataError, Malformed
@@ -12,12 +14,25 @@ from tools.prompts import Question, read_prompts
 OF_RESPONSES = re.compile("response|chosen|rejected|reward|score|safe|dimension|messages")
 
 
-def read(args, tokenizer):
+def read(args, tokenizer, reader=None):
     """PromptFile of --prompts; rows that ask nothing are left out.  Raises DataError with file:line."""
-    file = read_prompts(args, tokenizer, question_of, leave_out=True)
+    file = read_prompts(args, tokenizer, question_of, reader, leave_out=True)
     if not file.prompts:
         raise DataError(f"{args.prompts} has no row with a prompt: name a file that has")
+    for prompt in file.prompts:
+        if prompt.pictures:
+            prompt.fields["images"] = pictures_beside(args.output, prompt)
     return file
+
+
+def pictures_beside(output, prompt):
+    """The pictures of a Prompt as rows of the file `output` name them: paths from its folder.  Raises DataError."""
+    sources = prompt.pictures.sources
+    if any(isinstance(source, bytes) for source in sources):
+        raise DataError(
+            f"{prompt.where}: its picture is bytes, which rows out cannot hold: write files of it with prepare_data.py"
+        )
+    return [os.path.relpath(source, Path(output).parent) for source in sources]
 
 
 def question_of(row, where):

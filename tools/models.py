@@ -8,22 +8,26 @@ import torch
 
 import lora
 import reward_models
-import toy_world
-from formats.model_files import check_positions, load_model, load_skeleton
+from formats.model_files import check_positions, load_config, load_model, load_skeleton, sees
 from harness.flags import NonFinite
 from packing import pack, passes
 from sampling import closed
 
 
-def resolve_toy(args, folder):
-    """Put files of the toy world, which is built in `folder`, in the place of `--model toy` and `--prompts toy`."""
-    if "toy" not in (args.model, args.prompts):
-        return
-    toy = toy_world.build(folder)
-    if args.model == "toy":
-        args.model = str(toy / "model")
-    if args.prompts == "toy":
-        args.prompts = str(toy / "prompts.jsonl")
+def picture_reader(args, tokenizer):
+    """vision.PictureReader where --model sees pictures, else None."""
+    config = load_config(args.model, args.trust_remote_code)
+    if not sees(config):
+        return None
+    import vision  # nobody else needs it
+
+    return vision.PictureReader(args, config, tokenizer)
+
+
+def example(prompts, device):
+    """{"example": a packed pair with pictures}, or {} where no prompt has any: prepare_model looks at one."""
+    seeing = next((prompt for prompt in prompts if prompt.pictures), None)
+    return {"example": pack(reward_models.as_pairs([seeing], [[seeing.ids[-2:]]])[0], device)} if seeing else {}
 
 
 class RewardFolder(NamedTuple):
@@ -70,17 +74,19 @@ def load(args, adapters, dtype, device):
     return model
 
 
-def load_rewards(args, rewards, model, base_sha256, dtype, max_length):
+def load_rewards(args, rewards, model, base_sha256, dtype, max_length, prompts):
     """{task: RewardModel} of {task: RewardFolder}: adapters on `model` where that is their base, else by themselves.
 
-    base_sha256: score_cache.base_sha256 of `model`; max_length: tokens of a prompt and its response.  An adapter on
-    `model` that is loaded here is on afterwards.
+    base_sha256: score_cache.base_sha256 of `model`; max_length: tokens of a prompt and its response; prompts: what is
+    asked.  An adapter on `model` that is loaded here is on afterwards.
     """
-
-    judges = {}
+    seeing, judges = example(prompts, model.device), {}
+    if seeing:
+        reader = next(prompt.pictures.reader for prompt in prompts if prompt.pictures)
+        seeing["pictures"] = reader.fingerprint()
     for task, (folder, record) in rewards.items():
         home, where = (model, base_sha256), (args, dtype, model.device, max_length)
-        judges[task] = reward_models.load(folder, record["task"], record, *home, *where)
+        judges[task] = reward_models.load(folder, record["task"], record, *home, *where, **seeing)
     return judges
 
 
@@ -95,7 +101,7 @@ def scores(reward, prompts, responses, ends, batch_size):
         [closed(response, ends, prompt.end) for response in group]
         for prompt, group in zip(prompts, responses, strict=True)
     ]
-    pairs, places = reward_models.as_pairs([prompt.ids for prompt in prompts], as_trained)
+    pairs, places = reward_models.as_pairs(prompts, as_trained)
     by_pair = torch.zeros(2, len(pairs), dtype=torch.float64)
     with lora.use_adapter(reward.model, reward.adapter):
         for indices in passes(range(len(pairs)), batch_size):

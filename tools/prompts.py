@@ -3,7 +3,7 @@
 import itertools
 import sys
 from collections import Counter
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from formats.chat_text import as_messages, note, note_lines, prompt_ids, prompt_text, response_end
 from formats.row_files import DataError, Malformed, Unusable, parse_row, read_rows
@@ -24,6 +24,7 @@ class Prompt(NamedTuple):
     fields: dict  # of its Question
     ids: list  # all that is asked, with the columns around the prompt
     end: int  # the token that ends a response to it
+    pictures: Any = None  # vision.Pictures, with which `ids` are placeholders
 
     @property
     def text(self):
@@ -42,26 +43,36 @@ def text_of(prompt, between="\n\n"):
     return prompt if isinstance(prompt, str) else between.join(message["content"] for message in prompt)
 
 
-def read_prompts(args, tokenizer, question_of, leave_out=False):
+def read_prompts(args, tokenizer, question_of, reader=None, leave_out=False):
     """PromptFile of the first --num-samples rows of --prompts.  Raises DataError with file:line at the first mistake.
 
-    question_of(row, where): the Question of a row (a dict), as a script reads it.
+    question_of(row, where): the Question of a row (a dict), as a script reads it.  reader: models.picture_reader.
     leave_out: whether rows that are Unusable are left out and counted; otherwise they are a mistake too.
     """
     prompts, num_cut, left_out, changes, last_chat = [], 0, Counter(), {}, None
     for where, row in itertools.islice(read_rows(args.prompts), args.num_samples or None):
         try:
-            row = parse_row(row)
+            row, found = parse_row(row), None
+            if reader:
+                row, found = reader.take(row, args.prompts)
             question = question_of(row, where)
-            whole, template_args = with_all_columns(question, row, args)
+            whole, template_args = with_all_columns(question, row, args, as_chat=found)
+            if found:
+                whole = reader.place(whole, found)
             is_chat = isinstance(whole, list)
             if is_chat and not tokenizer.chat_template:
                 raise DataError(f"{where} needs a chat template and this tokenizer has none: use an instruct model's")
             ids = prompt_ids(whole, tokenizer, sys.maxsize, **template_args)
-            is_cut = len(ids) > args.max_prompt_length
+            is_cut, pictures = len(ids) > args.max_prompt_length, None
+            if is_cut and found:
+                raise Unusable("its text is longer than --max-prompt-length, and one with pictures is not cut")
+            if reader:
+                text = prompt_text(whole, tokenizer, **template_args)
+                ids, pictures = reader.of_prompt(ids, found, text, where)
+                question = question._replace(prompt=reader.written(question.prompt))
             if is_cut:
                 ids = prompt_ids(whole, tokenizer, args.max_prompt_length, **template_args)
-            if is_chat:
+            if is_chat and not found:
                 last_chat = whole, template_args
                 note(changes, where, whole, [], [], [prompt_text(whole, tokenizer, **template_args)], tokenizer)
         except Unusable as reason:
@@ -72,7 +83,8 @@ def read_prompts(args, tokenizer, question_of, leave_out=False):
         except (Malformed, UnicodeEncodeError) as problem:
             raise DataError(f"{where}: {problem}; mend the row") from None
         num_cut += is_cut
-        prompts.append(Prompt(where, question.prompt, question.fields, ids, response_end(whole, tokenizer)))
+        end = response_end(whole, tokenizer)
+        prompts.append(Prompt(where, question.prompt, question.fields, ids, end, pictures))
     notes = []
     if last_chat:
         messages, template_args = last_chat
@@ -80,10 +92,10 @@ def read_prompts(args, tokenizer, question_of, leave_out=False):
     return PromptFile(prompts, num_cut, left_out, notes)
 
 
-def with_all_columns(question, row, args):
-    """(all that a row asks, arguments for the chat template).  Raises Malformed."""
+def with_all_columns(question, row, args, as_chat):
+    """(all that a row asks, arguments for the chat template); as_chat: a text as messages.  Raises Malformed."""
     whole = question.prompt
-    if args.chat_template_strings and isinstance(whole, str):
+    if (args.chat_template_strings or as_chat) and isinstance(whole, str):
         whole = as_messages(whole, "", "")[0]
     whole, template_args = with_context(row, whole)
     check_columns(question.fields, CONTEXT, question.shape, whole, [])
