@@ -249,7 +249,7 @@ def test_a_killed_run_goes_on_to_the_same_bytes(toy_make, tmp_path, monkeypatch,
     with pytest.raises(Killed):
         toy_make(*words, output=output)
     monkeypatch.setattr(generate_output.BatchFile, "_save", save)
-    monkeypatch.setattr(generate, "sample", lambda *args: calls.append(1) or sample(*args))
+    monkeypatch.setattr(generate, "sample", lambda *args, **options: calls.append(1) or sample(*args, **options))
     if when == "within a line":
         with open(output, "a") as file:
             file.write('{"prompt": "User:')
@@ -272,11 +272,11 @@ def begin(world_make, output, *words):
     with pytest.MonkeyPatch.context() as patch:
         calls, sample = [], generate.sample
 
-        def once(*args):
+        def once(*args, **options):
             calls.append(1)
             if len(calls) > 1:
                 raise Killed
-            return sample(*args)
+            return sample(*args, **options)
 
         patch.setattr(generate, "sample", once)
         with pytest.raises(Killed):
@@ -359,11 +359,11 @@ def test_a_second_run_into_the_file_is_refused(world_make, tmp_path, capsys):
 def test_asked_to_end_it_says_what_goes_on(world_make, tmp_path, monkeypatch, capsys, asked):
     sample, calls, output = generate.sample, [], tmp_path / "o.jsonl"
 
-    def ask(*args):
+    def ask(*args, **options):
         calls.append(1)
         if len(calls) == 2:
             signal.raise_signal(asked)
-        return sample(*args)
+        return sample(*args, **options)
 
     monkeypatch.setattr(generate, "sample", ask)
     listen()
@@ -524,8 +524,8 @@ def drawn(monkeypatch):
     """(prompt ids, response ids) of all that generate.py samples."""
     pairs, sample = [], generate.sample
 
-    def record(model, tokenizer, prompts, *args):
-        responses = sample(model, tokenizer, prompts, *args)
+    def record(model, tokenizer, prompts, *args, **options):
+        responses = sample(model, tokenizer, prompts, *args, **options)
         pairs.extend(zip(prompts, responses, strict=True))
         return responses
 

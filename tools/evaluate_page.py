@@ -55,7 +55,7 @@ td:empty::before { content: "\\2013"; }
   td:empty { display: none; } td:last-child { padding-bottom: 0.6rem; } .mean { white-space: normal; } }
 .sample { border: 1px solid var(--line); border-radius: 6px; padding: 0.7rem 0.9rem; margin: 0.9rem 0; }
 .text { white-space: pre-wrap; overflow-wrap: anywhere; margin: 0.2rem 0 0.5rem; max-width: none; }
-.picture { max-width: 100%; min-width: 6rem; margin: 0.4rem 0.4rem 0 0; image-rendering: pixelated; }
+.picture { display: block; max-width: 100%; min-width: 6rem; margin: 0.4rem 0.4rem 0 0; image-rendering: pixelated; }
 .prompt { background: var(--panel); border-radius: 4px; padding: 0.4rem 0.6rem; }
 .responses { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 19rem), 1fr)); gap: 0.8rem; }
 .response { border-left: 4px solid currentColor; padding-left: 0.7rem; min-width: 0; }
