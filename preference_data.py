@@ -102,9 +102,11 @@ def load_pairs(
     usable pair is left.  Unusable rows are counted by reason, and the first one left out is named.
     Needs max_prompt_length < max_length, so that a cut leaves something of every response.
     """
-    account = Account()
-    as_read = source, tokenizer, max_length, limit, skip_invalid, chat_template_strings, prefer, account, reader
-    rows = read_texts(*as_read)
+    account, as_read = Account(), (source, tokenizer, max_length, limit, skip_invalid)
+    rows = read_texts(*as_read, chat_template_strings, prefer, account, reader)
+    if any(row.found for row in rows) and not all(row.is_chat for row in rows):  # strings beside pictures: messages too
+        account = Account()
+        rows = read_texts(*as_read, True, prefer, account, reader)
     pairs = encode(rows, tokenizer, max_length, max_prompt_length, prefer, account, reader, skip_invalid)
     if not pairs:
         reasons = account.reasons() or "the file is empty"

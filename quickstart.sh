@@ -15,7 +15,7 @@ usual=(15 10 17 70 8) world_takes=20 # seconds of each step and of making the wo
 if [ "${1:-}" = vision ]; then
   shift
   world=toy-vision folder=toy_vision out=outputs/quickstart_vision extras=(vision)
-  helpful=(--epochs 3) dpo=(--nll-coeff 0.2) safe=(--epochs 3 --harm-rate 0.03 --nll-coeff 0.2)
+  helpful=(--epochs 3) dpo=(--nll-coeff 0.2) safe=(--epochs 3 --harm-rate 0.02 --nll-coeff 0.2)
   usual=(20 20 20 40 12) world_takes=40
 fi
 log=$out/quickstart.log

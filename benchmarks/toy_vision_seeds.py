@@ -38,7 +38,7 @@ STEPS = {
     "harmless_rm": f"train_rm.py --task harmless {REWARD} {FILES['harmless']}",
     "helpful only": "dpo_hf_run.py --dataset {world}/train/helpful_pairs.jsonl --eval-samples 0 --num-samples 0 "
     f"--epochs 2 --beta 1 {POLICY}",
-    "Safe-MM-DPO": "train_safe_mm_dpo.py --combine additive --own-pairs 0.25 --epochs 3 --harm-rate 0.03 --beta 0.3 "
+    "Safe-MM-DPO": "train_safe_mm_dpo.py --combine additive --own-pairs 0.25 --epochs 3 --harm-rate 0.02 --beta 0.3 "
     "--w 0 --lora-dropout 0 --max-length 64 --max-prompt-length 32 --helpful-rm-path {out}/helpful_rm "
     f"--harmless-rm-path {{out}}/harmless_rm {POLICY} {' '.join(FILES.values())}",
 }

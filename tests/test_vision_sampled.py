@@ -1,5 +1,5 @@
-"""Answers to prompts with pictures, and scores of reward models on them, on each family: against the model's own forward
-on one whole sequence at a time, without a cache, from pixels.
+"""Answers to prompts with pictures, and scores of reward models on them, on each family: against the model's own
+forward on one whole sequence at a time, without a cache, from pixels.
 """
 
 import pytest

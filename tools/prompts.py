@@ -43,23 +43,26 @@ def text_of(prompt, between="\n\n"):
     return prompt if isinstance(prompt, str) else between.join(message["content"] for message in prompt)
 
 
-def read_prompts(args, tokenizer, question_of, reader=None, leave_out=False):
+def read_prompts(args, tokenizer, question_of, reader=None, leave_out=False, as_chat=False):
     """PromptFile of the first --num-samples rows of --prompts.  Raises DataError with file:line at the first mistake.
 
     question_of(row, where): the Question of a row (a dict), as a script reads it.  reader: models.picture_reader.
     leave_out: whether rows that are Unusable are left out and counted; otherwise they are a mistake too.
+    as_chat: strings as messages, as --chat-template-strings; and as all those of a file with pictures.
     """
-    prompts, num_cut, left_out, changes, last_chat = [], 0, Counter(), {}, None
+    as_chat = as_chat or args.chat_template_strings
+    prompts, num_cut, left_out, changes, last_chat, are_chat = [], 0, Counter(), {}, None, []
     for where, row in itertools.islice(read_rows(args.prompts), args.num_samples or None):
         try:
             row, found = parse_row(row), None
             if reader:
                 row, found = reader.take(row, args.prompts)
             question = question_of(row, where)
-            whole, template_args = with_all_columns(question, row, args, as_chat=found)
+            whole, template_args = with_all_columns(question, row, args, as_chat or found)
             if found:
                 whole = reader.place(whole, found)
             is_chat = isinstance(whole, list)
+            are_chat.append(is_chat)
             if is_chat and not tokenizer.chat_template:
                 raise DataError(f"{where} needs a chat template and this tokenizer has none: use an instruct model's")
             ids = prompt_ids(whole, tokenizer, sys.maxsize, **template_args)
@@ -85,6 +88,8 @@ def read_prompts(args, tokenizer, question_of, reader=None, leave_out=False):
         num_cut += is_cut
         end = response_end(whole, tokenizer)
         prompts.append(Prompt(where, question.prompt, question.fields, ids, end, pictures))
+    if any(prompt.pictures for prompt in prompts) and not all(are_chat):
+        return read_prompts(args, tokenizer, question_of, reader, leave_out, as_chat=True)
     notes = []
     if last_chat:
         messages, template_args = last_chat
@@ -95,7 +100,7 @@ def read_prompts(args, tokenizer, question_of, reader=None, leave_out=False):
 def with_all_columns(question, row, args, as_chat):
     """(all that a row asks, arguments for the chat template); as_chat: a text as messages.  Raises Malformed."""
     whole = question.prompt
-    if (args.chat_template_strings or as_chat) and isinstance(whole, str):
+    if as_chat and isinstance(whole, str):
         whole = as_messages(whole, "", "")[0]
     whole, template_args = with_context(row, whole)
     check_columns(question.fields, CONTEXT, question.shape, whole, [])
