@@ -11,7 +11,7 @@ of harm calibrate the harmless model.
         --harmless-train pku/harmless_train.jsonl --harmless-test pku/harmless_test.jsonl --work outputs/safe_texts
 
 Intervals are 95 %, by resampling prompts; a difference has the same prompts on both sides.  What is finished stays in
---work; the report with all policies side by side is --work/report.
+--work; the report with all policies side by side is --work/report_*.
 """
 
 import hashlib
@@ -162,10 +162,11 @@ def main(args):
     words += "--max-new-tokens 64 --max-prompt-length 64 --batch-size 32 --samples 10 --chat-template-strings".split()
     words += [word for task in TASKS for word in (f"--{task}-rm-path", rm_of(args, task))]
     words += ["--adapters", *(f"{folder}={args.work}/{folder}" for folder in folder_of.values())]
-    run(args, "evaluate_alignment.py", words, "report")
+    report = "_".join(["report", *folder_of.values()])  # of other policies it is another
+    run(args, "evaluate_alignment.py", words, report)
 
     rows = {}
-    for line in Path(args.work, "report/responses.jsonl").read_text().splitlines():
+    for line in Path(args.work, report, "responses.jsonl").read_text().splitlines():
         row = json.loads(line)
         rows.setdefault(row["policy"], []).append(row)
     rows = {name: rows[folder_of.get(name, name)] for name in ("base", *runs)}
