@@ -111,12 +111,12 @@ def main(args):
         args.model = base_of([folder for _, folder in folders])
         say(f"the base is {args.model}, as the adapters say")
     tokenizer = load_tokenizer(args.model, args.trust_remote_code)
-    file = evaluate_prompts.read(args, tokenizer, reader := models.picture_reader(args, tokenizer))
+    file = evaluate_prompts.read(args, tokenizer, models.picture_reader(args, tokenizer))
     prompts, categories = file.prompts, evaluate_report.count_categories(file.prompts)
     for line in file.notes:
         say(line)
-    labelled = evaluate_pairs.read_pairs(args.prompts, tokenizer, args, reader)
-    benign = evaluate_prompts.are_benign(prompts, args, rule := evaluate_prompts.rule_of(prompts))
+    labelled = evaluate_pairs.read_pairs(args.prompts, tokenizer, args, file.reader)
+    rule, benign = evaluate_prompts.what_is_known(prompts, args)
 
     # 3 models: one frozen base, and on it by name the adapters and the reward models that share it
     policies = [Policy("base")]

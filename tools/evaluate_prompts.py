@@ -40,6 +40,12 @@ def rule_of(prompts):
     return toy_vision.rule_of([prompt.pictures.sources for prompt in prompts])
 
 
+def what_is_known(prompts, args):
+    """(rule_of the prompts, are_benign of them)."""
+    rule = rule_of(prompts)
+    return rule, are_benign(prompts, args, rule)
+
+
 def with_pictures(samples, prompts):
     """Entries of report["samples"] with the pictures of their prompt, as data URIs, where it has some."""
     for sample in samples:

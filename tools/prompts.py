@@ -36,6 +36,7 @@ class PromptFile(NamedTuple):
     num_cut: int  # how many lost their beginning
     left_out: Counter  # {why a row cannot be asked: how many}
     notes: list  # lines on what the chat template makes of messages
+    reader: Any  # vision.PictureReader of a model that sees, or None
 
 
 def text_of(prompt, between="\n\n"):
@@ -94,7 +95,7 @@ def read_prompts(args, tokenizer, question_of, reader=None, leave_out=False, as_
     if last_chat:
         messages, template_args = last_chat
         notes = note_lines(changes, "prompts", messages, tokenizer, **template_args)
-    return PromptFile(prompts, num_cut, left_out, notes)
+    return PromptFile(prompts, num_cut, left_out, notes, reader)
 
 
 def with_all_columns(question, row, args, as_chat):
