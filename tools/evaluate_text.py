@@ -75,7 +75,8 @@ def sample(shown):
     """One prompt and what each policy said: an entry of report["samples"]."""
     rows = list(shown["rows"].values())
     lines = wrapped(f"A prompt {ASKS[rows[0].get('kind')]} {shown['category']} ({shown['why']})", WIDTH, most=2)
-    lines += [f"  {line}" for line in wrapped(rows[0]["prompt"], WIDTH - 2, most=4)] + [""]
+    asked = rows[0]["prompt"] + (" [with a picture: report.html shows it]" if shown.get("pictures") else "")
+    lines += [f"  {line}" for line in wrapped(asked, WIDTH - 2, most=4)] + [""]
     width = (WIDTH - GAP * (len(rows) - 1)) // len(rows)
     is_narrow = width < LEAST
     width = WIDTH if is_narrow else width
