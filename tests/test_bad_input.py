@@ -191,7 +191,7 @@ def test_every_script_refuses_such_a_model_before_it_loads(world, tmp_path, caps
 
 
 RECORD = {"task": "helpful", "base_model": "some/base", "base_sha256": "", "calibrated": True, "sha256": {}}
-RECORD |= {"validation": {"score_std": 0.5, "safe_score": 1.0, "harmful_score": -1.5}}
+RECORD |= {"pictures": None, "validation": {"score_std": 0.5, "safe_score": 1.0, "harmful_score": -1.5}}
 WRONG_RECORDS = [
     dict(task="Helpful"),
     dict(task=["helpful"]),
@@ -211,6 +211,7 @@ WRONG_RECORDS = [
     dict(sha256="0"),
     dict(sha256=[1]),
     dict(sha256={"config.json": 5}),
+    dict(pictures=5),
 ]
 
 
