@@ -31,7 +31,7 @@ class OwnPairs:
         self.first = training.make_room(self.room)
         seeing = [pair for pair in run.data.pairs if pair.pictures]
         self.pictures = {(tuple(pair.prompt_ids), digests(pair)): pair.pictures for pair in seeing}
-        # At each place: three lists of ids; two numbers each of reference, helpful, harmless; labels; digests.
+        # At each place: three lists of ids; two numbers each of reference, helpful, harmless; labels; any digests.
         self.rows = []
         self.count = 0  # of all that ever came in
 
@@ -58,7 +58,7 @@ class OwnPairs:
             prompt, one, other = pair[:3]
             chosen, rejected = (other, one) if swapped[n] else (one, other)
             numbers = [known[role][n].tolist() for role in ("reference", "helpful", "harmless")]
-            row = [prompt, chosen, rejected, *numbers, labels[n].tolist(), list(digests(pair))]
+            row = [prompt, chosen, rejected, *numbers, labels[n].tolist(), *digests(pair)]
             place = self.count % self.room
             self.rows[place : place + 1] = [row]
             places.append(place)
@@ -98,7 +98,7 @@ class OwnPairs:
         return places, dict(zip(("reference", "helpful", "harmless"), known, strict=True)), labels
 
     def _pair(self, row):
-        prompt, of_files = row[0], row[7]
+        prompt, of_files = row[0], row[7:]
         return Pair(*row[:3], pictures=self.pictures[tuple(prompt), tuple(of_files)] if of_files else None)
 
     def mixed_into(self, update):
