@@ -5,7 +5,7 @@ import hashlib
 from formats import row_pictures
 from formats.row_files import Malformed
 
-MAGIC = {"png": b"\x89PNG\r\n\x1a\n", "jpg": b"\xff\xd8\xff", "gif": b"GIF8", "bmp": b"BM"}  # the first bytes of each
+MAGIC = {"png": b"\x89PNG\r\n\x1a\n", "jpg": b"\xff\xd8\xff", "gif": b"GIF8"}  # the first bytes of each
 
 
 def keep(picture, source, folder):
@@ -27,8 +27,10 @@ def kind_of(data, name):
         return "webp"
     if data[:4] in (b"II*\0", b"MM\0*"):
         return "tiff"
+    if data[:2] == b"BM" and data[6:10] == bytes(4):
+        return "bmp"
     for kind, magic in MAGIC.items():
         if data.startswith(magic):
             return kind
-    kinds = ", ".join((*MAGIC, "webp"))
-    raise Malformed(f"{name} is none by its first bytes: it is to be one of {kinds} or tiff")
+    kinds = ", ".join((*MAGIC, "webp", "bmp"))
+    raise Malformed(f"{name} is none by its first bytes, which are not those of {kinds} or tiff")
