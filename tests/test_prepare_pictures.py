@@ -260,3 +260,40 @@ def test_killed_while_pictures_are_put_in_place_the_next_start_finishes(number):
     prepare("--input", "raw/new.jsonl", *words, "--output-dir", "other")
     assert snapshot("data") == snapshot("other")
     assert not Path("data/.prepare_data").exists()
+
+
+# -- a dataset that decodes pictures -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("column", ["image", "images"])
+def test_pictures_of_a_dataset_are_the_bytes_of_their_files_and_not_decoded(seeing, column, monkeypatch):
+    """The digest of a JPEG tells: nobody gets the same bytes from its pixels."""
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", Path("cache").absolute())
+    picture_of(1).save("raw/1.jpg")
+    data = Path("raw/1.jpg").read_bytes()
+    one = {"bytes": data, "path": None}
+    row = {column: one if column == "image" else [one], "question": "what?", "chosen": "a", "rejected": "b"}
+    texts = {name: datasets.Value("string") for name in ("question", "chosen", "rejected")}
+    kind = datasets.Image() if column == "image" else datasets.List(datasets.Image())
+    Path("set").mkdir()
+    made = datasets.Dataset.from_list([row], features=datasets.Features({column: kind} | texts))
+    made.to_parquet("set/train.parquet")
+    assert "PIL" in repr(made[0][column])
+    digest = hashlib.sha256(data).hexdigest()
+
+    tokenizer, reader = reader_of(seeing)
+    ((pair,), _) = load_pairs("set", tokenizer, 512, 48, reader=reader)
+    assert pair.pictures.digests == (digest,)
+    assert pair.pictures.open()[1]["pixel_values"].shape == (1, 3, 32, 32)
+    prepare("--input", "set", "--dimension", "helpful", *ALL_TRAIN)
+    assert [path.name for path in Path("data/images").iterdir()] == [f"{digest}.jpg"]
+
+
+def test_a_path_in_a_dataset_that_is_a_folder_is_relative_to_the_folder(seeing):
+    pytest.importorskip("datasets")
+    shutil.copytree("raw", "set/pictures")
+    write_rows(Path("set/train.jsonl"), [asked("pictures/1.png")])
+    tokenizer, reader = reader_of(seeing)
+    ((pair,), _) = load_pairs("set", tokenizer, 512, 48, reader=reader)
+    assert pair.pictures.digests == (sha(1),)
