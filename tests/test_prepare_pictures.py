@@ -128,6 +128,7 @@ def test_a_public_set_becomes_pairs_that_training_reads(seeing, tmp_path, name, 
 def test_the_bytes_of_a_picture_make_a_prompt_and_not_its_name(capsys):
     shutil.copy("raw/1.png", "raw/again.png")
     rows = [asked("1.png"), asked("again.png"), asked("2.png", chosen="b", rejected="a"), asked("3.png")]
+    rows += [asked("4.png"), asked("4.png", chosen="b", rejected="a")]
     write_rows(Path("raw/rows.jsonl"), rows)
     prepare("--input", "raw/rows.jsonl", "--dimension", "helpful", *ALL_TRAIN)
     assert "pictures: 3, in images/" in capsys.readouterr().out
@@ -135,7 +136,9 @@ def test_the_bytes_of_a_picture_make_a_prompt_and_not_its_name(capsys):
     assert account()["pairs"]["kept"] == 3
     assert account()["pairs"]["dropped"] == {
         "the same pair is there already": {"count": 1, "first": "raw/rows.jsonl:2"},
+        "the same two responses are there the other way round": {"count": 2, "first": "raw/rows.jsonl:5"},
     }
+    assert {path.stem for path in Path("data/images").iterdir()} == {sha(1), sha(2), sha(3)}
 
 
 def test_safe_and_harmful_responses_are_paired_at_one_picture_alone():
