@@ -7,12 +7,16 @@ safety_labels {"chosen": -1, "rejected": 1} (1 is harmful, -1 is safe) and categ
         PKU-SafeRLHF: a helpful pair by the first id, a harmless pair by the second, both with the labels
     prompt, response, is_safe, category
         BeaverTails: safe and harmful responses to one prompt, in whichever rows and files, are paired
+    question, image, response, is_response_safe, category
+        BeaverTails-V: the same, of one question about one picture
     prompt, responses [{response, is_safe}, ...]    or    prompt, responses [...], is_safe [...]
         the same, from lists
     prompt, response_chosen, response_rejected    and the shapes of formats/row_shapes.py, HH transcripts among them
         a pair; its dimension is the row's, or --dimension, or else what the file's name says; messages stay messages
 
-The seed and a prompt alone decide its split: it is the same for both dimensions, and stays where it is as rows come in.
+Pictures (image, images) beside any of these are copied to images/, under the sha256 of their bytes.
+The seed and a prompt, with its pictures, alone decide its split: it is the same for both dimensions, and stays where it
+is as rows come in.
 
     python prepare_data.py --input pku_safe_rlhf.jsonl --safety-benchmark data/safety_benchmark.jsonl
     python prepare_data.py --input helpful-base.jsonl.gz harmless-base.jsonl.gz --output-dir data/hh
@@ -29,7 +33,7 @@ from collections import Counter
 from formats.row_files import DataError
 from harness import endings, flags
 from tools import prepare_account, prepare_pairs
-from tools.prepare_files import check_files, write_whole
+from tools.prepare_files import IMAGES, check_files, no_drafts_left, write_whole
 from tools.prepare_pairs import DIMENSIONS, SPLITS
 from tools.prepare_rows import read_files
 
@@ -73,7 +77,8 @@ def check_usable(kept, rows, ledger, sources):
         raise DataError(f"{', '.join(sources)}: no usable pair ({reasons})")
     places = {}  # file:line of the last pair of each kind: a file is read by the shape of its first row
     for pair in kept:
-        kind = "messages" if isinstance(pair.prompt, prepare_pairs.Messages) else "strings"
+        is_chat = isinstance(prepare_pairs.parts_of(pair.prompt)[1], prepare_pairs.Messages)
+        kind = "messages" if is_chat else "strings"
         places[kind] = ledger.rows[pair.rows[0]].place
     if len(places) == 2:
         raise DataError(f"{places['messages']} holds messages and {places['strings']} strings: prepare them one by one")
@@ -84,10 +89,15 @@ def jsonl(rows):
 
 
 def main(args):
-    # 1 rows: what the raw files say
     sources, targets = check_files(args)
+    with no_drafts_left(targets):
+        prepare(args, sources, targets)
+
+
+def prepare(args, sources, targets):
+    # 1 rows: what the raw files say
     ledger = prepare_account.Ledger()
-    raw = read_files(sources, args, ledger)
+    raw = read_files(sources, args, ledger, targets.drafts() / IMAGES)
 
     # 2 pairs: one of each
     preferences = raw.preferences + prepare_pairs.pair_answers(raw.answers, args.seed, ledger)
@@ -101,7 +111,9 @@ def main(args):
     benchmark = []
     if args.safety_benchmark:
         test = [pair for pairs in splits["test"].values() for pair in pairs]
-        benchmark = prepare_pairs.benchmark(test, category, raw.categories, raw.labels, args.max_prompts, args.seed)
+        images = os.path.relpath(targets.account.parent / IMAGES, targets.benchmark.parent)
+        known = category, raw.categories, raw.labels
+        benchmark = prepare_pairs.benchmark(test, *known, args.max_prompts, args.seed, images)
         if not benchmark:
             raise DataError("--safety-benchmark finds no harmful prompt in the test split: leave it out, or read more")
 
@@ -109,7 +121,11 @@ def main(args):
     texts = {targets.benchmark: jsonl(benchmark)} if benchmark else {}
     for (split, dimension), path in targets.pairs.items():
         if pairs := splits[split][dimension]:
-            texts[path] = jsonl(prepare_pairs.pair_row(pair, category.get(pair.prompt.strip())) for pair in pairs)
+            images = os.path.relpath(targets.account.parent / IMAGES, path.parent)
+            texts[path] = jsonl(
+                prepare_pairs.pair_row(pair, category.get(pair.prompt.strip()), images) for pair in pairs
+            )
+    pictures = sorted({name for pair in kept for name in prepare_pairs.parts_of(pair.prompt)[0]})
 
     # 5 account: what became of every row
     account = {"seed": args.seed, "ratios": dict(zip(SPLITS, args.ratios, strict=True)), "files": raw.files}
@@ -123,12 +139,14 @@ def main(args):
     account["written"] = {
         os.path.relpath(path, args.output_dir): hashlib.sha256(text.encode()).hexdigest()
         for path, text in texts.items()
-    }
+    } | {f"{IMAGES}/{name}": name.partition(".")[0] for name in pictures}
 
     # 6 save
     texts[targets.account] = json.dumps(account, indent=1, ensure_ascii=False) + "\n"
-    write_whole(texts, targets)
+    write_whole(texts, pictures, targets)
     print("\n".join(prepare_account.report(account)))
+    if pictures:
+        print(f"pictures: {len(pictures):,}, in {IMAGES}/")
     print(f"saved to {args.output_dir}")
 
 

@@ -15,20 +15,18 @@ import copy
 import hashlib
 import io
 import json
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch.utils._pytree import tree_leaves
 
-from formats import hub_files
+from formats import hub_files, row_pictures
 from formats.row_files import Malformed, Unusable
-from formats.row_prompts import PICTURES
+from formats.row_pictures import WRITTEN
 from formats.user_errors import UserError
 from preference_data import Pair
 
-WRITTEN = "<image>"  # how a text says where a picture stands
-MARK = "\ufffc"  # in its place while a row is read: Unicode's "object replacement character"
+MARK = "\ufffc"  # in the place of WRITTEN while a row is read: Unicode's "object replacement character"
 KEPT_BYTES = 4e9  # of features, in the CPU's memory: 50,000 tiles of SmolVLM, 850 pictures of LLaVA-7B
 PER_TOKEN = "mm_token_type_ids", "token_type_ids"  # of what a processor returns; the rest is about pixels
 OF_POSITIONS = "mm_token_type_ids", "image_grid_thw"
@@ -85,18 +83,12 @@ class PictureReader:
 
         source: of the rows; paths of pictures are relative to its folder.
         """
-        column = next((name for name in PICTURES if row.get(name)), None)
-        if not column:
+        row, given = row_pictures.take(row, MARK)
+        if not given:
             return row, None
         self._load()
-        given = row[column] if isinstance(row[column], list) else [row[column]]
-        found = [self._look(picture, Path(source).parent) for picture in given]
-        row = {name: value for name, value in row.items() if name not in PICTURES}
-        if isinstance(row.get("text"), str) and not row.keys() & {"chosen", "rejected"}:  # RLHF-V's rows are JSON there
-            asked = _parsed(row.pop("text"))
-            row.pop("image_path", None)
-            row |= asked
-        return {name: _marked(value) for name, value in row.items()}, Found(*map(tuple, zip(*found)))
+        found = [self._look(picture, source) for picture in given]
+        return row, Found(*map(tuple, zip(*found)))
 
     def _load(self):
         """Raises PictureError where what reads pictures is not installed."""
@@ -119,32 +111,22 @@ class PictureReader:
         self.Image, self.processor = Image, processor
         self.tokenizer.chat_template = self.tokenizer.chat_template or self.processor.chat_template
 
-    def _look(self, picture, folder):
-        """(source, size, digest) of a picture in a row.  Raises Malformed."""
-        if isinstance(picture, dict):  # of a dataset on a hub
-            picture = picture.get("bytes") or picture.get("path")
-        if not isinstance(picture, str | bytes):
-            raise Malformed(f"a picture is neither a path nor bytes, but of type {type(picture).__name__}")
-        source = picture if isinstance(picture, bytes) else Path(folder, picture)
-        name = "a picture, given as bytes," if isinstance(source, bytes) else f"the picture {source}"
+    def _look(self, picture, source):
+        """(path or bytes, size, digest) of a picture in a row.  Raises Malformed."""
+        picture, data, name = row_pictures.read(picture, source)
         try:
-            data = source if isinstance(source, bytes) else source.read_bytes()
             size = self.Image.open(io.BytesIO(data)).size  # of its header: nothing is decoded here
-        except FileNotFoundError:
-            raise Malformed(f"there is no picture {source}") from None
-        except OSError as error:  # PIL's own for what is no picture is one
-            reason = "it is none that Pillow knows" if type(error).__module__.startswith("PIL") else error.strerror
-            raise Malformed(f"{name} cannot be read ({reason or error})") from None
         except Exception as error:  # PIL on a broken header: anything
-            raise Malformed(f"{name} cannot be read ({type(error).__name__}: {error})") from None
-        return source, size, hashlib.sha256(data).hexdigest()
+            is_none = isinstance(error, OSError) and type(error).__module__.startswith("PIL")
+            reason = "it is none that Pillow knows" if is_none else f"{type(error).__name__}: {error}"
+            raise Malformed(f"{name} cannot be read ({reason})") from None
+        return picture, size, hashlib.sha256(data).hexdigest()
 
     def place(self, prompt, found):
         """Messages with a MARK where each picture stands.  Raises Malformed."""
         prompt = [message | {"content": message["content"].replace(WRITTEN, MARK)} for message in prompt]
         marks, number = sum(message["content"].count(MARK) for message in prompt), len(found.sources)
-        if marks not in (0, number):
-            raise Malformed(f"it has {number} pictures, and {marks} places for them in its prompt")
+        row_pictures.check_places(marks, number)
         if not marks:
             user = next((message for message in prompt if message["role"] == "user"), None)
             if user is None:
@@ -248,27 +230,6 @@ class PictureReader:
                 f"{pictures.num_tokens}: has a file changed?"
             )
         return ids, {name: tensor[:, : len(ids)] if name in PER_TOKEN else tensor for name, tensor in given.items()}
-
-
-def _parsed(text):
-    try:
-        asked = json.loads(text)
-    except ValueError as error:
-        raise Malformed(f"`text` is no JSON ({error})") from None
-    if not isinstance(asked, dict):
-        raise Malformed("`text` is no JSON object")
-    return asked
-
-
-def _marked(value):
-    """A column with a text MARK for each part of a message that is a picture."""
-    if isinstance(value, list):
-        return [_marked(part) for part in value]
-    if isinstance(value, dict):
-        if value.get("type") == "image" and "role" not in value:
-            return {"type": "text", "text": MARK}
-        return {name: _marked(part) if name == "content" else part for name, part in value.items()}
-    return value
 
 
 def _first_line(error):

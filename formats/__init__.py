@@ -5,6 +5,7 @@ rows
     row_files            rows of a JSONL, JSON, CSV, parquet file or of a dataset, each with its place
     row_shapes           the shapes of preference rows: which fields hold prompt, chosen and rejected
     row_prompts          all that a row asks: messages, and the columns around a prompt
+    row_pictures         the pictures of a row, as paths or bytes, and their places in its texts
     preference_rows      a row of a known shape -> (prompt, chosen, rejected)
 
 text

@@ -235,6 +235,8 @@ def _dataset_rows(name):
         part = HUB_FOLDERS.get(name)
         path = str(folder) if folder.is_dir() else hub_files.local(name, "dataset", part=part)
         dataset = load_dataset(path, data_dir=part, split="train", streaming=True)
+        if "Image(" in repr(dataset.features):  # pictures as they are in their files, not decoded
+            dataset = dataset.decode(False)
         yield from ((f"{name}: row {n}", row) for n, row in enumerate(dataset))
     except hub_files.HubError as error:
         raise DataError(str(error)) from None

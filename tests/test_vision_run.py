@@ -192,6 +192,34 @@ def test_a_picture_that_cannot_be_used_is_a_sentence_with_its_line(seen, tmp_pat
     assert len(read(seen, [ASKED | {"image": "pictures/1.png"}, ASKED | changes], skip_invalid=True)) == 1
 
 
+def test_a_picture_that_the_processor_refuses_is_a_sentence_with_its_line(seen, tmp_path, capsys):
+    """Of a processor with Qwen2-VL's rule, which needs no torchvision: no side above 200 times the other."""
+    of_images = pytest.importorskip("transformers.models.paddleocr_vl.image_processing_pil_paddleocr_vl")
+    folder = tmp_path / "seen"
+    shutil.copytree(seen, folder)
+    (folder / "model/preprocessor_config.json").unlink(missing_ok=True)
+    tokenizer = load_tokenizer(str(folder / "model"))
+    tokenizer.image_token, tokenizer.image_token_id = "<image>", IMAGE
+    sizes = dict(patch_size=4, merge_size=1, size={"shortest_edge": 64, "longest_edge": 3200})
+    of_images = of_images.PaddleOCRVLImageProcessorPil(**sizes)
+    transformers.PaddleOCRVLProcessor(of_images, tokenizer, chat_template=TEMPLATE).save_pretrained(folder / "model")
+    config = json.loads((folder / "model/tokenizer_config.json").read_text())
+    config["extra_special_tokens"] = {"image_token": "<image>"}
+    (folder / "model/tokenizer_config.json").write_text(json.dumps(config))
+    picture(1, (800, 4)).save(folder / "pictures/200.png")
+    picture(1, (804, 4)).save(folder / "pictures/201.png")
+    rows = [ASKED | {"image": f"pictures/{ratio}.png"} for ratio in (200, 201)]
+    (pair,) = read(folder, rows, skip_invalid=True)
+    assert pair.prompt_ids.count(IMAGE) == 200
+    with pytest.raises(SystemExit) as end:
+        run_script(words(folder, tmp_path / "out", dataset=write_rows(folder / "rows.jsonl", rows)))
+    assert end.value.code == 2
+    said = capsys.readouterr()
+    refusal = "the processor refuses its pictures (absolute aspect ratio must be smaller than 200, got 201.0)"
+    assert f"rows.jsonl:2: {refusal}; mend the row" in said.err and "step 1" not in said.out
+    assert not (tmp_path / "out/adapter_model.safetensors").exists()
+
+
 def test_a_picture_that_breaks_when_it_is_decoded_ends_the_run_before_any_update(seen, tmp_path, capsys):
     data = png(picture(3, (64, 64)))
     (seen / "half.png").write_bytes(data[: len(data) // 2])

@@ -25,6 +25,7 @@ of generate.py
 of prepare_data.py
     prepare_files        which files are read and written
     prepare_rows         raw rows of every kind -> pairs and labelled responses
+    prepare_pictures     pictures of raw rows -> files beside the prepared rows
     prepare_pairs        one of each pair, in splits by prompt
     prepare_account      what became of every row
 

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import shutil
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,6 +14,7 @@ from formats.row_files import JOURNAL, DataError
 from harness import endings, locks
 from tools.prepare_pairs import DIMENSIONS, SPLITS
 
+IMAGES = "images"  # where pictures are, in the output folder and in the folder of drafts
 SUFFIXES = ".jsonl", ".json", ".csv", ".tsv", ".parquet", ".gz"
 
 
@@ -22,10 +24,15 @@ class Targets(NamedTuple):
     benchmark: Path | None
     pairs: dict  # {(split, dimension): path}
     account: Path
+    pictures: list = []  # those of an earlier run, which go
 
     def paths(self):
         """All of them; the account is the last to be written: with it the folder is whole."""
-        return [*([self.benchmark] if self.benchmark else []), *self.pairs.values(), self.account]
+        return [*self.pictures, *([self.benchmark] if self.benchmark else []), *self.pairs.values(), self.account]
+
+    def drafts(self):
+        """The folder of what is not yet in place."""
+        return (self.account.parent / JOURNAL).parent
 
 
 def targets_of(args):
@@ -56,6 +63,8 @@ def check_files(args):
     locks.hold(targets.account.with_name(".lock"), f"--output-dir {args.output_dir}", endings.say)
     may_replace = put_in_place(targets.account.parent) or args.overwrite
     account = read_account(targets.account)
+    earlier = [Path(name) for name in account.get("written", {}) if Path(name).parent == Path(IMAGES)]
+    targets = targets._replace(pictures=[targets.account.parent / path for path in earlier])
     for path in targets.paths():
         if path.exists() and (path.is_dir() or not may_replace):
             raise DataError(f"{path} is there already: choose another place, or pass --overwrite")
@@ -99,6 +108,16 @@ def is_as_written(path, targets, account):
     return written_files.sha256(path) == written.get(os.path.relpath(path, targets.account.parent))
 
 
+@contextmanager
+def no_drafts_left(targets):
+    """Remove the folder of drafts, with the pictures that were read, however the run ends."""
+    try:
+        yield
+    finally:
+        if not (targets.account.parent / JOURNAL).exists():
+            shutil.rmtree(targets.drafts(), ignore_errors=True)
+
+
 def existing_folder(path):
     """The nearest folder above a path that is there."""
     return next(folder for folder in path.absolute().parents if folder.exists())
@@ -111,23 +130,24 @@ def existing_folder(path):
 # reads rows there is told so (formats/row_files.py).
 
 
-def write_whole(texts, targets):
-    """Write {path: text}; of `targets` nothing older stays."""
-    output = targets.account.parent
-    drafts = (output / JOURNAL).parent
-    drafts.mkdir()
-    try:
-        journal = {"new": {}, "old": [os.path.relpath(path, output) for path in reversed(targets.paths())]}
-        for number, (path, text) in enumerate(texts.items()):
-            (drafts / str(number)).write_text(text, encoding="utf-8")
-            written_files.sync(drafts / str(number))
-            journal["new"][str(number)] = os.path.relpath(path, output)
-        (drafts / "draft").write_text(json.dumps(journal), encoding="utf-8")
-        written_files.sync(drafts / "draft")
-        written_files.sync(drafts)
-    except BaseException:
-        shutil.rmtree(drafts, ignore_errors=True)
-        raise
+def write_whole(texts, pictures, targets):
+    """Write {path: text}, and the pictures of these names, which are drafts already; of `targets` nothing older stays.
+
+    Call it within no_drafts_left.
+    """
+    output, drafts = targets.account.parent, targets.drafts()
+    drafts.mkdir(exist_ok=True)
+    journal = {"new": {}, "old": [os.path.relpath(path, output) for path in reversed(targets.paths())]}
+    journal["new"] |= {f"{IMAGES}/{name}": f"{IMAGES}/{name}" for name in pictures}
+    if pictures and hasattr(os, "sync"):
+        os.sync()  # of all at once: one by one they take 6 ms each, and there may be 100,000
+    for number, (path, text) in enumerate(texts.items()):
+        (drafts / str(number)).write_text(text, encoding="utf-8")
+        written_files.sync(drafts / str(number))
+        journal["new"][str(number)] = os.path.relpath(path, output)
+    (drafts / "draft").write_text(json.dumps(journal), encoding="utf-8")
+    written_files.sync(drafts / "draft")
+    written_files.sync(drafts)
     with endings.held():
         (drafts / "draft").replace(output / JOURNAL)
         put_in_place(output)

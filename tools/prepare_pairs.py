@@ -25,6 +25,28 @@ class Messages(str):
         return json.dumps([[role, text.strip(), *rest] for role, text, *rest in said(json.loads(self))], sort_keys=True)
 
 
+class Seen(str):
+    """A prompt and its pictures as their JSON: the same words about another picture are another prompt."""
+
+    def parts(self):
+        """(names of the files of its pictures, the prompt: a text or Messages)."""
+        pictures, prompt = json.loads(self)
+        return pictures, as_json(prompt) if isinstance(prompt, list) else prompt
+
+    def strip(self):
+        pictures, prompt = self.parts()
+        return json.dumps([pictures, prompt.strip()])
+
+
+def with_pictures(prompt, pictures):
+    """The prompt, and Seen where there are pictures: names of files, each the sha256 of what is in it."""
+    return Seen(json.dumps([pictures, written(prompt)], ensure_ascii=False)) if pictures else prompt
+
+
+def parts_of(prompt):
+    return prompt.parts() if isinstance(prompt, Seen) else ([], prompt)
+
+
 def as_json(messages):
     return Messages(json.dumps(messages, ensure_ascii=False, default=str))
 
@@ -154,22 +176,31 @@ def rarest_categories(categories):
     return {prompt: min(names, key=lambda name: (count[name], name)) for prompt, names in categories.items() if names}
 
 
-def pair_row(p, category):
+def prompt_row(prompt, images):
+    """A prompt as the beginning of a row; images: the path from the row's file to the folder of the pictures."""
+    pictures, prompt = parts_of(prompt)
+    paths = {"images": [f"{images}/{name}" for name in pictures]} if pictures else {}
+    return paths | {"prompt": written(prompt)}
+
+
+def pair_row(p, category, images):
     """A preference as a row of the data that training reads."""
-    names = ("chosen", "rejected") if isinstance(p.prompt, Messages) else ("chosen_response", "rejected_response")
-    row = dict(zip(("prompt", *names), map(written, (p.prompt, p.chosen, p.rejected)), strict=True))
+    is_chat = isinstance(parts_of(p.prompt)[1], Messages)
+    names = ("chosen", "rejected") if is_chat else ("chosen_response", "rejected_response")
+    row = prompt_row(p.prompt, images) | dict(zip(names, map(written, (p.chosen, p.rejected)), strict=True))
     row["dimension"] = p.dimension
     if p.labels:
         row["safety_labels"] = {"chosen": p.labels[0], "rejected": p.labels[1]}
     return row | ({"category": category} if category else {})
 
 
-def benchmark(preferences, category, categories, labels, max_prompts, seed):
+def benchmark(preferences, category, categories, labels, max_prompts, seed, images):
     """Rows {prompt, category} of the harmful prompts of `preferences`, one of each category in turn while there are
     some.
 
     Harmful is a prompt with a response that is labelled so and, where no label is known, a prompt of harmless pairs.
-    category {prompt: its rarest}, categories {prompt: all of its names}, labels {prompt: those of its responses}.
+    category {prompt: its rarest}, categories {prompt: all of its names}, labels {prompt: those of its responses};
+    images: as in prompt_row.
     """
     texts = {}
     for p in preferences:
@@ -178,7 +209,7 @@ def benchmark(preferences, category, categories, labels, max_prompts, seed):
             texts.setdefault(p.prompt.strip(), p.prompt)
     by_category = defaultdict(list)
     for prompt in sorted(texts, key=partial(draw, seed)):
-        row = {"prompt": written(texts[prompt]), "category": category.get(prompt, "unknown")}
+        row = prompt_row(texts[prompt], images) | {"category": category.get(prompt, "unknown")}
         if len(categories[prompt]) > 1:
             row["all_categories"] = sorted(categories[prompt])
         by_category[row["category"]].append(row)

@@ -10,11 +10,13 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+from formats import row_pictures
 from formats.preference_rows import harm_labels, recognise, row_texts
 from formats.row_files import DataError, Malformed, Unusable, parse_row, read_rows
 from formats.row_prompts import CONTEXT, check_columns, with_context
 from formats.row_shapes import Shape, dual_labels, rated_responses
-from tools.prepare_pairs import DIMENSIONS, Answer, Preference, as_json
+from tools import prepare_pictures
+from tools.prepare_pairs import DIMENSIONS, Answer, Preference, as_json, with_pictures
 
 
 class Pair(NamedTuple):
@@ -49,8 +51,11 @@ class RawData(NamedTuple):
     labels: dict  # of its responses: 1 where one is harmful, -1 where one is safe
 
 
-def read_files(sources, args, ledger):
-    """RawData of files.  Raises DataError at the first malformed row, which --skip-invalid counts instead."""
+def read_files(sources, args, ledger, drafts):
+    """RawData of files; their pictures go to the folder `drafts`.
+
+    Raises DataError at the first malformed row, which --skip-invalid counts instead.
+    """
     raw = RawData([], [], defaultdict(list), defaultdict(set), defaultdict(set))
     for source in sources:
         file = {"file": source, "kind": "no row of a known kind", "read": 0, "used": 0, "dropped": {}}
@@ -59,12 +64,14 @@ def read_files(sources, args, ledger):
         for where, row in read_rows(source):
             number = ledger.add(file, where)
             try:
-                row = parse_row(row)
+                row, given = row_pictures.take(parse_row(row), row_pictures.WRITTEN)
                 json.dumps(row, ensure_ascii=False, default=str).encode()  # half a surrogate pair cannot be written
                 if read_row is None:
                     file["kind"], read_row = reader_of(row, where, dimension_of(source, args))
                 reading = read_row(row)
                 check_texts(reading)
+                row_pictures.check_places(reading.prompt.count(row_pictures.WRITTEN) if given else 0, len(given))
+                pictures = [prepare_pictures.keep(picture, source, drafts) for picture in given]
             except (Malformed, UnicodeEncodeError) as problem:
                 if not args.skip_invalid:
                     raise DataError(
@@ -76,6 +83,7 @@ def read_files(sources, args, ledger):
                 ledger.drop_row(number, str(reason))
                 continue
             unread.update(reading.unread)
+            reading = reading._replace(prompt=with_pictures(reading.prompt, pictures))
             add_reading(raw, reading, number)
         if unread:
             file["columns_not_read"] = dict(unread.most_common())
@@ -118,6 +126,9 @@ DOCUMENTS = Shape(
     lambda row: (on_a_line(row["prompt"]), row["response_chosen"], row["response_rejected"]),
 )
 ANSWER = Shape("prompt/response/is_safe", dict.fromkeys(("prompt", "response"), str) | {"is_safe": bool}, None)
+SEEN_ANSWER = Shape(
+    "question/response/is_response_safe", dict.fromkeys(("question", "response", "is_response_safe"), str), None
+)
 ANSWERS = Shape(
     "prompt/responses",
     {"prompt": str, "responses": list},
@@ -138,6 +149,8 @@ def reader_of(row, where, dimension):
         return ANSWERS.name, read_answers
     if has_fields(row, ANSWER):
         return ANSWER.name, read_answer
+    if has_fields(row, SEEN_ANSWER):
+        return SEEN_ANSWER.name, read_seen_answer
     shape = DOCUMENTS if has_fields(row, DOCUMENTS) else recognise(row, where, (DOCUMENTS, ANSWERS, ANSWER))
     if dimension is None and row.get("dimension") is None:
         raise DataError(f"{where} does not say its dimension: pass --dimension helpful or --dimension harmless")
@@ -177,6 +190,16 @@ def read_dual(row, ids):
 
 def read_answer(row):
     return reading_of_responses(row, [response_of(row)], ANSWER.name)
+
+
+def read_seen_answer(row):
+    """BeaverTails-V: a question about a picture, a response, and whether that is safe, yes or no."""
+    is_safe = {"yes": True, "true": True, "no": False, "false": False}.get(str(row.get("is_response_safe")).lower())
+    if is_safe is None:
+        raise Malformed("`is_response_safe` is neither yes nor no")
+    rest = {name: value for name, value in row.items() if name not in ("question", "is_response_safe")}
+    row = rest | {"prompt": text_of(row, "question"), "is_safe": is_safe}
+    return reading_of_responses(row, [response_of(row)], SEEN_ANSWER.name)
 
 
 def read_answers(row):
