@@ -29,6 +29,7 @@ from preference_data import Pair
 MARK = "\ufffc"  # in the place of WRITTEN while a row is read: Unicode's "object replacement character"
 KEPT_BYTES = 4e9  # of features, in the CPU's memory: 50,000 tiles of SmolVLM, 850 pictures of LLaVA-7B
 PER_TOKEN = "mm_token_type_ids", "token_type_ids"  # of what a processor returns; the rest is about pixels
+FEATURES = {"pooler_output", "deepstack_features"}  # of what a tower gives; the second is Qwen3-VL's
 OF_POSITIONS = "mm_token_type_ids", "image_grid_thw"
 
 
@@ -305,7 +306,7 @@ def encode(backbone, pictures, digests):
         output = kept.outputs.get(key)
         if output is None:
             pixels = {name: tensor for name, tensor in on_model(given, backbone).items() if name not in PER_TOKEN}
-            output = backbone.get_image_features(**pixels, return_dict=True)
+            output = _features_of(backbone.get_image_features(**pixels, return_dict=True))
             kept.keep(key, output)
         outputs.append(output)
     joined = copy.copy(outputs[0])
@@ -324,12 +325,20 @@ class Kept(NamedTuple):
 
     def keep(self, key, output):
         small = copy.copy(output)
-        for name in output:  # what else there is, hidden states of the tower, is larger, and nobody asks for it
-            small[name] = _on_cpu(output[name]) if name in ("pooler_output", "deepstack_features") else None
+        for name in FEATURES & output.keys():
+            small[name] = _on_cpu(output[name])
         size = sum(tensor.nbytes for tensor in tree_leaves(dict(small)) if isinstance(tensor, torch.Tensor))
         if self.num_bytes[0] + size <= KEPT_BYTES:
             self.outputs[key] = small
             self.num_bytes[0] += size
+
+
+def _features_of(output):
+    """What a tower gave, without what nobody asks for and what is larger: the hidden states of its blocks."""
+    small = copy.copy(output)
+    for name in output.keys() - FEATURES:
+        small[name] = None
+    return small
 
 
 def _on_cpu(features):

@@ -185,8 +185,7 @@ def main(args):
     memory = {name: max(run["memory"] for run in done) for name, done in runs.items()}
     print(f"\n{args.kind}, {args.pairs} pairs x {args.rounds}, torch {torch.__version__}\n")
     columns = ["", "s a pair", "x of trl", "x of trl-defaults", "peak memory GB", "s before the first update"]
-    print(f"| {' | '.join(columns)} |
-|{'---|' * len(columns)}")
+    print(f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}", sep="\n")
     for name, done in runs.items():
         ratios = " | ".join(f"{seconds[other] / seconds[name]:.2f}" for other in ("trl", "trl-defaults"))
         before = median(run["before"] for run in done)

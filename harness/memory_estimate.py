@@ -28,7 +28,7 @@ from formats.user_errors import UserError
 from harness import four_bit
 from harness.device import DTYPES
 from harness.optimizers import moments_bytes
-from harness.pass_memory import blocks_of, head_bytes, measure
+from harness.pass_memory import blocks_of, head_bytes, measure, picture_of
 from lora_targets import text_decoder
 from packed_model import HEAD_CHUNK
 
@@ -142,7 +142,8 @@ class Case(NamedTuple):
         """Those of a block are there whole, and in fp32, on their way, those of the one before; of the rest last."""
         numbers = Numbers.of(self.model)
         in_block = self.width * (numbers.head + numbers.block) + WIDE * numbers.block
-        return [0, 0, in_block, (self.width + WIDE) * numbers.rest]
+        rest = sum(self.trained) - sum(size_of(block.parameters(), 1) for block in blocks_of(self.model))
+        return [0, 0, in_block, (self.width + WIDE) * rest]
 
 
 class Estimate:
@@ -155,6 +156,7 @@ class Estimate:
     def __init__(self, skeleton, ranks=1, reference=None, reward_folders=None, vectors=0):
         self.skeleton, self.ranks, self.reference = skeleton, ranks, reference
         self.reward_folders, self.vectors = reward_folders or {}, vectors
+        self.picture = picture_of(skeleton)
         self.packs = True  # whether the model takes packed pairs
         self.model, self.measured, self.head = cache(self._model), cache(self._measured), cache(self._head)
 
@@ -165,8 +167,9 @@ class Estimate:
         return DTYPES[("fp16" if lacks else "bf16") if args.dtype == "auto" else args.dtype]
 
     def tokens(self, args):
-        """Of the largest pass, where nobody gives them: two responses as long as can be, behind the shortest prompt."""
-        longest = 2 * args.max_length + self.vectors
+        """Of the largest pass, where nobody gives them: two responses as long as can be, behind the shortest prompt, or
+        behind a picture, which --max-length counts as one token."""
+        longest = 2 * args.max_length + self.vectors + max(0, self.picture.tokens - 1)
         return max(args.tokens_per_microbatch, longest) if args.tokens_per_microbatch else args.batch_size * longest
 
     def shards(self, lora_r):
@@ -262,6 +265,12 @@ class Estimate:
             "passing in a block": [measured.ungraded * passes, 0, measured.passing * passes, 0],
             "logits chunk": [ungraded_head, head, 0, 0],
         }
+        if self.picture.tokens:
+            # The tower runs first, for one pair at a time: what a pass has later is not there yet.
+            tower = self.picture.numbers * (WIDE if full and case.shards == 1 else case.width)
+            features = tokens * case.width * model.get_input_embeddings().weight.shape[1]
+            later = rows["passing in a block"][0], rows["activations"][1]
+            rows["pictures"] = [*(features + max(0, tower - of_pass) for of_pass in later), features, 0]
         if case.in_four_bits:
             rows["weights made whole"] = case.made_whole()
         if case.shards > 1:

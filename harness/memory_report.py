@@ -12,6 +12,7 @@ from argparse import Namespace
 import torch
 
 import lora_targets
+from harness.pass_memory import SIDE
 
 GB = 1e9
 MOMENTS = "scoring", "head", "backward", "update"  # memory_estimate's
@@ -36,6 +37,7 @@ def report(estimate, args):
     lines = [
         f"Memory of each of {estimate.ranks} devices in GB, estimated: {dtype}{auto}, passes of at most "
         f"{estimate.tokens(args):,} tokens, gradient checkpointing {'off' if mode == 'auto' else mode}",
+        *_of_pictures(estimate.picture),
         f"{'':20}" + "".join(f"{moment:>10}" for moment in MOMENTS),
     ]
     for name, numbers in rows.items():
@@ -57,6 +59,12 @@ def report(estimate, args):
         cards.append(f"{', '.join(fits_with_checkpointing)} GB, where auto turns checkpointing on")
     most = f"{max(rows['total']) / GB:.2f} GB at most"
     return "\n".join([*lines, f"{most}: fits {' and '.join(cards) or 'no card of these sizes'}{advice}"])
+
+
+def _of_pictures(picture):
+    """What is counted of them, where a model sees, as the lines of a report."""
+    if picture.tokens:
+        yield f"With one picture of {SIDE} x {SIDE} pixels in each pair: {picture.tokens:,} tokens"
 
 
 def first_update(estimate, args, checkpointing, micro_batches, lengths):

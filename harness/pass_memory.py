@@ -22,6 +22,9 @@ from lora_targets import text_decoder
 from packed_attention import AMPERE, flash_takes
 from packed_model import HEAD_CHUNK, TokenLogps, final_softcap
 
+SIDE = 1024  # of a picture where there are none
+TILES = {"idefics3": 17, "smolvlm": 17, "internvl": 10}  # that a processor cuts it into, with the whole, by default
+
 
 class FusedAttention(torch.autograd.Function):
     """Saves what a fused attention kernel saves, and computes nothing: for tensors without data."""
@@ -135,6 +138,42 @@ class Pass(NamedTuple):
 def blocks_of(model):
     """Those that text goes through."""
     return [module for module in text_decoder(model).modules() if isinstance(module, GradientCheckpointingLayer)]
+
+
+class Picture(NamedTuple):
+    """One picture of SIDE x SIDE pixels in a prompt."""
+
+    tokens: int  # in the row; 0: the model does not see, or as nobody here knows
+    numbers: int  # that the tower has at one time on the way, without gradient
+
+
+def picture_of(model):
+    """The Picture of a model, from its config: whole, shrunk to the size that its tower has, or cut into tiles.
+
+    The numbers are pixels, three of a block's width and two of its MLP's, and what comes into each block where the
+    projector may take any of them.  It is that of CLIP and SigLIP; masks, copies and gates of others add up to a half.
+    """
+    config, tower = model.config, getattr(model.config, "vision_config", None)
+    if not getattr(tower, "patch_size", None):
+        return Picture(0, 0)
+    text = {*text_decoder(model).modules()}
+    blocks = [part for part in model.modules() if isinstance(part, GradientCheckpointingLayer) and part not in text]
+    shapes = [part.weight.shape for block in blocks for part in block.modules() if type(part) is nn.Linear]
+    width, middle = min(map(min, shapes), default=0), max(map(max, shapes), default=0)
+    first = lambda size: size[0] if isinstance(size, list | tuple) else size
+    patch, frames = first(tower.patch_size), getattr(tower, "temporal_patch_size", 1)
+    merge = getattr(tower, "spatial_merge_size", None) or getattr(config, "spatial_merge_size", 1)  # patches to a side
+    merge = merge * getattr(config, "scale_factor", 1) / getattr(config, "downsample_ratio", 1)  # of a token
+    side, tiles = min(SIDE, first(getattr(tower, "image_size", None) or SIDE)), TILES.get(config.model_type, 1)
+    if grids := getattr(config, "image_grid_pinpoints", None):
+        from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
+
+        tiles = image_size_to_num_patches((SIDE, SIDE), grids, side)
+    patches = tiles * (round(side / (patch * merge)) * merge) ** 2
+    tokens = getattr(config, "mm_tokens_per_image", None) or patches / merge**2
+    inputs = len(blocks) + 1 if hasattr(config, "vision_feature_layer") else 1
+    numbers = patches * (3 * frames * patch**2 + (inputs + 3) * width + 2 * middle)
+    return Picture(round(tokens), round(numbers))
 
 
 def measure(model, num_tokens, compute=None):

@@ -11,7 +11,7 @@ from runs import one_line, run_script
 import gpu_check
 import packed_attention
 from harness import optimizers
-from tools import gpu_numbers, gpu_runs
+from tools import gpu_load, gpu_numbers, gpu_runs
 
 
 @pytest.fixture
@@ -38,6 +38,21 @@ def test_what_a_cpu_can_check_is_right_and_versions_are_named(check):
     for what in ("attention in fp32, from fp64", "qwen3 fp32: log-probs", "qwen3 fp32: gradients", "AdamW "):
         assert f"\nok    {what}" in said, what
     assert ", 0 failed, 0 slow, " in said.splitlines()[-1]
+
+
+@pytest.mark.parametrize("run", [*gpu_load.RUNS, ("four roles",)], ids=lambda run: run[0])
+def test_what_each_update_will_take_is_estimated_and_fits_the_card_it_is_tried_on(run):
+    """On the meta device: what no CPU has the memory for."""
+    if run[0] == "four roles":
+        model, how, size = gpu_load.MISTRAL, gpu_load.FOUR_ROLES, 18
+    else:
+        _, model, full, checkpointing, size = run
+        how = dict(full=full, checkpointing=checkpointing)
+    config = gpu_load.config_of(model)
+    with torch.device("meta"):
+        weights = sum(parameter.numel() for parameter in gpu_load.build(config).parameters())
+    least = weights * (16 if how["full"] else 2)  # weights, gradients, moments in fp32; or weights in bf16
+    assert least < gpu_load.predicted(config, **how) < size * gpu_load.GB
 
 
 def test_a_rejected_response_that_sees_the_chosen_one_is_a_fail(check, monkeypatch):

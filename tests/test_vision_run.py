@@ -165,6 +165,17 @@ def test_bytes_are_pictures_too(seen, monkeypatch):
         assert found.digests == by_path.pictures.digests and found.sizes == ((40, 32),)
 
 
+def test_passes_are_cut_by_tokens_with_those_of_pictures_and_the_estimate_has_them(seen, tmp_path, capsys):
+    longest = max(sum(map(len, pair[:3])) for pair in read(seen, [row(number) for number in range(16)]))
+    assert longest > 2 * 16
+    run_script(words(seen, tmp_path / "out", max_steps=1, tokens_per_microbatch=16, eval_samples=0))
+    assert f"Pairs of more than 16 tokens take a pass each; the longest has {longest}\n" in capsys.readouterr().out
+    run_script([*words(seen, tmp_path / "none"), "--estimate-memory"])
+    said = capsys.readouterr().out
+    assert "passes of at most 286 tokens" in said, "two pairs of two responses of 64, with 16 tokens in place of one"
+    assert "\nWith one picture of 1024 x 1024 pixels in each pair: 16 tokens\n" in said
+
+
 # -- what cannot be used -------------------------------------------------------------------------------------------
 
 

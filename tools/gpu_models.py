@@ -99,6 +99,16 @@ def loss_and_gradient(model, parameters, batch, with_kl, scale=1.0):
     return torch.cat((chosen, rejected)).detach().double().cpu(), gradient
 
 
+def profiled(work):
+    """What a GPU did in work(): torch's averages of a profile."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as profiler:  # without that it warns
+        work()
+        torch.cuda.synchronize()
+    return profiler.key_averages()
+
+
 def launches_of(events):
     """Kernels and copies of a profile, once each: the host's calls that launched them are events too."""
     return sum(event.count for event in events if event.device_type != DeviceType.CPU)

@@ -30,6 +30,7 @@ from tools.gpu_models import (
     distance,
     launches_of,
     loss_and_gradient,
+    profiled,
     random_pairs,
 )
 
@@ -103,12 +104,7 @@ def kernels(report, device):
 
 
 def _kernels_of(report, name, work):
-    from torch.profiler import ProfilerActivity, profile
-
-    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
-        work()
-        torch.cuda.synchronize()
-    events = profiler.key_averages()
+    events = profiled(work)
     kinds = {"flash": "flash", "mem-efficient": "fmha", "cuDNN": "cudnn", "math": "softmax_warp"}
     taken = [kind for kind, word in kinds.items() if any(word in event.key.lower() for event in events)]
     launches = f"{launches_of(events)} launches for 2 pairs, there and back"
@@ -228,10 +224,11 @@ def waits(report, device):
     for name, allowed in (("bf16", 0), ("fp16", 1)):
         updates = Updates(config, DTYPES[name], device)
         updates.update(random_pairs(SHAPES))
-        torch.cuda.set_sync_debug_mode("warn")
         with warnings.catch_warnings(record=True) as told:
             warnings.simplefilter("always")
+            warnings.filterwarnings("ignore", "Synchronization debug mode is a prototype")
+            torch.cuda.set_sync_debug_mode("warn")
             updates.update(random_pairs(SHAPES, seed=1))
-        torch.cuda.set_sync_debug_mode("default")
+            torch.cuda.set_sync_debug_mode("default")
         places = [f"{Path(w.filename).name}:{w.lineno}" for w in told if "synchroniz" in str(w.message)]
         report.check(len(places) <= allowed, f"waits in an update, {name}", f"{len(places)} {' '.join(places)}", "slow")
