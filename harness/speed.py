@@ -6,6 +6,7 @@ Useful floating-point operations of a preference pair, for one forward and one b
 
 2 each for the forward and for the gradient of the inputs; 6 in place of 4 where the weights are trained too.  Padding,
 recomputed activations, the reference and LoRA's own matrices are not counted: they are the price, not the work.
+A picture counts as the tokens that it has in the prompt; what its frozen tower computes, once for all epochs, does not.
 """
 
 import re

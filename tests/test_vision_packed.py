@@ -8,11 +8,13 @@ from typing import NamedTuple
 import pytest
 import torch
 from tiny_models import ON, assert_same, randomize
-from tiny_vision import PACKED, PLAIN, vision_model
+from tiny_vision import IMAGE, PACKED, PLAIN, vision_model
+from torch.utils.flop_counter import FlopCounterMode
 
 import lora
 import vision
 from formats.model_files import enable_checkpointing
+from harness import speed
 from packed_model import prepare_model, response_states
 from packing import hold_out, joined, pack
 from preference_data import Pair, fingerprint
@@ -196,3 +198,29 @@ def test_prompts_with_other_pictures_are_other_prompts():
     assert len(both) == 3 and labels == [[1, 0], [1, 1], [0, 1]]
     assert fingerprint(pairs[:1]) != fingerprint(pairs[1:2])
     assert fingerprint(pairs[:1]) != fingerprint([pairs[0]._replace(pictures=None)])
+
+
+# -- its useful work -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen2_vl", "smolvlm"])
+def test_useful_operations_count_tokens_of_pictures_in_the_decoder_and_not_the_tower(name):
+    """torch's own counter over a forward and a backward, attention left out: in the second pass features were kept."""
+    model, raw = vision_model(name, torch.float32)
+    pairs = [
+        Pair(*pair, pictures=given and Processed(pair[0], given, (f"sha {number}",)))
+        for number, (*pair, given) in enumerate(raw)
+    ]
+    prepared(model, pairs)
+    model.requires_grad_(False)
+    model.get_input_embeddings().requires_grad_(True)  # so that gradients flow through every layer
+    products = torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.convolution
+    counts = []
+    for _ in range(2):
+        with FlopCounterMode(display=False) as counter:
+            chosen, rejected = model.packed_logps(pack(pairs))
+            (chosen - rejected).sum().backward()
+        counts.append(sum(flops for op, flops in counter.get_flop_counts()["Global"].items() if op in products))
+    without = [pair._replace(prompt_ids=[token for token in pair[0] if token != IMAGE]) for pair in pairs]
+    assert sum(speed.useful_flops(model, pairs)) == counts[1] < counts[0], "with and without the tower"
+    assert sum(speed.useful_flops(model, without)) < 0.8 * counts[1]
