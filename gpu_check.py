@@ -16,7 +16,7 @@ import time
 
 from harness import endings, flags
 
-PARTS = "machine kernels numbers steps waits memory speeds scripts ranks".split()
+PARTS = "machine kernels numbers pictures steps waits memory speeds scripts ranks".split()
 
 
 def get_args(argv=None):
@@ -42,6 +42,7 @@ CHECKS = {
     "machine": gpu_numbers.machine,
     "kernels": gpu_numbers.kernels,
     "numbers": gpu_numbers.numbers,
+    "pictures": gpu_numbers.pictures,
     "steps": gpu_numbers.steps,
     "waits": gpu_numbers.waits,
     "memory": gpu_load.memory,

@@ -10,6 +10,7 @@ from runs import one_line, run_script
 
 import gpu_check
 import packed_attention
+import vision
 from harness import optimizers
 from tools import gpu_load, gpu_numbers, gpu_runs
 
@@ -32,10 +33,12 @@ def check(monkeypatch, capsys):
 
 
 def test_what_a_cpu_can_check_is_right_and_versions_are_named(check):
-    code, said = check("machine", "kernels", "numbers", "steps", "waits", "memory", "speeds")
+    code, said = check("machine", "kernels", "numbers", "pictures", "steps", "waits", "memory", "speeds")
     assert code == 0
     assert f"torch {torch.__version__}, transformers " in said and ", Python 3." in said and "\nbitsandbytes " in said
-    for what in ("attention in fp32, from fp64", "qwen3 fp32: log-probs", "qwen3 fp32: gradients", "AdamW "):
+    kinds = "qwen3", "llava", "qwen2-vl"
+    numbers = [f"{kind} fp32: {what}" for kind in kinds for what in ("log-probs", "gradients", "checkpointing")]
+    for what in ("attention in fp32, from fp64", *numbers, "AdamW "):
         assert f"\nok    {what}" in said, what
     assert ", 0 failed, 0 slow, " in said.splitlines()[-1]
 
@@ -64,6 +67,29 @@ def test_a_rejected_response_that_sees_the_chosen_one_is_a_fail(check, monkeypat
     monkeypatch.setattr(packed_attention, "cut_pairs", leaking)
     code, said = check("numbers")
     assert code == 1 and "\nFAIL  qwen3 fp32 " in said
+
+
+def test_exchanged_pictures_are_a_fail(check, monkeypatch):
+    """In bf16 too, by the gradients: log-probs of random weights depend on a picture less than bf16 rounds."""
+    monkeypatch.setattr(gpu_numbers, "DTYPES", {"fp32": torch.float32, "bf16": torch.bfloat16})
+    plain = vision._joined
+
+    def exchanged(features, device):  # the pictures of a row, which one by one are not joined
+        return plain(features, device) if isinstance(features[0], torch.Tensor) else plain(features[::-1], device)
+
+    monkeypatch.setattr(vision, "_joined", exchanged)
+    code, said = check("pictures")
+    assert code == 1
+    for kind in gpu_numbers.SEEING:
+        for what in ("fp32: log-probs", "fp32: gradients", "bf16: gradients"):
+            assert f"\nFAIL  {kind} {what} " in said
+
+
+def test_positions_of_text_where_pictures_have_their_own_are_a_fail(check, monkeypatch):
+    monkeypatch.setattr(vision, "positions", lambda backbone, batch: batch.position_ids)
+    code, said = check("pictures")
+    assert code == 1
+    assert "\nFAIL  qwen2-vl fp32: log-probs " in said and "\nok    llava fp32: log-probs " in said
 
 
 def test_an_optimiser_with_another_rate_is_a_fail_and_the_other_parts_still_speak(check, monkeypatch):

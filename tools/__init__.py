@@ -31,7 +31,7 @@ of prepare_data.py
 
 of gpu_check.py
     gpu_models           the report; tiny models, pairs, updates
-    gpu_numbers          the machine, kernels, numbers beside fp64, optimisers, waits
+    gpu_numbers          the machine, kernels, numbers beside fp64, of pictures too, optimisers, waits
     gpu_load             memory beside the estimate, speed
     gpu_runs             whole scripts, resume, ranks
 """

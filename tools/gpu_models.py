@@ -2,6 +2,7 @@
 
 import collections
 from argparse import Namespace
+from typing import NamedTuple
 
 import torch
 import transformers
@@ -10,7 +11,7 @@ from torch.autograd import DeviceType
 import distributed
 import lora
 import losses
-from formats.model_files import enable_checkpointing
+from formats.model_files import enable_checkpointing, sees
 from harness import optimizers
 from packed_model import prepare_model
 from packing import pack
@@ -26,6 +27,18 @@ KINDS = {  # name -> (transformers' name, its config)
     "gemma3, window 16": ("gemma3_text", SIZES | dict(head_dim=64) | GEMMA),
     "gpt2": ("gpt2", dict(vocab_size=2048, n_layer=2, n_head=4, n_embd=256, n_positions=1024)),
 }
+IMAGE = 2047  # the token that stands for a piece of a picture
+TOWER = dict(hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4)
+TOWER |= dict(model_type="clip_vision_model", image_size=32, patch_size=8)
+TEXT = SIZES | dict(model_type="llama", head_dim=64)
+ROPE = dict(rope_type="default", mrope_section=[4, 6, 6], rope_theta=10_000.0)
+QWEN2_VL = dict(text_config=SIZES | dict(rope_parameters=ROPE), image_token_id=IMAGE, video_token_id=2046)
+QWEN2_VL |= dict(vision_config=dict(depth=2, embed_dim=128, hidden_size=256, num_heads=4, mlp_ratio=2, patch_size=4))
+SEEING = {  # name -> as in KINDS
+    "llava": ("llava", dict(vision_config=TOWER, text_config=TEXT, image_token_id=IMAGE, image_seq_length=16)),
+    "qwen2-vl": ("qwen2_vl", QWEN2_VL | dict(vision_start_token_id=2044, vision_end_token_id=2045)),
+}
+GRIDS = [[(1, 4, 6)], [(1, 8, 4), (1, 2, 2)], [], [(1, 6, 6)]]  # patches of the pictures of each pair
 NEEDS_GPU = "not tried: this needs a GPU"
 SHAPES = [(37, 20, 31), (5, 64, 1), (80, 48, 49), (16, 1, 96)]  # tokens of prompt, chosen, rejected
 
@@ -49,13 +62,14 @@ class Report:
 
 
 def build(config, dtype=torch.float32):
-    """A causal language model of transformers with random weights."""
-    return transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]._from_config(config, dtype=dtype)
+    """A causal language model of transformers with random weights, or one that sees."""
+    of_text, seeing = transformers.MODEL_FOR_CAUSAL_LM_MAPPING, transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    return (seeing if sees(config) else of_text)[type(config)]._from_config(config, dtype=dtype)
 
 
 def tiny_model(kind, dtype, device, seed=0):
     """A model with random weights, the same on every device."""
-    name, settings = KINDS[kind]
+    name, settings = (KINDS | SEEING)[kind]
     torch.manual_seed(seed)
     model = build(transformers.CONFIG_MAPPING[name](**settings))
     with torch.no_grad():
@@ -81,6 +95,38 @@ def random_pairs(shapes, vocab=2048, seed=0):
     draw = torch.Generator().manual_seed(seed)
     ids = lambda count: torch.randint(2, vocab, (count,), generator=draw).tolist()
     return [Pair(ids(prompt), ids(chosen), ids(rejected)) for prompt, chosen, rejected in shapes]
+
+
+class Made(NamedTuple):
+    """What a processor would have made of the pictures of a prompt."""
+
+    ids: list  # of the prompt
+    given: dict  # {name: tensor} that the model takes beside them
+    digests: tuple
+
+    def open(self):
+        return self.ids, self.given
+
+
+def pairs_with_pictures(kind):
+    """Pairs of one of SEEING, of random tokens and pixels: one picture, two of other sizes, none, one."""
+    draw, pairs = torch.Generator().manual_seed(0), []
+    for number, (pair, grids) in enumerate(zip(random_pairs(SHAPES, vocab=2000), GRIDS, strict=True)):
+        if not grids:
+            pairs.append(pair)
+            continue
+        if kind == "llava":
+            block = [IMAGE] * 16 * len(grids)
+            given = {"pixel_values": torch.randn(len(grids), 3, 32, 32, generator=draw)}
+        else:  # a token is 2 x 2 patches of 4 x 4 pixels, three colours, two frames
+            sizes = [frames * height * width for frames, height, width in grids]
+            block = [token for size in sizes for token in (2044, *[IMAGE] * (size // 4), 2045)]
+            given = {"pixel_values": torch.randn(sum(sizes), 96, generator=draw), "image_grid_thw": torch.tensor(grids)}
+        ids = pair.prompt_ids[:3] + block + pair.prompt_ids[3:]
+        if kind != "llava":
+            given["mm_token_type_ids"] = torch.tensor([[int(token == IMAGE) for token in ids]])
+        pairs.append(pair._replace(prompt_ids=ids, pictures=Made(ids, given, (f"picture {number}",))))
+    return pairs
 
 
 def loss_and_gradient(model, parameters, batch, with_kl, scale=1.0):

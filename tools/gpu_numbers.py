@@ -24,12 +24,14 @@ from tools.gpu_models import (
     DTYPES,
     KINDS,
     NEEDS_GPU,
+    SEEING,
     SHAPES,
     Updates,
     adapted,
     distance,
     launches_of,
     loss_and_gradient,
+    pairs_with_pictures,
     profiled,
     random_pairs,
 )
@@ -128,32 +130,41 @@ def _cost_of_a_length(report, name, attend, inputs):
 def numbers(report, device):
     """Log-probs, KL and LoRA's gradients of packed pairs, four kinds of model, from sequences one by one in fp64."""
     for kind in KINDS:
-        model, parameters = adapted(kind, torch.float64, "cpu")
-        prepare_model(model)
-        model.packs_pairs = False  # sequences one by one
-        on_cpu = [
-            loss_and_gradient(model, parameters, pack(random_pairs(SHAPES)), with_kl) for with_kl in (False, True)
-        ]
-        for name, dtype in DTYPES.items():
-            if name == "fp16" and device.type == "cpu":
-                continue
-            model, parameters = adapted(kind, dtype, device)
-            says = prepare_model(model)
-            if not model.packs_pairs:
-                report.line("FAIL", f"{kind} {name}", says)
-                continue
-            batch, scale = pack(random_pairs(SHAPES), device), 1024.0 if name == "fp16" else 1.0
-            here = [loss_and_gradient(model, parameters, batch, with_kl, scale) for with_kl in (False, True)]
-            logps = max(distance(ours[0], theirs[0]) for ours, theirs in zip(here, on_cpu))
-            gradients = max(distance(ours[1], theirs[1]) for ours, theirs in zip(here, on_cpu))
-            report.judge(f"{kind} {name}: log-probs", logps, FAR[name][0])
-            report.judge(f"{kind} {name}: gradients", gradients, FAR[name][1])
-            model.train()
-            plain, again = (loss_and_gradient(model, parameters, batch, False, scale)[1] for _ in range(2))
-            enable_checkpointing(model, draws=False)
-            checkpointed = loss_and_gradient(model, parameters, batch, False, scale)[1]
-            noise = distance(again, plain)  # kernels that add up in any order
-            report.judge(f"{kind} {name}: checkpointing", distance(checkpointed, plain), max(1e-6, 4 * noise))
+        _beside_one_by_one(report, device, kind, random_pairs(SHAPES))
+
+
+def pictures(report, device):
+    """The same of pairs with pictures; the KL's pass, the second over them, has features that were kept on the CPU."""
+    for kind in SEEING:
+        _beside_one_by_one(report, device, kind, pairs_with_pictures(kind))
+
+
+def _beside_one_by_one(report, device, kind, pairs):
+    model, parameters = adapted(kind, torch.float64, "cpu")
+    prepare_model(model)
+    model.packs_pairs = False  # sequences one by one
+    on_cpu = [loss_and_gradient(model, parameters, pack(pairs), with_kl) for with_kl in (False, True)]
+    for name, dtype in DTYPES.items():
+        if name == "fp16" and device.type == "cpu":
+            continue
+        model, parameters = adapted(kind, dtype, device)
+        says = prepare_model(model)
+        if not model.packs_pairs:
+            report.line("FAIL", f"{kind} {name}", says)
+            continue
+        scale = 1024.0 if name == "fp16" else 1.0
+        here = [loss_and_gradient(model, parameters, pack(pairs, device), with_kl, scale) for with_kl in (False, True)]
+        logps = max(distance(ours[0], theirs[0]) for ours, theirs in zip(here, on_cpu))
+        gradients = max(distance(ours[1], theirs[1]) for ours, theirs in zip(here, on_cpu))
+        report.judge(f"{kind} {name}: log-probs", logps, FAR[name][0])
+        report.judge(f"{kind} {name}: gradients", gradients, FAR[name][1])
+        model.train()
+        batch = pack(pairs, device)
+        plain, again = (loss_and_gradient(model, parameters, batch, False, scale)[1] for _ in range(2))
+        enable_checkpointing(model, draws=False)
+        checkpointed = loss_and_gradient(model, parameters, batch, False, scale)[1]
+        noise = distance(again, plain)  # kernels that add up in any order
+        report.judge(f"{kind} {name}: checkpointing", distance(checkpointed, plain), max(1e-6, 4 * noise))
 
 
 def steps(report, device):
