@@ -229,7 +229,7 @@ def _sequences(batch):
 
 def _beside(given, response, model):
     """What the model takes beside the ids of one sequence."""
-    if not given:
+    if given is None:
         return {}
     import vision  # text has no use for it
 

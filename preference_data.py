@@ -39,7 +39,7 @@ class Pair(NamedTuple):
     labels: tuple | None = None  # of harm, (chosen, rejected): +1 harmful, -1 safe; None where the row has none
     prompted_ids: list | None = None  # the prompt with a preference in it, where load_pairs was given one
     end: int | None = None  # the token that ends its responses, where it is not the tokenizer's end-of-sequence
-    pictures: Any = None  # vision.Pictures of its prompt, whose ids are then placeholders until it is packed
+    pictures: Any = None  # Pictures of its prompt (formats/picture_reader.py): ids are placeholders until it is packed
     prompted_pictures: Any = None  # the same of prompted_ids
 
 
@@ -53,7 +53,7 @@ class TextRow(NamedTuple):
     rejected: str | list
     template_args: dict  # for the chat template
     texts: list  # that are tokenised: full_texts
-    found: Any = None  # vision.Found: its pictures
+    found: Any = None  # its pictures: formats/picture_reader.py
 
     @property
     def is_chat(self):
@@ -96,8 +96,8 @@ def load_pairs(
     """Pairs of the first `limit` rows (0: all) of a file or hub dataset, and a report: (pairs, lines to print).
 
     prefer: puts a preference into a prompt, a string or messages; the pairs then have prompted_ids too.
-    by_default: nobody asked for that limit, which the report then says.  reader: vision.PictureReader of a model that
-    sees pictures.
+    by_default: nobody asked for that limit, which the report then says.  reader: a PictureReader, of a model
+    that sees.
     Raises DataError at the first malformed row (skip_invalid counts it instead), for an unknown shape, and when no
     usable pair is left.  Unusable rows are counted by reason, and the first one left out is named.
     Needs max_prompt_length < max_length, so that a cut leaves something of every response.

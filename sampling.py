@@ -80,7 +80,7 @@ def sample(
     distribution.  places: number of each row among all
     that are sampled with this seed, 0, 1, ... if not given; what a row draws depends on seed and place, not on which
     rows share its batch (but for rounding).  The global generators and the model's mode are left as they were.
-    pictures: of each prompt its vision.Pictures, or None; the tokens that stand for a picture are never drawn.
+    pictures: of each prompt its Pictures, or None; the tokens that stand for a picture are never drawn.
     streamer: transformers' TextStreamer, for one prompt.  Raises FloatingPointError for probabilities not finite.
     """
     device, was_training = model.device, model.training

@@ -130,7 +130,7 @@ def validate(forward, data, labels, world):
 def save_model(folder, model, tokenizer, record, state=None, reader=None):
     """The adapter with its head in PEFT's format or, of a `state`, transformers' whole model; and reward_model.json.
 
-    reader: vision.PictureReader of a model that sees, or None.
+    reader: a PictureReader of a model that sees, or None.
     """
     if state:
         model.config.pad_token_id = record["pad_token_id"]

@@ -40,9 +40,7 @@ from lora import select_targets
 TEXT = dict(hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9, vocab_size=49_152)
 TEXT |= dict(num_key_value_heads=3, max_position_embeddings=2048, tie_word_embeddings=True, model_type="llama")
 TOWER = dict(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, patch_size=16)
-WORDS = (
-    "a picture of some coloured things that stand beside each other on a table in front of a wall"
-)
+WORDS = "a picture of some coloured things that stand beside each other on a table in front of a wall"
 CONTENDERS = "ours", "ours, nothing kept", "trl", "trl-defaults"
 
 
@@ -74,33 +72,20 @@ def write_world(kind, pairs, work):
     parts = dict(text_config=TEXT | ends, image_token_id=tokenizer.convert_tokens_to_ids("<image>"))
     torch.manual_seed(0)
     if kind == "llava":
-        config = transformers.LlavaConfig(
-            vision_config=tower, text_config=text, image_token_id=image, image_seq_length=256
-        )
-        model = transformers.LlavaForConditionalGeneration(config)
+        parts |= dict(vision_config=TOWER | dict(image_size=256, model_type="clip_vision_model"), image_seq_length=256)
+        model = transformers.LlavaForConditionalGeneration(transformers.LlavaConfig(**parts))
         sizes = dict(size={"shortest_edge": 256}, crop_size={"height": 256, "width": 256})
-        processor = transformers.LlavaProcessor(
-            image_processor=transformers.CLIPImageProcessor(**sizes),
-            tokenizer=tokenizer,
-            patch_size=16,
-            vision_feature_select_strategy="default",
-            num_additional_image_tokens=1,
-            image_token="<image>",
-            chat_template=toy_vision.CHAT_TEMPLATE,
-        )
+        counted = dict(patch_size=16, vision_feature_select_strategy="default", num_additional_image_tokens=1)
+        counted |= dict(image_token="<image>", chat_template=toy_vision.CHAT_TEMPLATE)
+        processor = transformers.LlavaProcessor(transformers.CLIPImageProcessor(**sizes), tokenizer, **counted)
     else:
         tokenizer.add_tokens(["<fake_token_around_image>", "<global-img>", "<end_of_utterance>"], special_tokens=True)
-        tower = TOWER | dict(image_size=512)
-        config = transformers.Idefics3Config(
-            vision_config=tower, text_config=text, image_token_id=image, scale_factor=4
-        )
-        model = transformers.Idefics3ForConditionalGeneration(config)
-        pixels = transformers.Idefics3ImageProcessor(
-            size={"longest_edge": 512}, max_image_size={"longest_edge": 512}, do_image_splitting=False
-        )
-        processor = transformers.Idefics3Processor(
-            pixels, tokenizer, image_seq_len=64, chat_template=toy_vision.CHAT_TEMPLATE
-        )
+        parts |= dict(vision_config=TOWER | dict(image_size=512), scale_factor=4)
+        model = transformers.Idefics3ForConditionalGeneration(transformers.Idefics3Config(**parts))
+        sizes = dict(size={"longest_edge": 512}, max_image_size={"longest_edge": 512}, do_image_splitting=False)
+        images = transformers.Idefics3ImageProcessor(**sizes)
+        counted = dict(image_seq_len=64, chat_template=toy_vision.CHAT_TEMPLATE)
+        processor = transformers.Idefics3Processor(images, tokenizer, **counted)
     model.save_pretrained(work / "model")
     processor.save_pretrained(work / "model")
     from PIL import Image

@@ -110,9 +110,9 @@ class Run:
         """The model without its weights: what does not fit it shows before gigabytes are read."""
         model = load_skeleton(self.args.model, tokenizer, self.args, scores)
         if sees(model.config):
-            import vision  # nobody else needs it
+            from formats.picture_reader import PictureReader  # nobody else needs it
 
-            self.reader = vision.PictureReader(self.args, model.config, tokenizer)
+            self.reader = PictureReader(self.args, model.config, tokenizer)
         return model
 
     def estimate_memory(self, skeleton, tokenizer, reward_folders=None, vectors=0):

@@ -19,6 +19,7 @@ from worlds import assistant, char_tokenizer, user, write_rows
 import packed_model
 import vision
 from formats.model_files import load_model, load_tokenizer
+from formats.picture_reader import PictureReader
 from preference_data import DataError, load_pairs
 
 TEMPLATE = (
@@ -83,7 +84,7 @@ def reader_of(folder):
     tokenizer = load_tokenizer(str(folder / "model"))
     config = transformers.AutoConfig.from_pretrained(folder / "model")
     args = Namespace(model=str(folder / "model"), trust_remote_code=False)
-    return tokenizer, vision.PictureReader(args, config, tokenizer)
+    return tokenizer, PictureReader(args, config, tokenizer)
 
 
 def read(folder, rows, max_prompt_length=48, **options):
@@ -299,6 +300,19 @@ def test_packed_is_as_one_by_one(seen, trained, tmp_path, monkeypatch, capsys):
     run_script(words(seen, tmp_path / "out"))
     assert "packed pairs: off, sequences are scored one by one (a test)" in capsys.readouterr().out
     assert losses(tmp_path / "out") == pytest.approx(losses(trained), abs=2e-5)
+
+
+def test_a_picture_is_decoded_once_where_its_features_are_kept(seen, trained, tmp_path, monkeypatch):
+    """Of 16 rows four have none; later epochs, and the look at the first pair, decode nothing again."""
+    process, decoded = PictureReader._process, []
+    monkeypatch.setattr(PictureReader, "_process", lambda *args: decoded.append(1) or process(*args))
+    run_script(words(seen, tmp_path / "kept", epochs=3))
+    assert len(decoded) == 12
+    decoded.clear()
+    monkeypatch.setattr(vision, "KEPT_BYTES", 0)
+    run_script(words(seen, tmp_path / "again"))
+    assert len(decoded) > 24
+    assert_same_adapter(trained, tmp_path / "again")
 
 
 def test_a_cache_gives_the_same_run_and_other_settings_of_the_processor_another_cache(seen, trained, tmp_path, capsys):

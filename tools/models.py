@@ -15,13 +15,13 @@ from sampling import closed
 
 
 def picture_reader(args, tokenizer):
-    """vision.PictureReader where --model sees pictures, else None."""
+    """A PictureReader where --model sees pictures, else None."""
     config = load_config(args.model, args.trust_remote_code)
     if not sees(config):
         return None
-    import vision  # nobody else needs it
+    from formats.picture_reader import PictureReader  # nobody else needs it
 
-    return vision.PictureReader(args, config, tokenizer)
+    return PictureReader(args, config, tokenizer)
 
 
 def example(prompts, device):

@@ -24,7 +24,7 @@ class Prompt(NamedTuple):
     fields: dict  # of its Question
     ids: list  # all that is asked, with the columns around the prompt
     end: int  # the token that ends a response to it
-    pictures: Any = None  # vision.Pictures, with which `ids` are placeholders
+    pictures: Any = None  # Pictures, with which `ids` are placeholders
 
     @property
     def text(self):
@@ -36,7 +36,7 @@ class PromptFile(NamedTuple):
     num_cut: int  # how many lost their beginning
     left_out: Counter  # {why a row cannot be asked: how many}
     notes: list  # lines on what the chat template makes of messages
-    reader: Any  # vision.PictureReader of a model that sees, or None
+    reader: Any  # a PictureReader of a model that sees, or None
 
 
 def text_of(prompt, between="\n\n"):
