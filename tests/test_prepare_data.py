@@ -14,17 +14,25 @@ from pathlib import Path
 import pytest
 from found_files import FOUND, write_found
 from helpers import ROOT
+from prepared import (
+    ALL_TEST,
+    ALL_TRAIN,
+    DIMENSIONS,
+    MEND,
+    SPLITS,
+    account,
+    be_killed,
+    counts,
+    fails,
+    prepare,
+    read_data,
+    read_jsonl,
+)
 from processes import fork, run_program
-from runs import one_line, run_script, snapshot
+from runs import snapshot
 from worlds import CHATML, assistant, char_tokenizer, ids, user, write_rows
 
-import prepare_data
 from preference_data import DataError, load_pairs
-
-SPLITS, DIMENSIONS = ("train", "val", "test"), ("helpful", "harmless")
-ALL_TRAIN = "--train-ratio", 1, "--val-ratio", 0, "--test-ratio", 0
-ALL_TEST = "--train-ratio", 0, "--val-ratio", 0, "--test-ratio", 1
-MEND = "; mend the row, or leave such rows out with --skip-invalid"
 
 
 @pytest.fixture(autouse=True)
@@ -33,45 +41,11 @@ def in_a_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
-def prepare(*words):
-    run_script(words, prepare_data)
-
-
 def prepare_rows(rows, *words, name="rows.jsonl"):
     """{(split, dimension): rows} and the account of a run on one file of these rows."""
     write_rows(Path(name), rows)
     prepare("--input", name, *words)
     return read_data("data"), account()
-
-
-def read_data(folder):
-    files = {(s, d): Path(folder, s, f"{d}_pairs.jsonl") for s in SPLITS for d in DIMENSIONS}
-    return {key: read_jsonl(path) for key, path in files.items() if path.exists()}
-
-
-def read_jsonl(path):
-    return [json.loads(line) for line in path.read_text("utf-8").split("\n")[:-1]]
-
-
-def account(folder="data"):
-    return json.loads(Path(folder, "account.json").read_text("utf-8"))
-
-
-def counts(dropped):
-    return {reason: entry["count"] for reason, entry in dropped.items()}
-
-
-def fails(capsys, *words):
-    """Run with words that have to fail: exit code 2, nothing written; the one line on standard error."""
-    before = snapshot(".")
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as exit:
-        prepare(*words)
-    assert exit.value.code == 2
-    assert snapshot(".") == before
-    line = one_line(capsys)
-    assert line.startswith("prepare_data.py: ")
-    return line.removeprefix("prepare_data.py: ")
 
 
 def pku(number=0, better=0, safer=1, safe=(False, True), **more):
@@ -782,20 +756,6 @@ def test_killed_while_files_are_put_in_place_the_next_start_finishes_and_readers
             load_pairs("data/train/helpful_pairs.jsonl", char_tokenizer(), 512, 256)
     prepare(*words)
     assert snapshot("data") == snapshot("old")
-
-
-def be_killed(number, words):
-    """prepare_data.py until before its rename `number`."""
-    replace, calls = Path.replace, []
-
-    def killer(draft, path):
-        calls.append(path)
-        if len(calls) == number:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return replace(draft, path)
-
-    Path.replace = killer
-    prepare(*words)
 
 
 def test_a_fresh_run_that_was_killed_is_run_again_with_the_same_command(capsys):

@@ -9,12 +9,11 @@ from pathlib import Path
 
 import pytest
 from found_files import parquet
+from prepared import ALL_TEST, ALL_TRAIN, MEND, account, be_killed, counts, fails, prepare, read_data
 from processes import fork
 from runs import snapshot
-from test_prepare_data import ALL_TEST, ALL_TRAIN, MEND, account, be_killed, counts, fails, prepare, read_data
-from test_prepare_data import pair as text_pair
-from test_vision_run import picture as picture_of
-from test_vision_run import png, read, reader_of, write_model
+from tiny_llava import picture as picture_of
+from tiny_llava import png, read, reader_of, write_model
 from worlds import assistant, user, write_rows
 
 from preference_data import load_pairs
@@ -117,9 +116,9 @@ def test_a_public_set_becomes_pairs_that_training_reads(seeing, tmp_path, name, 
 
     tokenizer, reader = reader_of(seeing)
     pairs, _ = load_pairs(f"moved/train/{dimension}_pairs.jsonl", tokenizer, 512, 48, reader=reader)
-    assert [pair[:3] for pair in pairs] == [plain[:3]] * 2
-    assert sorted(pair.pictures.digests for pair in pairs) == [(digest,) for digest in expected]
-    assert all(pair.pictures.open()[0] == plain.prompt_ids for pair in pairs)
+    assert [one[:3] for one in pairs] == [plain[:3]] * 2
+    assert sorted(one.pictures.digests for one in pairs) == [(digest,) for digest in expected]
+    assert all(one.pictures.open()[0] == plain.prompt_ids for one in pairs)
 
 
 # -- which prompts are one ---------------------------------------------------------------------------------------------
@@ -157,7 +156,7 @@ def test_safe_and_harmful_responses_are_paired_at_one_picture_alone():
 def test_pictures_decide_the_split_and_text_rows_stay_where_they_are():
     for number in range(60):
         Path(f"raw/{number}.png").write_bytes(png(picture_of(number, (24, 20))))
-    texts = [text_pair(number) for number in range(60)]
+    texts = [{"prompt": f"q{number}", "chosen": "a", "rejected": "b"} for number in range(60)]
     write_rows(Path("texts.jsonl"), texts)
     write_rows(Path("raw/seen.jsonl"), [asked(f"{number}.png") for number in range(60)])
     prepare("--input", "texts.jsonl", "--dimension", "helpful", "--output-dir", "alone")
@@ -286,9 +285,9 @@ def test_pictures_of_a_dataset_are_the_bytes_of_their_files_and_not_decoded(seei
     digest = hashlib.sha256(data).hexdigest()
 
     tokenizer, reader = reader_of(seeing)
-    ((pair,), _) = load_pairs("set", tokenizer, 512, 48, reader=reader)
-    assert pair.pictures.digests == (digest,)
-    assert pair.pictures.open()[1]["pixel_values"].shape == (1, 3, 32, 32)
+    ((seen,), _) = load_pairs("set", tokenizer, 512, 48, reader=reader)
+    assert seen.pictures.digests == (digest,)
+    assert seen.pictures.open()[1]["pixel_values"].shape == (1, 3, 32, 32)
     prepare("--input", "set", "--dimension", "helpful", *ALL_TRAIN)
     assert [path.name for path in Path("data/images").iterdir()] == [f"{digest}.jpg"]
 
@@ -298,5 +297,5 @@ def test_a_path_in_a_dataset_that_is_a_folder_is_relative_to_the_folder(seeing):
     shutil.copytree("raw", "set/pictures")
     write_rows(Path("set/train.jsonl"), [asked("pictures/1.png")])
     tokenizer, reader = reader_of(seeing)
-    ((pair,), _) = load_pairs("set", tokenizer, 512, 48, reader=reader)
-    assert pair.pictures.digests == (sha(1),)
+    ((seen,), _) = load_pairs("set", tokenizer, 512, 48, reader=reader)
+    assert seen.pictures.digests == (sha(1),)

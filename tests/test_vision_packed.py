@@ -2,13 +2,10 @@
 log-probs, KL, gradients of LoRA; planted mistakes are seen; each picture is encoded once.
 """
 
-import copy
-from typing import NamedTuple
-
 import pytest
 import torch
-from tiny_models import ON, assert_same, randomize
-from tiny_vision import IMAGE, PACKED, PLAIN, vision_model
+from tiny_models import ON, assert_same
+from tiny_vision import IMAGE, PACKED, PLAIN, Processed, family, vision_model
 from torch.utils.flop_counter import FlopCounterMode
 
 import lora
@@ -18,29 +15,6 @@ from harness import speed
 from packed_model import prepare_model, response_states
 from packing import hold_out, joined, pack
 from preference_data import Pair, fingerprint
-
-
-class Processed(NamedTuple):
-    """What a processor of the family would make of the pictures of a prompt."""
-
-    ids: list
-    given: dict
-    digests: tuple
-
-    def open(self):
-        return self.ids, self.given
-
-
-def family(name):
-    """(model with an adapter, both in fp64, the same again for the oracle, pairs, the same as tuples)."""
-    model, raw = vision_model(name)
-    randomize(lora.add_adapter(model, "policy", 4, 8))
-    model.double()
-    pairs = []
-    for number, (prompt, chosen, rejected, given) in enumerate(raw):
-        pictures = Processed(prompt, given, (f"sha {number}",)) if given else None
-        pairs.append(Pair(prompt, chosen, rejected, pictures=pictures))
-    return model, copy.deepcopy(model), pairs, raw
 
 
 def prepared(model, pairs):

@@ -1,72 +1,24 @@
 """dpo_hf_run.py on pairs with pictures, as a user has them: a tiny LLaVA with its processor, files on the disk."""
 
 import importlib
-import io
 import json
 import shutil
 import sys
-from argparse import Namespace
 
 import pytest
 import torch
 import transformers
-from PIL import Image
 from ranks import run_ranks
 from runs import adapter_of, metrics_of, run_script
-from tiny_vision import IMAGE, vision_model
-from worlds import assistant, char_tokenizer, user, write_rows
+from tiny_llava import TEMPLATE, assert_same_adapter, picture, png, read, reader_of, row, write_model
+from tiny_vision import IMAGE
+from worlds import assistant, user, write_rows
 
 import packed_model
 import vision
 from formats.model_files import load_model, load_tokenizer
 from formats.picture_reader import PictureReader
-from preference_data import DataError, load_pairs
-
-TEMPLATE = (
-    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{% if m.content is string %}{{ m.content }}{% else %}"
-    "{% for part in m.content %}{{ '<image>' if part.type == 'image' else part.text }}{% endfor %}{% endif %}"
-    "{{ '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
-
-
-def write_model(folder):
-    """A LLaVA of 16 tokens a picture, in fp32, with its tokenizer and processor."""
-    model, _ = vision_model("llava", torch.float32)
-    model.save_pretrained(folder)
-    tokenizer = char_tokenizer(template=TEMPLATE, more={"<image>": IMAGE})
-    sizes = dict(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
-    processor = transformers.LlavaProcessor(
-        image_processor=transformers.CLIPImageProcessor(**sizes),
-        tokenizer=tokenizer,
-        patch_size=8,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
-        image_token="<image>",
-        chat_template=TEMPLATE,
-    )
-    processor.save_pretrained(folder)
-    return folder
-
-
-def picture(number, size=(40, 32)):
-    image = Image.effect_noise(size, 90).convert("RGB")
-    image.paste((number * 9 % 256, number * 31 % 256, number * 77 % 256), (0, 0, 20, 20))
-    return image
-
-
-def png(image):
-    file = io.BytesIO()
-    image.save(file, "PNG")
-    return file.getvalue()
-
-
-def row(number):
-    asked = {"prompt": f"what {number}?", "chosen": f"a {chr(97 + number)}", "rejected": f"no {number}"}
-    if number % 4 == 3:
-        return asked  # without
-    if number % 4 == 2:
-        return asked | {"images": [f"pictures/{number}.png", f"pictures/{number - 1}.png"]}
-    return asked | {"image": f"pictures/{number}.png"}
+from preference_data import DataError
 
 
 @pytest.fixture(scope="module")
@@ -78,19 +30,6 @@ def seen(tmp_path_factory):
         picture(number, (40, 32) if number % 3 else (64, 48)).save(folder / f"pictures/{number}.png")
     write_rows(folder / "pairs.jsonl", [row(number) for number in range(16)])
     return folder
-
-
-def reader_of(folder):
-    tokenizer = load_tokenizer(str(folder / "model"))
-    config = transformers.AutoConfig.from_pretrained(folder / "model")
-    args = Namespace(model=str(folder / "model"), trust_remote_code=False)
-    return tokenizer, PictureReader(args, config, tokenizer)
-
-
-def read(folder, rows, max_prompt_length=48, **options):
-    path = write_rows(folder / "rows.jsonl", rows)
-    tokenizer, reader = reader_of(folder)
-    return load_pairs(str(path), tokenizer, 512, max_prompt_length, reader=reader, **options)[0]
 
 
 def words(folder, out, **changes):
@@ -283,13 +222,6 @@ def test_what_reads_pictures_is_missing(seen, tmp_path, capsys, monkeypatch, mis
 
 
 # -- the same run in other ways --------------------------------------------------------------------------------------
-
-
-def assert_same_adapter(one, other, tolerance=0.0):
-    first, second = adapter_of(one), adapter_of(other)
-    assert first.keys() == second.keys()
-    for name, tensor in first.items():
-        torch.testing.assert_close(second[name], tensor, rtol=tolerance, atol=tolerance)
 
 
 def test_packed_is_as_one_by_one(seen, trained, tmp_path, monkeypatch, capsys):

@@ -4,8 +4,7 @@ forward on one whole sequence at a time, without a cache, from pixels.
 
 import pytest
 import torch
-from test_vision_packed import NAMES, PLAIN, Processed, family
-from tiny_vision import FAMILIES, IMAGE, vision_model
+from tiny_vision import FAMILIES, IMAGE, PACKED, PLAIN, Processed, family, vision_model
 from worlds import char_tokenizer
 
 from formats.model_files import load_model
@@ -16,7 +15,7 @@ from packing import pack
 from sampling import RowDraws, random_numbers, sample
 
 TOKENIZER = char_tokenizer()
-ALL = [*NAMES, *(build.__name__ for build in PLAIN)]
+ALL = [build.__name__ for build in (*PACKED, *PLAIN)]
 NEW, END = 6, 1  # tokens; the one that ends an answer
 
 

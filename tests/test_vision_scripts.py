@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from ranks import run_ranks
 from runs import adapter_of, metrics_of, one_line, run_script
-from test_vision_run import assert_same_adapter, picture, reader_of, row, write_model
+from tiny_llava import assert_same_adapter, picture, reader_of, row, write_model
 from tiny_vision import IMAGE
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from worlds import write_rows

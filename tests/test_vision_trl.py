@@ -8,7 +8,7 @@ import torch
 import transformers
 from PIL import Image
 from runs import metrics_of, run_script
-from test_vision_run import TEMPLATE, picture
+from tiny_llava import TEMPLATE, picture
 from tiny_vision import IMAGE, vision_model
 from transformers import AutoModelForImageTextToText, TrainerCallback
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil

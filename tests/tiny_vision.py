@@ -2,12 +2,17 @@
 make them: one picture, two of other sizes, none, one.
 """
 
+import copy
 import random
+from typing import NamedTuple
 
 import torch
 import transformers
-from tiny_models import WideNorm
+from tiny_models import WideNorm, randomize
 from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
+
+import lora
+from preference_data import Pair
 
 IMAGE = 150  # the token that stands for a piece of a picture
 TEXT = dict(
@@ -294,3 +299,26 @@ def widen_norms(model):
         if type(module).__name__.endswith("RMSNorm"):
             parent, _, child = path.rpartition(".")
             setattr(model.get_submodule(parent), child, WideNorm(module))
+
+
+class Processed(NamedTuple):
+    """What a processor of the family would make of the pictures of a prompt."""
+
+    ids: list
+    given: dict
+    digests: tuple
+
+    def open(self):
+        return self.ids, self.given
+
+
+def family(name):
+    """(model with an adapter, both in fp64, the same again for the oracle, pairs, the same as tuples)."""
+    model, raw = vision_model(name)
+    randomize(lora.add_adapter(model, "policy", 4, 8))
+    model.double()
+    pairs = []
+    for number, (prompt, chosen, rejected, given) in enumerate(raw):
+        pictures = Processed(prompt, given, (f"sha {number}",)) if given else None
+        pairs.append(Pair(prompt, chosen, rejected, pictures=pictures))
+    return model, copy.deepcopy(model), pairs, raw
