@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 import packed_probe
+from formats.model_files import prompt_sees_itself
 from packed_attention import CannotPack, PairLayout
 
 HEAD_CHUNK = 1024  # tokens per piece of the language-model head: 1024 x 151,936 fp32 logits are 0.6 GB
@@ -227,20 +228,25 @@ def _sequences(batch):
     return list(zip(prompts + prompts, chosen + rejected, pictures + pictures, strict=True))
 
 
-def _beside(given, response, model):
+def _beside(given, prompt, response, model):
     """What the model takes beside the ids of one sequence."""
-    if given is None:
+    if given is None and not prompt_sees_itself(model.config):
         return {}
     import vision  # text has no use for it
 
-    return vision.beside(given, len(response), model)
+    return vision.beside(given, len(prompt), len(response), model)
+
+
+def _as_response(model, ids):
+    """What the model takes beside ids (1, T) all of which are a response."""
+    return {"token_type_ids": torch.ones_like(ids)} if prompt_sees_itself(model.config) else {}
 
 
 def plain_states(model, batch):
     """response_states the plain way: one sequence at a time, the model's own logits (N, V).  Oracle and fallback."""
     predictions = []
     for prompt, response, given in _sequences(batch):
-        ids, beside = torch.cat((prompt, response))[None], _beside(given, response, model)
+        ids, beside = torch.cat((prompt, response))[None], _beside(given, prompt, response, model)
         logits = model(input_ids=ids, use_cache=False, **beside).logits[0]
         predictions.append(logits[len(prompt) - 1 : -1])
     return torch.cat(predictions)[: len(batch.targets)], None, None  # a batch of no pairs has a made-up one: dropped
@@ -278,7 +284,7 @@ def _ends(model, batch, layout=None):
         return _packed_hidden(model, batch, layout)[batch.ends]
     ends = []
     for prompt, response, given in _sequences(batch):
-        ids, beside = torch.cat((prompt, response))[None], _beside(given, response, model)
+        ids, beside = torch.cat((prompt, response))[None], _beside(given, prompt, response, model)
         ends.append(backbone(model)(input_ids=ids, use_cache=False, **beside).last_hidden_state[:, -1])
     return torch.cat(ends)[: len(batch.ends)]  # a batch of no pairs has a made-up one: dropped
 
@@ -305,7 +311,7 @@ def prepare_model(model, example=None):
         return torch.stack(logps_of(batch, *response_states(model, batch, layout)))
 
     def logits(ids):
-        return model(input_ids=ids, use_cache=False).logits[0]
+        return model(input_ids=ids, use_cache=False, **_as_response(model, ids)).logits[0]
 
     states, check = partial(_packed_hidden, model), partial(_check_head, model)
     return packed_probe.choose_path(model, numbers, logits, states, check, example)
@@ -316,7 +322,7 @@ def prepare_scores(model, example=None):
     type(model).packed_scores = packed_scores
 
     def hidden(ids):
-        return backbone(model)(input_ids=ids, use_cache=False).last_hidden_state[0]
+        return backbone(model)(input_ids=ids, use_cache=False, **_as_response(model, ids)).last_hidden_state[0]
 
     return packed_probe.choose_path(
         model, partial(_ends, model), hidden, partial(_packed_hidden, model), example=example

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import logging as transformers_logging
 
-from formats.model_files import ModelError, not_causal
+from formats.model_files import ModelError, not_causal, prompt_sees_itself
 from packed_attention import CannotPack, PairLayout
 from packing import pack
 
@@ -93,6 +93,11 @@ def distance(numbers, expected):
 
 def refuse_differences(model, numbers, packed_states, tests):
     """Raise CannotPack where packed pairs are not what sequences alone are.  tests: [(batch, its numbers)]."""
+    # By what they are, and not by their numbers alone: in bf16 those of a pair may differ by less than rounding allows.
+    if prompt_sees_itself(model.config):
+        raise CannotPack("the tokens of its prompts see each other")
+    if any("token_type_ids" in (given or {}) for each, _ in tests for given in each.pictures):
+        raise CannotPack("its pictures see themselves whole")
     batch = tests[0][0]
     rope = str(getattr(model.config.get_text_config(), "rope_parameters", None))
     if "'dynamic'" in rope or "'longrope'" in rope:

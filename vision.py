@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch.utils._pytree import tree_leaves
 
+from formats.model_files import prompt_sees_itself
 from formats.picture_reader import OF_POSITIONS, PER_TOKEN, with_pixels
 
 KEPT_BYTES = 4e9  # of features, in the CPU's memory: 50,000 tiles of SmolVLM, 850 pictures of LLaVA-7B
@@ -131,11 +132,14 @@ def positions(backbone, batch):
     return torch.cat(of_pairs, dim=1)[:, None].to(batch.position_ids.device)
 
 
-def beside(given, num_response, model):
-    """What a model takes beside the ids of a prompt with pictures and a response, {name: tensor}."""
-    with_response = {}
-    for name, tensor in on_model(with_pixels(given), model).items():
+def beside(given, num_prompt, num_response, model):
+    """What a model takes beside the ids of a prompt, with pictures or (given: None) without, and a response."""
+    with_response, given = {}, {} if given is None else with_pixels(given)
+    if prompt_sees_itself(model.config):
+        given = {**given, "token_type_ids": torch.zeros(1, num_prompt, dtype=torch.long)}
+    for name, tensor in on_model(given, model).items():
         if name in PER_TOKEN:
-            tensor = torch.cat((tensor, tensor.new_zeros(1, num_response)), dim=1)
+            kind = int(prompt_sees_itself(model.config))  # of a response
+            tensor = torch.cat((tensor, tensor.new_full((1, num_response), kind)), dim=1)
         with_response[name] = tensor
     return with_response

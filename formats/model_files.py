@@ -126,7 +126,7 @@ def load_skeleton(path, tokenizer, args, scores=False):
         build = partial(kind.from_config, config, trust_remote_code=trust)
         model = _loaded("model", path, build)
     causal = [module.is_causal for module in model.modules() if hasattr(module, "is_causal")]
-    if causal and not any(causal):
+    if causal and not any(causal) and not prompt_sees_itself(config):
         raise not_causal(path)
     embedded = len(model.get_input_embeddings().weight)
     num_ids = max(tokenizer.get_vocab().values()) + 1  # not len(tokenizer): ids may have gaps
@@ -173,6 +173,13 @@ def _scoring(kind):
     # What names weights of older files anew goes by name and module; and a saved config.json has the name.
     Scoring.__name__, Scoring.__module__ = kind.__name__, kind.__module__
     return Scoring
+
+
+def prompt_sees_itself(config):
+    """Whether a prompt's tokens see each other and a response's only earlier ones (PaliGemma), which the model is told
+    by `token_type_ids`, 0 and 1: without them it is not causal anywhere.
+    """
+    return config.model_type == "paligemma"
 
 
 def not_causal(name):

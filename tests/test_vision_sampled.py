@@ -4,7 +4,7 @@ forward on one whole sequence at a time, without a cache, from pixels.
 
 import pytest
 import torch
-from tiny_vision import FAMILIES, IMAGE, PACKED, PLAIN, Processed, family, vision_model
+from tiny_vision import FAMILIES, IMAGE, PACKED, PLAIN, Processed, family, vision_model, with_response
 from worlds import char_tokenizer
 
 from formats.model_files import load_model
@@ -19,18 +19,12 @@ ALL = [build.__name__ for build in (*PACKED, *PLAIN)]
 NEW, END = 6, 1  # tokens; the one that ends an answer
 
 
-def longer(given, more):
-    """What a processor made, for a prompt with more tokens behind it: they are of no picture."""
-    kinds = {"mm_token_type_ids", "token_type_ids"} & given.keys()
-    return given | {name: torch.cat((given[name], given[name].new_zeros(1, more)), 1) for name in kinds}
-
-
 @torch.no_grad()
 def answered_alone(model, prompt, given, choose):
     """NEW tokens by whole forwards; choose(step, logits (V,)) -> token."""
     ids = list(prompt)
     for step in range(NEW):
-        beside = longer(given or {}, len(ids) - len(prompt))
+        beside = with_response(model, given, len(prompt), len(ids) - len(prompt))
         logits = model(input_ids=torch.tensor([ids]), use_cache=False, **beside).logits[0, -1]
         logits[IMAGE] = -torch.inf
         if getattr(model.config, "video_token_id", None) == 151:  # of Qwen-VL; elsewhere it is beyond the vocabulary
@@ -42,7 +36,7 @@ def answered_alone(model, prompt, given, choose):
 
 
 @pytest.mark.parametrize("temperature", [0, 1])
-@pytest.mark.parametrize("name", [name for name in ALL if name != "paligemma"])
+@pytest.mark.parametrize("name", ALL)
 def test_a_batch_of_prompts_is_answered_as_each_by_itself(name, temperature):
     """With one picture, two of other sizes, none: of different lengths, so that rows are padded."""
     model, _, pairs, raw = family(name)
@@ -103,8 +97,6 @@ def test_a_base_gets_a_head_of_zeros_and_is_the_base_of_the_policy(name, tmp_pat
 @pytest.mark.parametrize("name", ALL)
 @torch.no_grad()
 def test_scores_equal_those_of_the_last_hidden_state_one_by_one(name, tmp_path):
-    if name == "paligemma":
-        pytest.skip("refused: its prompt sees itself, text too")
     base, raw = vision_model(name, torch.float32)
     base.save_pretrained(tmp_path)
     model = load_model(tmp_path, torch.float32, "cpu", scores=True)
@@ -115,7 +107,7 @@ def test_scores_equal_those_of_the_last_hidden_state_one_by_one(name, tmp_path):
     for side in (1, 2):
         for place, (prompt, *responses, given) in enumerate(raw):
             ids = torch.tensor([prompt + responses[side - 1]])
-            beside = longer(given or {}, len(responses[side - 1]))
+            beside = with_response(base, given, len(prompt), len(responses[side - 1]))
             beside = {key: value.float() if value.is_floating_point() else value for key, value in beside.items()}
             end = base.base_model(input_ids=ids, use_cache=False, **beside).last_hidden_state[0, -1]
             assert got[side - 1, place].item() == pytest.approx(

@@ -322,3 +322,14 @@ def family(name):
         pictures = Processed(prompt, given, (f"sha {number}",)) if given else None
         pairs.append(Pair(prompt, chosen, rejected, pictures=pictures))
     return model, copy.deepcopy(model), pairs, raw
+
+
+def with_response(model, given, num_prompt, num_response):
+    """What a model takes beside the ids of a prompt and a response: their kinds go on, of no picture; PaliGemma is told
+    which tokens are a response, text too."""
+    given, kind = dict(given or {}), 0
+    if model.config.model_type == "paligemma":
+        given["token_type_ids"], kind = torch.zeros(1, num_prompt, dtype=torch.long), 1
+    for name in {"mm_token_type_ids", "token_type_ids"} & given.keys():
+        given[name] = torch.cat((given[name], given[name].new_full((1, num_response), kind)), 1)
+    return given
