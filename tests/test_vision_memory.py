@@ -1,13 +1,12 @@
 """What pictures add to --estimate-memory: their tokens, what a tower works with, beside real tensors on a CPU."""
 
 from argparse import Namespace
-from typing import NamedTuple
 
 import pytest
 import torch
 import transformers
 from tiny_models import tiny_model
-from tiny_vision import IMAGE, TEXT, like, vision_model
+from tiny_vision import IMAGE, TEXT, Processed, like, vision_model
 
 import lora
 import packed_model
@@ -18,17 +17,6 @@ from harness.pass_memory import most_alive, picture_of
 from lora_targets import train_text
 from packing import pack
 from preference_data import Pair
-
-
-class Processed(NamedTuple):
-    """What a processor would make of the pictures of a prompt."""
-
-    ids: list
-    given: dict
-    digests: tuple
-
-    def open(self):
-        return self.ids, self.given
 
 
 def flags(**changes):
