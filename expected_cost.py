@@ -193,7 +193,8 @@ class Constraint:
     def _look_at(self, scores):
         """E[cost] by scores (prompts, responses), and its standard error: prompts differ, and so do responses."""
         costs = self.unit.cost(scores).double().mean(1)
-        numbers = {"cost": costs.mean().item(), "error": (costs.std() / len(costs) ** 0.5).item()}
+        spread = costs.std().item() if len(costs) > 1 else math.nan  # of one prompt there is none
+        numbers = {"cost": costs.mean().item(), "error": spread / len(costs) ** 0.5}
         self.numbers |= numbers | {"score": scores.double().mean().item()}
 
     def _draw(self, step, responses):

@@ -69,7 +69,7 @@ class PictureReader:
         self.positions = getattr(config.get_text_config(), "max_position_embeddings", None)
         self.processor = self.Image = None
         self.more_tokens = {}  # sizes of the pictures of a prompt -> tokens beyond one for each
-        self.opened = {}  # (text, digests) of a prompt -> its ids, and what is no pixels of what the processor made
+        self.opened = {}  # text, digests, num_behind of Pictures -> ids, and of what the processor made all but pixels
         take_parts(tokenizer)
 
     def take(self, row, source):
@@ -208,7 +208,7 @@ class PictureReader:
 
     def open(self, pictures):
         """Pictures.open.  A second time nothing is decoded until somebody asks for pixels."""
-        key = pictures.text, pictures.digests
+        key = pictures.text, pictures.digests, pictures.num_behind
         if key in self.opened:
             ids, small = self.opened[key]
             return ids.tolist(), Given(small, lambda: self._process(pictures)[1])

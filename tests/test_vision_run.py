@@ -12,12 +12,13 @@ from ranks import run_ranks
 from runs import adapter_of, metrics_of, run_script
 from tiny_llava import TEMPLATE, assert_same_adapter, picture, png, read, reader_of, row, write_model
 from tiny_vision import IMAGE
-from worlds import assistant, user, write_rows
+from worlds import assistant, char_tokenizer, user, write_rows
 
 import packed_model
 import vision
 from formats.model_files import load_model, load_tokenizer
 from formats.picture_reader import PictureReader
+from packing import pack
 from preference_data import DataError
 
 
@@ -245,6 +246,20 @@ def test_a_picture_is_decoded_once_where_its_features_are_kept(seen, trained, tm
     run_script(words(seen, tmp_path / "again"))
     assert len(decoded) > 24
     assert_same_adapter(trained, tmp_path / "again")
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_one_prompt_whose_last_token_spans_the_seam_of_one_of_two_pairs(seen, tmp_path, order):
+    shutil.copytree(seen, tmp_path / "seen")
+    merged = char_tokenizer(merges=[("\n", "Z")], template=TEMPLATE, more={"<image>": IMAGE})
+    merged.save_pretrained(tmp_path / "seen/model")
+    rows = [ASKED | {"image": "pictures/1.png"} | said for said in ({}, {"chosen": "Za", "rejected": "Zb"})]
+    pairs = read(tmp_path / "seen", rows[::order])
+    assert {pair.pictures.num_behind for pair in pairs} == {0, 1}
+    for _ in range(2):  # as it is opened first, and again
+        batch = pack(pairs)
+        for pair, segment in zip(pairs, batch.segments, strict=True):
+            assert batch.input_ids[0, segment.prompt_start : segment.chosen_start].tolist() == pair.prompt_ids
 
 
 def test_a_cache_gives_the_same_run_and_other_settings_of_the_processor_another_cache(seen, trained, tmp_path, capsys):
