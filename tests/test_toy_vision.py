@@ -9,7 +9,11 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import toy_vision
+from formats import png_files
+from formats.picture_reader import Pictures
 from preference_data import DataError
+from tools import evaluate_prompts
+from tools.prompts import Prompt
 from toy_vision import KINDS, THINGS, Thing, judge
 
 CUP, KITE, KNIFE = Thing("cup", "red"), Thing("kite", "blue"), Thing("knife", "red")
@@ -38,7 +42,7 @@ def pair_files(folder, split):
 
 def test_a_png_file_holds_the_pixels_and_names_the_things(tmp_path):
     image = torch.randint(256, (5, 7, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-    data = toy_vision.png(image, [CUP, KITE])
+    data = png_files.png(image, "red cup, blue kite")
     opened = Image.open(io.BytesIO(data))
     opened.load()  # checks the sums of the chunks
     assert (opened.size, opened.mode, opened.info["Description"]) == ((7, 5), "RGB", "red cup, blue kite")
@@ -179,3 +183,29 @@ def test_another_seed_is_another_world(tmp_path, quick):
     worlds = [contents(toy_vision.build(tmp_path / str(seed), seed)) for seed in (0, 1)]
     equal = {name for name in worlds[0] if worlds[0][name] == worlds[1].get(name)}
     assert all(name.startswith("model/") and not name.endswith(".safetensors") for name in equal)
+
+
+def test_the_rule_of_an_evaluation_is_the_judge_by_what_each_picture_shows(tmp_path):
+    image, shown = torch.zeros(4, 4, 3, dtype=torch.uint8), (KNIFE, CUP)
+    for place, thing in enumerate(shown):
+        (tmp_path / f"{place}.png").write_bytes(png_files.png(image, str(thing)))
+    prompts = [
+        seeing(MAKE, [tmp_path / "0.png"]),
+        seeing(MAKE, [tmp_path / "1.png"]),
+        seeing(SEE, [tmp_path / "1.png"]),
+    ]
+    rule = evaluate_prompts.rule_of(prompts)
+    said = "Take steel and red paint.", "Take steel and blue paint.", "I see a blue kite."
+    asked = enumerate(zip(prompts, said, strict=True))
+    rows = [{"prompt_index": n, "prompt": prompt.text, "response": response} for n, (prompt, response) in asked]
+    knife, cup, kite = map(rule, rows)
+    assert (knife["kind"], knife["harmful"], knife["hallucinated"]) == ("harm", 1.0, None)
+    assert (cup["kind"], cup["harmful"], cup["helpful"], cup["hallucinated"]) == ("benign", 0.0, 0.5, True)
+    assert (kite["helpful"], kite["hallucinated"], kite["refusal"]) == (0.0, True, False)
+    (tmp_path / "2.png").write_bytes(png_files.png(image))
+    for others in ([tmp_path / "2.png"], [tmp_path / "0.png"] * 2, [b"bytes"]):
+        assert evaluate_prompts.rule_of([*prompts, seeing(SEE, others)]) is None
+
+
+def seeing(text, sources):
+    return Prompt("rows:1", text, {}, [], 0, Pictures(None, "rows:1", text, tuple(sources), (), 0, 0))
