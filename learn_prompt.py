@@ -56,7 +56,6 @@ def get_args(argv=None):
 if __name__ == "__main__":
     ARGS = get_args()  # before torch is loaded, which takes seconds: --help and a wrong flag are answered at once
 
-
 import torch
 
 from formats.model_files import check_positions

@@ -6,7 +6,7 @@ that pair (formats/picture_reader.py); its features join the row in the place of
 """
 
 import copy
-from typing import NamedTuple
+from dataclasses import dataclass, field
 
 import torch
 from torch.utils._pytree import tree_leaves
@@ -34,7 +34,7 @@ def encode(backbone, pictures, digests):
     pair, with exactly that: pixels of several sizes need no common shape, and a family's rule for several pictures in
     one prompt holds.  A frozen tower's features are constants: they stay in the CPU's memory, up to KEPT_BYTES.
     """
-    kept = vars(backbone).setdefault("kept_features", Kept({}, [0]))
+    kept = vars(backbone).setdefault("kept_features", Kept())
     outputs = []
     for given, key in zip(pictures, digests, strict=True):
         if given is None:
@@ -54,20 +54,21 @@ def encode(backbone, pictures, digests):
     return {"image": joined}
 
 
-class Kept(NamedTuple):
+@dataclass
+class Kept:
     """Of a model without its head: what its tower gave."""
 
-    outputs: dict  # digests of the pictures of a pair -> output, on the CPU
-    num_bytes: list  # [of all of them]
+    outputs: dict = field(default_factory=dict)  # digests of the pictures of a pair -> output, on the CPU
+    num_bytes: int = 0  # of all of them
 
     def keep(self, key, output):
         small = copy.copy(output)
         for name in FEATURES & output.keys():
             small[name] = _on_cpu(output[name])
         size = sum(tensor.nbytes for tensor in tree_leaves(dict(small)) if isinstance(tensor, torch.Tensor))
-        if self.num_bytes[0] + size <= KEPT_BYTES:
+        if self.num_bytes + size <= KEPT_BYTES:
             self.outputs[key] = small
-            self.num_bytes[0] += size
+            self.num_bytes += size
 
 
 def _features_of(output):
@@ -134,12 +135,11 @@ def positions(backbone, batch):
 
 def beside(given, num_prompt, num_response, model):
     """What a model takes beside the ids of a prompt, with pictures or (given: None) without, and a response."""
-    with_response, given = {}, {} if given is None else with_pixels(given)
+    given, with_response, kind = {} if given is None else with_pixels(given), {}, 0  # kind: of a response's tokens
     if prompt_sees_itself(model.config):
-        given = {**given, "token_type_ids": torch.zeros(1, num_prompt, dtype=torch.long)}
+        given, kind = {**given, "token_type_ids": torch.zeros(1, num_prompt, dtype=torch.long)}, 1
     for name, tensor in on_model(given, model).items():
         if name in PER_TOKEN:
-            kind = int(prompt_sees_itself(model.config))  # of a response
             tensor = torch.cat((tensor, tensor.new_full((1, num_response), kind)), dim=1)
         with_response[name] = tensor
     return with_response

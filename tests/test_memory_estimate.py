@@ -12,7 +12,7 @@ import torch
 import transformers
 from ranks import on_ranks
 from runs import run_script
-from tiny_models import MISTRAL, random_batch, tiny_model
+from tiny_models import MISTRAL, flags, random_batch, skeleton_of, tiny_model
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp._fully_shard._fsdp_collectives import DefaultAllGather, DefaultReduceScatter
 from worlds import write_world
@@ -32,17 +32,6 @@ from harness.memory_report import GB, compared, first_update, lever, out_of_memo
 from harness.pass_memory import measure
 
 MODELS = "qwen3", "llama", "gpt2"
-
-
-def flags(**changes):
-    plain = dict(dtype="bf16", lora_r=16, lora_dropout=0.0, batch_size=4, gradient_accumulation_steps=2)
-    plain |= dict(max_length=512, max_prompt_length=256, tokens_per_microbatch=0, gradient_checkpointing="off")
-    return Namespace(**plain | changes)
-
-
-def skeleton_of(model):
-    with torch.device("meta"):
-        return type(model)(model.config)
 
 
 def estimate_of(name, lora_r, ranks=1):

@@ -1,11 +1,9 @@
 """What pictures add to --estimate-memory: their tokens, what a tower works with, beside real tensors on a CPU."""
 
-from argparse import Namespace
-
 import pytest
 import torch
 import transformers
-from tiny_models import tiny_model
+from tiny_models import flags, skeleton_of, tiny_model
 from tiny_vision import IMAGE, TEXT, Processed, like, vision_model
 
 import lora
@@ -17,18 +15,6 @@ from harness.pass_memory import most_alive, picture_of
 from lora_targets import train_text
 from packing import pack
 from preference_data import Pair
-
-
-def flags(**changes):
-    plain = dict(dtype="bf16", lora_r=4, lora_dropout=0.0, batch_size=4, gradient_accumulation_steps=2)
-    plain |= dict(max_length=512, max_prompt_length=256, tokens_per_microbatch=0, gradient_checkpointing="off")
-    return Namespace(**plain | changes)
-
-
-def skeleton_of(model):
-    with torch.device("meta"):
-        return type(model)(model.config)
-
 
 CLIP = dict(hidden_size=1024, num_attention_heads=16, intermediate_size=4096, image_size=336, patch_size=14)
 SIGLIP = dict(hidden_size=1152, num_attention_heads=16, intermediate_size=4304, image_size=896, patch_size=14)
@@ -78,7 +64,7 @@ def test_the_tower_takes_what_is_predicted_whatever_the_number_of_pairs():
     predicted = 4 * picture_of(skeleton).numbers
     for number in (1, 4):
         backbone = packed_model.backbone(model)
-        backbone.kept_features = vision.Kept({}, [0])
+        backbone.kept_features = vision.Kept()
 
         def work(number=number, backbone=backbone):
             batch = pack(pairs_with_a_picture(number))

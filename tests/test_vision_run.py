@@ -10,7 +10,7 @@ import torch
 import transformers
 from ranks import run_ranks
 from runs import adapter_of, metrics_of, run_script
-from tiny_llava import TEMPLATE, assert_same_adapter, picture, png, read, reader_of, row, write_model
+from tiny_llava import TEMPLATE, assert_same_adapter, picture, png, read, reader_of, row, write_seen
 from tiny_vision import IMAGE
 from worlds import assistant, char_tokenizer, user, write_rows
 
@@ -24,11 +24,7 @@ from preference_data import DataError
 
 @pytest.fixture(scope="module")
 def seen(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("seen")
-    write_model(folder / "model")
-    (folder / "pictures").mkdir()
-    for number in range(16):
-        picture(number, (40, 32) if number % 3 else (64, 48)).save(folder / f"pictures/{number}.png")
+    folder = write_seen(tmp_path_factory.mktemp("seen"))
     write_rows(folder / "pairs.jsonl", [row(number) for number in range(16)])
     return folder
 

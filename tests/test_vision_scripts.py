@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from ranks import run_ranks
 from runs import adapter_of, metrics_of, one_line, run_script
-from tiny_llava import assert_same_adapter, picture, reader_of, row, write_model
+from tiny_llava import assert_same_adapter, reader_of, row, write_seen
 from tiny_vision import IMAGE
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from worlds import write_rows
@@ -39,11 +39,7 @@ HARMFUL = {"safety_labels": {"chosen": -1, "rejected": 1}}
 @pytest.fixture(scope="module")
 def pictured(tmp_path_factory):
     """A folder with a model and pairs of both kinds, and both reward models trained on them."""
-    folder = tmp_path_factory.mktemp("pictured")
-    write_model(folder / "model")
-    (folder / "pictures").mkdir()
-    for number in range(16):
-        picture(number, (40, 32) if number % 3 else (64, 48)).save(folder / f"pictures/{number}.png")
+    folder = write_seen(tmp_path_factory.mktemp("pictured"))
     write_rows(folder / "helpful.jsonl", [row(number) for number in range(16)])
     turned = [row(number) | HARMFUL for number in range(16)]
     turned = [pair | {"chosen": pair["rejected"], "rejected": pair["chosen"]} for pair in turned]

@@ -9,7 +9,7 @@ import torch
 import transformers
 from helpers import ROOT
 from runs import metrics_of, run_script
-from tiny_models import ON, assert_same, oracle, random_pairs, randomize, scores, tiny_model
+from tiny_models import ON, assert_same, oracle, random_pairs, randomize, scores, skeleton_of, tiny_model
 from tiny_vision import FAMILIES, vision_model
 from worlds import char_tokenizer, write_rows
 
@@ -26,11 +26,6 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 from lora_in_peft import in_peft
 
 PAIRS = random_pairs([(5, 4, 3), (9, 1, 6), (12, 7, 8)], vocab=128)
-
-
-def skeleton_of(model):
-    with torch.device("meta"):
-        return type(model)(model.config)
 
 
 TEXT_READERS = [family for family in FAMILIES if family != "paligemma"]  # whose prompt sees itself

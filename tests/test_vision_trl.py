@@ -8,7 +8,7 @@ import torch
 import transformers
 from PIL import Image
 from runs import metrics_of, run_script
-from tiny_llava import TEMPLATE, picture
+from tiny_llava import TEMPLATE, picture, processor_of
 from tiny_vision import IMAGE, vision_model
 from transformers import AutoModelForImageTextToText, TrainerCallback
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
@@ -21,19 +21,6 @@ STEPS, BATCH, RATE, BETA = 10, 2, 3e-3, 1.0
 # Without the line break behind a turn, which TRL learns and ours leaves out.
 PLAIN = TEMPLATE.replace("{{ '<|im_end|>\n' }}", "{{ '<|im_end|>' }}")
 QWEN = "<|image_pad|>", "<|video_pad|>"
-SIZES = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
-
-
-def llava_processor(tokenizer):
-    return transformers.LlavaProcessor(
-        image_processor=transformers.CLIPImageProcessor(**SIZES),
-        tokenizer=tokenizer,
-        patch_size=8,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
-        image_token="<image>",
-        chat_template=PLAIN,
-    )
 
 
 class OfImages(transformers.Qwen2VLProcessor):
@@ -51,7 +38,7 @@ def qwen2_vl_processor(tokenizer):
 
 
 KINDS = {
-    "llava": (llava_processor, {"<image>": IMAGE}),
+    "llava": (processor_of, {"<image>": IMAGE}),
     "qwen2_vl": (qwen2_vl_processor, dict(zip(QWEN, (IMAGE, 151)))),
 }
 

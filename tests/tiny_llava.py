@@ -26,17 +26,29 @@ def write_model(folder):
     model, _ = vision_model("llava", torch.float32)
     model.save_pretrained(folder)
     tokenizer = char_tokenizer(template=TEMPLATE, more={"<image>": IMAGE})
+    processor_of(tokenizer).save_pretrained(folder)
+    return folder
+
+
+def processor_of(tokenizer):
     sizes = dict(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
-    processor = transformers.LlavaProcessor(
+    return transformers.LlavaProcessor(
         image_processor=transformers.CLIPImageProcessor(**sizes),
         tokenizer=tokenizer,
         patch_size=8,
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,
         image_token="<image>",
-        chat_template=TEMPLATE,
+        chat_template=tokenizer.chat_template,
     )
-    processor.save_pretrained(folder)
+
+
+def write_seen(folder):
+    """The model, and pictures for 16 rows of `row`."""
+    write_model(folder / "model")
+    (folder / "pictures").mkdir()
+    for number in range(16):
+        picture(number, (40, 32) if number % 3 else (64, 48)).save(folder / f"pictures/{number}.png")
     return folder
 
 

@@ -1,6 +1,7 @@
 """Tiny models with random weights of each architecture, random pairs, and the same numbers one sequence at a time."""
 
 import random
+from argparse import Namespace
 
 import pytest
 import torch
@@ -192,3 +193,16 @@ def logps_of_one(model, prompt, response, vectors=None, logits=False):
     start = states.shape[1] - len(response) - 1
     table = model(inputs_embeds=states, use_cache=False).logits[0, start:-1].log_softmax(-1)
     return table if logits else table.gather(1, torch.tensor(response)[:, None]).sum()
+
+
+def skeleton_of(model):
+    """The model without its weights."""
+    with torch.device("meta"):
+        return type(model)(model.config)
+
+
+def flags(**changes):
+    """What --estimate-memory goes by."""
+    plain = dict(dtype="bf16", lora_r=16, lora_dropout=0.0, batch_size=4, gradient_accumulation_steps=2)
+    plain |= dict(max_length=512, max_prompt_length=256, tokens_per_microbatch=0, gradient_checkpointing="off")
+    return Namespace(**plain | changes)
